@@ -1,0 +1,330 @@
+"""The contract between the engine and every place where work can run.
+
+The engine turns calls into `Submission` objects; a runner turns these into tasks of its
+backend, tells the engine by `Report` how each ended, and keeps the values where they were
+made. A runner knows nothing of flows, states, caching or retries.
+
+A new backend implements the eight hooks of `TaskRunner` that raise `NotImplementedError` here,
+and passes the contract suite.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+Key = tuple[str, int]
+"""Name of one attempt in its backend: ``("<task name>-<tag>", counter)``.
+
+The tag belongs to the session that sent it, so that a runner can route reports, and a
+dashboard that groups by prefix shows task names.
+"""
+
+
+@dataclass(slots=True, eq=False)
+class Ref:
+    """A value in the backend's hands.
+
+    Attributes
+    ----------
+    key : Key
+        The attempt that makes or made the value, or the name of a value that was put.
+    handle : object
+        The backend's own object: a Dask future, a Ray ObjectRef, a file in shared memory, or
+        the value itself. The value is freed when the last `Ref` to it is dropped.
+    nbytes : int
+        Size in bytes, 0 while it is not known.
+    worker : str
+        Where the value lies, empty while it is not known.
+    """
+
+    key: Key
+    handle: Any
+    nbytes: int = 0
+    worker: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class Submission:
+    """One unit of work for a backend.
+
+    Attributes
+    ----------
+    key : Key
+        Unique per attempt.
+    order : bytes
+        Work order for `worker_runtime.run`: see there.
+    function : bytes or callable
+        The pickled function; on runners inside this process the function itself.
+    arguments : bytes or callable
+        Pickled ``(args, kwargs)`` in which upstream values are left out; on runners inside
+        this process a callable that takes the upstream values and returns ``(args, kwargs)``.
+    refs : tuple of Ref
+        The upstream values, in the order in which `arguments` counts them. The backend hands
+        them to the worker as positional arguments, never through the driver. A backend without
+        dependencies of its own gets only references whose work is done.
+    after : tuple of Ref
+        Work that has to end first; no bytes of it are moved.
+    priority : int
+        Higher runs first; the depth of the call in the flow's graph.
+    options : Options
+        What the backend is asked for beyond running the function.
+    announce : bool
+        The engine wants a report of kind "started" when user code begins (it has a deadline).
+    """
+
+    key: Key
+    order: bytes
+    function: bytes | Callable[..., Any]
+    arguments: bytes | Callable[..., Any]
+    refs: tuple[Ref, ...] = ()
+    after: tuple[Ref, ...] = ()
+    priority: int = 0
+    options: Options = field(default_factory=lambda: NO_OPTIONS)
+    announce: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a task asks of its backend; submissions with equal options travel together."""
+
+    resources: tuple[tuple[str, float], ...] = ()
+    threads: int = 1
+    workers: tuple[str, ...] = ()
+    crash_retries: int = 0
+
+
+NO_OPTIONS = Options()
+
+
+@dataclass(slots=True)
+class Report:
+    """What a backend says about one key.
+
+    Attributes
+    ----------
+    key : Key
+        The attempt.
+    kind : {"started", "ended", "lost", "upstream"}
+        "ended": user code came to an end, well or not, and `record` says how. "lost": it did
+        not, and `cause` says why. "upstream": it was never started, because a value it depends
+        on failed or was lost; the engine hears of that value by its own report.
+    record : bytes
+        Packed by `worker_runtime`, opaque to the runner; empty unless "ended".
+    cause : Exception or None
+        One of the neutral classes of `penstock.errors`: `WorkerLost`, `OutOfMemory`,
+        `ResultLost`, `SchedulerLost`, `BackendStalled`, or `CancelledRun` after a cancel of ours.
+        Never an exception of the backend.
+    nbytes : int
+        Size of the value in bytes.
+    worker : str
+        Who ran it.
+    """
+
+    key: Key
+    kind: Literal["started", "ended", "lost", "upstream"]
+    record: bytes = b""
+    cause: Exception | None = None
+    nbytes: int = 0
+    worker: str = ""
+
+
+OnReports = Callable[[list[Report]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerInfo:
+    """What the engine may expect of a started runner.
+
+    Attributes
+    ----------
+    name : str
+        In a user's words: "dask", "ray", "threads".
+    address : str
+        How another process would attach to it; empty if it cannot.
+    dashboard : str
+        URL of the backend's own page, empty if there is none.
+    workers, threads : int
+        Processes that run tasks, and tasks that can run at once in all of them.
+    memory : int
+        Bytes that all workers may use, 0 if nobody set a limit.
+    in_process : bool
+        Tasks run in this process and share its objects; nothing is pickled.
+    dependencies : bool
+        The backend resolves references to unfinished work by itself.
+    interrupts : bool
+        Running Python code can be stopped.
+    versions : tuple of (str, str)
+        Libraries that matter, for the record.
+    """
+
+    name: str
+    address: str = ""
+    dashboard: str = ""
+    workers: int = 1
+    threads: int = 1
+    memory: int = 0
+    in_process: bool = False
+    dependencies: bool = False
+    interrupts: bool = False
+    versions: tuple[tuple[str, str], ...] = ()
+
+
+class TaskRunner(ABC):
+    """Base of all runners.
+
+    A runner is opened by the first flow that uses it (or by ``with runner:``) and closed by the
+    last; `open` and `close` count, `start` and `stop` do the work. One runner serves several
+    sessions at a time, each with a tag of its own in its keys.
+    """
+
+    name: str = "runner"
+    in_process: bool = False
+
+    def __init__(self) -> None:
+        self._users = 0
+        self._gate = threading.RLock()
+        self._listeners: dict[str, OnReports] = {}
+
+    # -- life -----------------------------------------------------------------------------
+    def open(self) -> Self:
+        """Count one more user; the first one starts the runner.
+
+        Returns
+        -------
+        TaskRunner
+            The runner itself.
+        """
+        with self._gate:
+            if self._users == 0:
+                self.start()
+            self._users += 1
+        return self
+
+    def close(self) -> None:
+        """Count one user less; the last one stops the runner. Closing twice is harmless."""
+        with self._gate:
+            if self._users == 0:
+                return
+            self._users -= 1
+            if self._users == 0:
+                self.stop()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether somebody uses the runner now."""
+        return self._users > 0
+
+    # -- reports --------------------------------------------------------------------------
+    def listen(self, tag: str, on_reports: OnReports) -> None:
+        """Deliver the reports of all keys with this tag to `on_reports`, in batches.
+
+        `on_reports` is called from threads of the runner, never while `send` is on the stack of
+        the same thread unless the runner is sequential. It may call `send` and `release`.
+        """
+        self._listeners[tag] = on_reports
+
+    def unlisten(self, tag: str) -> None:
+        """Stop delivering the reports of a session."""
+        self._listeners.pop(tag, None)
+
+    def deliver(self, reports: Sequence[Report]) -> None:
+        """Hand reports to the sessions that own their keys (called by the backends)."""
+        by_tag: dict[str, list[Report]] = {}
+        for report in reports:
+            by_tag.setdefault(tag_of(report.key), []).append(report)
+        for tag, batch in by_tag.items():
+            listener = self._listeners.get(tag)
+            if listener is not None:
+                listener(batch)
+
+    # -- hooks of a backend ---------------------------------------------------------------
+    @abstractmethod
+    def start(self) -> None:
+        """Connect to the backend or create it; check it before any code of the user leaves.
+
+        Raises
+        ------
+        RunnerUnavailable
+            With one sentence that says what was tried and what to do.
+        """
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Leave the backend; close only what `start` created. Must not raise."""
+
+    @property
+    @abstractmethod
+    def info(self) -> RunnerInfo:
+        """What the started runner can do."""
+
+    @abstractmethod
+    def put(self, values: Sequence[Any]) -> list[Ref]:
+        """Place each value once, near the workers, and return references usable in `send`."""
+
+    @abstractmethod
+    def send(self, submissions: Sequence[Submission]) -> list[Ref]:
+        """Start the work and return a reference for each result at once.
+
+        The submissions are in topological order; their references point to work sent before or
+        earlier in the same list. One message per set of options and batch.
+        """
+
+    @abstractmethod
+    def fetch(self, refs: Sequence[Ref]) -> list[Any]:
+        """Bring values of finished work to this process; the only hook that moves results.
+
+        Raises
+        ------
+        ResultLost
+            If a value no longer exists.
+        """
+
+    @abstractmethod
+    def release(self, refs: Sequence[Ref]) -> None:
+        """Free values that nobody needs any more, in bulk."""
+
+    @abstractmethod
+    def cancel(self, refs: Sequence[Ref], *, force: bool = False) -> list[Key]:
+        """Stop work; return the keys of what will certainly not run (any more).
+
+        Running code gets a request that it sees at its next bytecode or check; it is not in the
+        answer and still ends with a report. With `force` the process that runs it is ended.
+        """
+
+    # -- optional hooks -------------------------------------------------------------------
+    def take_back(self, ref: Ref) -> bool:
+        """Withdraw work that has not started, so that a waiting task can do it in place."""
+        del ref
+        return False
+
+    @contextmanager
+    def blocked(self, refs: Sequence[Ref]) -> Iterator[None]:
+        """Give the slot of the current task back while the body waits for `refs`.
+
+        Called only in code that runs in a slot of this runner.
+        """
+        del refs
+        yield
+
+    def inside(self) -> str:
+        """Name under which `runners.inside_worker` finds this runner from within a task.
+
+        Empty if tasks run in this process and can use the object itself.
+        """
+        return ""
+
+
+def tag_of(key: Key) -> str:
+    """Return the tag in a key."""
+    return key[0].rpartition("-")[2]
+
+
+def new_tag() -> str:
+    """Make the tag of a new session: 8 hexadecimal digits."""
+    return uuid.uuid4().hex[:8]

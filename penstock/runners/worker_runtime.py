@@ -1,0 +1,568 @@
+"""What runs where the work runs: call the user's function and write down how it went.
+
+Every runner ends up here: `run` executes one attempt and returns its value beside a packed
+record. Clusters get this file as source, so it imports the standard library only and must not
+import anything of penstock (`cloudpickle` is used where the backend brings it).
+
+Work order (a pickled dict of primitives)
+-----------------------------------------
+``run``
+    Id of the task run.
+``attempt``
+    Number of this execution, from 1.
+``task``, ``name``
+    Name of the task and of the run.
+``inputs``
+    "readonly", "copy" or "shared": what arrays from other tasks are to the function.
+``prints``
+    Whether `print` goes to the run's log.
+``context``
+    What nested code needs to know: ids and names of the flow run, tags, depth, runner.
+
+Record (a pickled dict of primitives)
+-------------------------------------
+``status``
+    "completed", "failed", "cancelled", "skipped", "crashed" or "upstream".
+``attempt``, ``started``, ``ended``, ``seconds``
+    Wall clock of the worker in seconds since 1970, duration by the monotonic clock.
+``nbytes``, ``peak``
+    Size of the value and peak memory of the worker process in bytes.
+``host``, ``pid``, ``worker``, ``thread``
+    Who ran it.
+``logs``
+    List of ``(time, level, message)``; ``dropped`` counts what exceeded the quota.
+``error``
+    See `describe`; absent if the status is "completed".
+``children``
+    Packed events of task runs that this one submitted; absent if there are none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import contextlib
+import contextvars
+import ctypes
+import inspect
+import io
+import os
+import pickle
+import resource
+import socket
+import sys
+import threading
+import time
+import traceback
+import types
+from collections import OrderedDict
+
+LOG_LINES = 10_000  # per attempt; further lines are counted, not kept
+LOG_LINE_BYTES = 65_536
+ERROR_TEXT = 20_000  # characters of a traceback that travel
+FUNCTIONS_KEPT = 512
+
+_HOST = socket.gethostname()
+_HIDDEN = {__file__}  # frames of these files are not the user's
+worker_name = ""  # set by the backend's half where a worker has a name of its own
+
+# One context variable for the whole process, whichever copy of this file was imported.
+_shared = sys.modules.setdefault("_penstock_running", types.ModuleType("_penstock_running"))
+if not hasattr(_shared, "running"):
+    _shared.running = contextvars.ContextVar("penstock_running", default=None)
+    _shared.print = builtins.print
+_running = _shared.running
+
+
+class Cancelled(BaseException):
+    """Raised in the thread of a task that was asked to stop."""
+
+
+class Failed:
+    """Stands where a value would be when its task did not complete."""
+
+    def __init__(self, record):
+        self.record = record
+
+    def __reduce__(self):
+        return (Failed, (self.record,))
+
+
+class Running:
+    """One attempt while it runs; `current` finds it from the user's code."""
+
+    def __init__(self, order, key=None):
+        self.order = order
+        self.key = key
+        self.thread = threading.get_ident()
+        self.cancelled = False
+        self.over = False
+        self.logs = []
+        self.dropped = 0
+        self.nested = None  # set by the engine when the task submits tasks of its own
+        self.scope = None  # set by the engine where the driver's objects are at hand
+
+    def log(self, level, message):
+        """Keep one line for the run's log."""
+        if len(self.logs) >= LOG_LINES:
+            self.dropped += 1
+            return
+        text = str(message).replace("\0", "")
+        if len(text) > LOG_LINE_BYTES:
+            text = f"{text[:LOG_LINE_BYTES]} … ({len(text) - LOG_LINE_BYTES} more characters)"
+        self.logs.append((time.time(), level, text.encode("utf-8", "replace").decode()))
+
+
+def current():
+    """Return the `Running` of the calling code, or None outside a task."""
+    return _running.get()
+
+
+# -- one attempt --------------------------------------------------------------------------
+
+
+def run(order, function, arguments, values=(), key=None, on_start=None, scope=None):
+    """Execute one attempt.
+
+    Parameters
+    ----------
+    order : bytes or dict
+        The work order.
+    function : bytes or callable
+        What to call.
+    arguments : bytes or callable
+        Pickled ``(args, kwargs)`` with persistent ids for upstream values, or a callable that
+        takes the list of values.
+    values : sequence
+        Upstream values.
+    key : tuple, optional
+        Name of the attempt, for `cancel`.
+    on_start : callable, optional
+        Called without arguments right before the user's code.
+    scope : object, optional
+        The engine's own context, where it is in this process.
+
+    Returns
+    -------
+    tuple
+        ``(value, record)``: the value, or a `Failed`, and the packed record.
+    """
+    if isinstance(order, bytes):
+        order = pickle.loads(order)
+    running = Running(order, key)
+    running.scope = scope
+    for value in values:
+        if isinstance(value, Failed):
+            record = _record(running, "upstream", time.time(), 0.0)
+            return Failed(record), record
+    token = _running.set(running)
+    _enter(running)
+    started, clock = time.time(), time.perf_counter()
+    error = None
+    value = None
+    try:
+        try:
+            value = _call(running, order, function, arguments, values, on_start)
+            status = "completed"
+        finally:
+            _leave(running)
+    except BaseException as raised:
+        error, status = raised, _status(raised, running)
+    seconds = time.perf_counter() - clock
+    nested = running.nested
+    children = None
+    if nested is not None:
+        try:
+            value, children = nested.finish(value, error)
+        except BaseException as raised:
+            if error is None:
+                error, status = raised, _status(raised, running)
+            children = nested.events()
+        seconds = time.perf_counter() - clock
+    _running.reset(token)
+    record = _record(running, status, started, seconds, value, error, children)
+    if error is not None:
+        return Failed(record), record
+    return value, record
+
+
+def _call(running, order, function, arguments, values, on_start):
+    if running.cancelled:
+        raise Cancelled
+    call = _function(function)
+    args, kwargs = _arguments(arguments, _inputs(values, order.get("inputs", "readonly")))
+    if on_start is not None:
+        on_start()
+    if order.get("prints"):
+        route_prints()
+    value = call(*args, **kwargs)
+    if inspect.iscoroutine(value):
+        value = _run_coroutine(value)
+    elif inspect.isgenerator(value):
+        value = list(value)
+    elif inspect.isasyncgen(value):
+        value = _run_coroutine(_collect(value))
+    return value
+
+
+def _status(error, running):
+    if isinstance(error, Cancelled):
+        return "cancelled"
+    if isinstance(error, KeyboardInterrupt) and running.cancelled:
+        return "cancelled"
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        return "crashed"
+    if type(error).__name__ == "Skip" and type(error).__module__ == "penstock.errors":
+        return "skipped"
+    return "failed"
+
+
+def _record(running, status, started, seconds, value=None, error=None, children=None):
+    record = {
+        "status": status,
+        "attempt": running.order.get("attempt", 1),
+        "started": started,
+        "ended": started + seconds,
+        "seconds": seconds,
+        "nbytes": size(value),
+        "peak": peak_memory(),
+        "host": _HOST,
+        "pid": os.getpid(),
+        "worker": worker_name,
+        "thread": threading.get_ident(),
+    }
+    if running.logs:
+        record["logs"] = running.logs
+    if running.dropped:
+        record["dropped"] = running.dropped
+    if error is not None:
+        record["error"] = describe(error)
+    if children:
+        record["children"] = children
+    return pickle.dumps(record, 4)
+
+
+# -- functions and arguments --------------------------------------------------------------
+
+_functions = OrderedDict()
+_functions_lock = threading.Lock()
+
+
+def _function(function):
+    """Unpickle a function once per process."""
+    if callable(function):
+        return function
+    with _functions_lock:
+        found = _functions.get(function)
+        if found is not None:
+            _functions.move_to_end(function)
+            return found
+    loaded = pickle.loads(function)
+    with _functions_lock:
+        _functions[function] = loaded
+        while len(_functions) > FUNCTIONS_KEPT:
+            _functions.popitem(last=False)
+    return loaded
+
+
+class _Arguments(pickle.Unpickler):
+    """Reads arguments; a persistent id is the position of an upstream value."""
+
+    def __init__(self, data, values):
+        super().__init__(io.BytesIO(data))
+        self._values = values
+
+    def persistent_load(self, position):
+        return self._values[position]
+
+
+def _arguments(arguments, values):
+    if callable(arguments):
+        return arguments(values)
+    return _Arguments(arguments, values).load()
+
+
+def _inputs(values, mode):
+    """Arrays that other tasks may see too arrive as views that refuse writes."""
+    if mode == "shared":
+        return list(values)
+    return [_guarded(value, mode) for value in values]
+
+
+def _guarded(value, mode):
+    flags = getattr(value, "flags", None)
+    if flags is None or not hasattr(flags, "writeable") or not hasattr(value, "setflags"):
+        return value
+    if mode == "copy":
+        return value.copy()
+    if flags.writeable:
+        value = value.view()
+        value.setflags(write=False)
+    return value
+
+
+# -- coroutines: one long-lived loop per worker thread --------------------------------------
+
+_loops = threading.local()
+
+
+def _run_coroutine(coroutine):
+    """Run a coroutine on this thread's loop, or on a fresh thread if a loop runs here."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        pass
+    else:
+        return _in_thread(contextvars.copy_context().run, _run_coroutine, coroutine)
+    holder = getattr(_loops, "holder", None)
+    if holder is None:
+        holder = _loops.holder = _Loop()
+    return holder.loop.run_until_complete(coroutine)
+
+
+class _Loop:
+    """Closes the loop of a thread when the thread ends."""
+
+    def __init__(self):
+        self.loop = asyncio.new_event_loop()
+
+    def __del__(self):
+        with contextlib.suppress(Exception):
+            self.loop.close()
+
+
+async def _collect(generator):
+    return [item async for item in generator]
+
+
+def _in_thread(function, *args):
+    """Call a function in a fresh thread and wait; used where this thread's stack is not usable."""
+    box = []
+
+    def target():
+        try:
+            box.append((function(*args), None))
+        except BaseException as error:  # handed to the waiting thread
+            box.append((None, error))
+
+    thread = threading.Thread(target=target, name="penstock-hop", daemon=True)
+    thread.start()
+    thread.join()
+    value, error = box[0]
+    if error is not None:
+        raise error
+    return value
+
+
+# -- cancel -------------------------------------------------------------------------------
+
+_active = {}
+_unwanted = OrderedDict()  # keys cancelled before they started
+_active_lock = threading.Lock()
+
+
+def _enter(running):
+    if running.key is None:
+        return
+    with _active_lock:
+        running.cancelled = _unwanted.pop(running.key, False)
+        _active[running.key] = running
+
+
+def _leave(running):
+    """The user's code has ended: from here on no request to stop may reach this thread."""
+    with _active_lock:
+        running.over = True
+        if running.key is not None:
+            _active.pop(running.key, None)
+        if running.cancelled:  # take back a request that has not been delivered yet
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(running.thread), None)
+
+
+def cancel(keys):
+    """Ask attempts in this process to stop.
+
+    Parameters
+    ----------
+    keys : list of tuple
+        Attempts; those that have not started yet will not run their function.
+
+    Returns
+    -------
+    list of tuple
+        The keys that are running in this process now.
+    """
+    found = []
+    with _active_lock:
+        for key in map(tuple, keys):
+            running = _active.get(key)
+            if running is None:
+                _unwanted[key] = True
+                while len(_unwanted) > 100_000:
+                    _unwanted.popitem(last=False)
+                continue
+            found.append(key)
+            running.cancelled = True
+            # Acts between two bytecodes: code in a C call ends only when that call returns.
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(running.thread), ctypes.py_object(Cancelled)
+            )
+    return found
+
+
+# -- errors -------------------------------------------------------------------------------
+
+
+def describe(error):
+    """Turn an exception into primitives that always unpickle.
+
+    Returns
+    -------
+    dict
+        ``type`` and ``module`` of the class, ``message``, ``text`` (the traceback as text),
+        ``frames`` (list of ``(file, line, function)``, the user's only) and ``pickle`` (the
+        exception itself, None if it cannot be pickled).
+    """
+    frames = [
+        (frame.filename, frame.lineno or 0, frame.name)
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename not in _HIDDEN
+    ]
+    _strip(error)
+    if isinstance(error, ValueError) and "read-only" in str(error):
+        error.add_note(
+            "penstock hands arrays from other tasks over as read-only views; "
+            "use @task(inputs='copy') for a copy of your own, or inputs='shared' to share it."
+        )
+    try:
+        text = "".join(traceback.format_exception(error))
+    except Exception:  # an odd __str__ must not hide the failure
+        text = f"{type(error).__name__}: (its message cannot be shown)"
+    try:
+        message = str(error)
+    except Exception:
+        message = "(its message cannot be shown)"
+    return {
+        "type": type(error).__qualname__,
+        "module": type(error).__module__,
+        "message": message[:ERROR_TEXT],
+        "text": text[-ERROR_TEXT:],
+        "frames": frames,
+        "pickle": _pickle_error(error),
+    }
+
+
+def _strip(error):
+    """Drop our frames from the traceback of an error and its causes."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        kept, step = [], error.__traceback__
+        while step is not None:
+            if step.tb_frame.f_code.co_filename not in _HIDDEN:
+                kept.append(step)
+            step = step.tb_next
+        head = None
+        for frame in reversed(kept):
+            head = types.TracebackType(head, frame.tb_frame, frame.tb_lasti, frame.tb_lineno)
+        error.__traceback__ = head
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _pickle_error(error):
+    """Pickle an exception so that it loads again, also where its __init__ is odd."""
+    for form in (error, _Rebuilt(error)):
+        try:
+            data = dumps(form)
+            loaded = pickle.loads(data)
+        except Exception:
+            continue
+        if isinstance(loaded, BaseException):
+            return data
+    return None
+
+
+class _Rebuilt:
+    """Pickles an exception as class, args and attributes, without calling its __init__."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __reduce__(self):
+        state = {}
+        for name, value in vars(self.error).items():
+            try:
+                dumps(value)
+            except Exception:
+                value = repr(value)
+            state[name] = value
+        args = []
+        for value in self.error.args:
+            try:
+                dumps(value)
+            except Exception:
+                value = repr(value)
+            args.append(value)
+        return (_exception_of, (type(self.error), tuple(args), state))
+
+
+def _exception_of(kind, args, state):
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+def dumps(value):
+    """Pickle with cloudpickle where it is at hand."""
+    try:
+        import cloudpickle
+    except ImportError:
+        return pickle.dumps(value, 5)
+    return cloudpickle.dumps(value, 5)
+
+
+# -- prints, sizes, memory ------------------------------------------------------------------
+
+
+def route_prints():
+    """Make `print` write to the log of the run that calls it, where the run wants that."""
+    if builtins.print is not _print:
+        builtins.print = _print
+
+
+def _print(*args, sep=" ", end="\n", file=None, flush=False):
+    running = _running.get()
+    if running is None or file not in (None, sys.stdout) or not running.order.get("prints"):
+        _shared.print(*args, sep=sep, end=end, file=file, flush=flush)
+        return
+    running.log("INFO", (" " if sep is None else sep).join(map(str, args)))
+
+
+def size(value):
+    """Estimate the size of a value in bytes without copying it."""
+    nbytes = getattr(value, "nbytes", None)
+    if isinstance(nbytes, int):
+        return nbytes
+    if isinstance(value, (list, tuple, set, frozenset)):
+        items = list(value)[:1000]
+        total = sum(size(item) for item in items)
+        return sys.getsizeof(value) + (total * len(value) // len(items) if items else 0)
+    if isinstance(value, dict):
+        return sys.getsizeof(value) + size(list(value.values()))
+    usage = getattr(value, "memory_usage", None)
+    if usage is not None and hasattr(value, "columns"):  # a data frame, sized by itself
+        try:
+            return int(usage(deep=False).sum())
+        except Exception:
+            return sys.getsizeof(value, 0)
+    fields = getattr(value, "__dataclass_fields__", None)
+    if fields and not isinstance(value, type):
+        return sum(size(getattr(value, name, None)) for name in fields)
+    return sys.getsizeof(value, 0)
+
+
+def peak_memory():
+    """Peak resident memory of this process in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
