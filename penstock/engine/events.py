@@ -44,7 +44,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -53,7 +52,7 @@ from typing import Any
 
 import msgpack  # type: ignore[import-untyped]
 
-HOST = socket.gethostname()
+HOST = os.uname().nodename
 
 
 @dataclass(frozen=True, slots=True)

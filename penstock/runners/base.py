@@ -10,11 +10,13 @@ and passes the contract suite.
 
 from __future__ import annotations
 
+import atexit
 import threading
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -26,7 +28,7 @@ dashboard that groups by prefix shows task names.
 """
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Ref:
     """A value in the backend's hands.
 
@@ -134,6 +136,9 @@ class Report:
     worker: str = ""
 
 
+ambient_runner: ContextVar[TaskRunner | None] = ContextVar("penstock_runner", default=None)
+"""The runner of the innermost ``with runner:`` block."""
+
 OnReports = Callable[[list[Report]], None]
 
 
@@ -185,11 +190,18 @@ class TaskRunner(ABC):
 
     name: str = "runner"
     in_process: bool = False
+    keeps: bool = False
+    """Whether starting it is dear, so that flows leave it open for the next one."""
+    kills_on_timeout: bool = False
+    """Whether a worker is ended when its task exceeds `timeout_seconds` (nothing else is lost)."""
 
     def __init__(self) -> None:
         self._users = 0
+        self._kept = False
         self._gate = threading.RLock()
         self._listeners: dict[str, OnReports] = {}
+        self._at_exit: list[Callable[[], None]] = []
+        self._tokens: list[Token[TaskRunner | None]] = []
 
     # -- life -----------------------------------------------------------------------------
     def open(self) -> Self:
@@ -214,6 +226,48 @@ class TaskRunner(ABC):
             self._users -= 1
             if self._users == 0:
                 self.stop()
+
+    def keep(self) -> None:
+        """Stay open for later flows of this process, until it ends or `shutdown` is called.
+
+        A flow that starts a cluster keeps it, so that the next run of the flow finds it warm.
+        """
+        with self._gate:
+            if not self._kept and self._users:
+                self._kept = True
+                self._users += 1
+                _kept_runners.append(self)
+
+    def shutdown(self) -> None:
+        """Give up what `keep` held; stops the runner unless somebody else uses it."""
+        with self._gate:
+            if self._kept:
+                self._kept = False
+                _kept_runners[:] = [one for one in _kept_runners if one is not self]
+                self.close()
+
+    def __enter__(self) -> Self:
+        """Open the runner, and make it the one for submits in the block."""
+        if self._tokens:
+            message = "This task runner is already started"
+            raise RuntimeError(message)
+        self.open()
+        self._tokens.append(ambient_runner.set(self))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Wait for what was submitted in the block, then close the runner."""
+        ambient_runner.reset(self._tokens.pop())
+        try:
+            for call in self._at_exit:
+                call()
+        finally:
+            self._at_exit.clear()
+            self.close()
+
+    def on_exit(self, call: Callable[[], None]) -> None:
+        """Call once when the ``with`` block of the runner ends."""
+        self._at_exit.append(call)
 
     @property
     def is_open(self) -> bool:
@@ -318,6 +372,16 @@ class TaskRunner(ABC):
         Empty if tasks run in this process and can use the object itself.
         """
         return ""
+
+
+_kept_runners: list[TaskRunner] = []
+
+
+@atexit.register
+def shutdown_all() -> None:
+    """Stop every runner that was kept open for later flows."""
+    for runner in list(_kept_runners):
+        runner.shutdown()
 
 
 def tag_of(key: Key) -> str:

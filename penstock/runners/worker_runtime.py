@@ -39,7 +39,6 @@ Record (a pickled dict of primitives)
 
 from __future__ import annotations
 
-import asyncio
 import builtins
 import contextlib
 import contextvars
@@ -81,8 +80,9 @@ class Cancelled(BaseException):
 class Failed:
     """Stands where a value would be when its task did not complete."""
 
-    def __init__(self, record):
+    def __init__(self, record, error=None):
         self.record = record
+        self.error = error  # the exception itself, in the process that raised it only
 
     def __reduce__(self):
         return (Failed, (self.record,))
@@ -147,46 +147,72 @@ def run(order, function, arguments, values=(), key=None, on_start=None, scope=No
     tuple
         ``(value, record)``: the value, or a `Failed`, and the packed record.
     """
-    if isinstance(order, bytes):
-        order = pickle.loads(order)
-    running = Running(order, key)
-    running.scope = scope
+    attempt = Attempt(order, key, scope)
     for value in values:
         if isinstance(value, Failed):
-            record = _record(running, "upstream", time.time(), 0.0)
-            return Failed(record), record
-    token = _running.set(running)
-    _enter(running)
-    started, clock = time.time(), time.perf_counter()
-    error = None
-    value = None
-    try:
-        try:
-            value = _call(running, order, function, arguments, values, on_start)
-            status = "completed"
-        finally:
-            _leave(running)
-    except BaseException as raised:
-        error, status = raised, _status(raised, running)
-    seconds = time.perf_counter() - clock
-    nested = running.nested
-    children = None
-    if nested is not None:
-        try:
-            value, children = nested.finish(value, error)
-        except BaseException as raised:
-            if error is None:
-                error, status = raised, _status(raised, running)
-            children = nested.events()
-        seconds = time.perf_counter() - clock
-    _running.reset(token)
-    record = _record(running, status, started, seconds, value, error, children)
-    if error is not None:
+            return attempt.not_started()
+    with attempt:
+        attempt.value = _call(attempt.running, function, arguments, values, on_start)
+    return attempt.outcome
+
+
+class Attempt:
+    """The frame around user code: ``with attempt: attempt.value = function(...)``.
+
+    It never raises what the block raised; `outcome` holds ``(value, record)`` afterwards. Code
+    that has to await fills `value` itself.
+    """
+
+    def __init__(self, order, key=None, scope=None):
+        self.running = Running(pickle.loads(order) if isinstance(order, bytes) else order, key)
+        self.running.scope = scope or self.running.order.get("scope")
+        self.value = None
+        self.error = None
+        self.outcome = None
+
+    def not_started(self):
+        """Answer for an attempt whose upstream has no value."""
+        record = _record(self.running, "upstream", time.time(), 0.0)
         return Failed(record), record
-    return value, record
+
+    def __enter__(self):
+        self._token = _running.set(self.running)
+        self._started, self._clock = time.time(), time.perf_counter()
+        try:  # last: a request to stop that strikes before the block would pass `__exit__` by
+            _enter(self.running)
+        except Cancelled:
+            self.running.cancelled = True
+        return self
+
+    def __exit__(self, kind, error, trace):
+        running = self.running
+        while not running.over:
+            try:
+                _leave(running)
+            except BaseException as raised:  # a request to stop that came in the last moment
+                error = error or raised
+        status = "completed" if error is None else _status(error, running)
+        children = None
+        if running.nested is not None:
+            try:
+                self.value = running.nested.finish(self.value, error)
+            except BaseException as raised:
+                if error is None:
+                    error, status = raised, _status(raised, running)
+            children = running.nested.events()
+        seconds = time.perf_counter() - self._clock
+        with contextlib.suppress(ValueError):  # a coroutine may end in another context
+            _running.reset(self._token)
+        self.error = error
+        if error is not None:
+            self.value = None
+        record = _record(running, status, self._started, seconds, self.value, error, children)
+        self.outcome = (self.value if error is None else Failed(record, error), record)
+        return True
 
 
-def _call(running, order, function, arguments, values, on_start):
+def _call(running, function, arguments, values, on_start):
+    order = running.order
     if running.cancelled:
         raise Cancelled
     call = _function(function)
@@ -224,7 +250,7 @@ def _record(running, status, started, seconds, value=None, error=None, children=
         "started": started,
         "ended": started + seconds,
         "seconds": seconds,
-        "nbytes": size(value),
+        "nbytes": _size_or_nothing(value),
         "peak": peak_memory(),
         "host": _HOST,
         "pid": os.getpid(),
@@ -240,6 +266,43 @@ def _record(running, status, started, seconds, value=None, error=None, children=
     if children:
         record["children"] = children
     return pickle.dumps(record, 4)
+
+
+def refuse(record, value, error):
+    """Turn the record of a completed attempt into a failed one: its value cannot travel.
+
+    Parameters
+    ----------
+    record : bytes
+        What `run` wrote down.
+    value : object
+        What it returned.
+    error : Exception
+        Why it cannot be pickled or stored.
+
+    Returns
+    -------
+    tuple
+        ``(Failed, record)``, as from `run`.
+    """
+    kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    reason = f"{type(error).__name__}: {error}"[:1000]
+    message = f"a result of type {kind} cannot be sent to another process: {reason}"
+    text = message.encode("utf-8", "replace")
+    # Written by hand, since penstock.errors need not exist where this runs.
+    spelled = b"cpenstock.errors\nUnserializableArgument\nX" + len(text).to_bytes(4, "little") + text
+    unpacked = pickle.loads(record)
+    unpacked["status"], unpacked["nbytes"] = "failed", 0
+    unpacked["error"] = {
+        "type": "UnserializableArgument",
+        "module": "penstock.errors",
+        "message": message,
+        "text": f"penstock.errors.UnserializableArgument: {message}\n",
+        "frames": [],
+        "pickle": b"\x80\x02" + spelled + b"\x85R.",
+    }
+    record = pickle.dumps(unpacked, 4)
+    return Failed(record), record
 
 
 # -- functions and arguments --------------------------------------------------------------
@@ -308,6 +371,8 @@ _loops = threading.local()
 
 def _run_coroutine(coroutine):
     """Run a coroutine on this thread's loop, or on a fresh thread if a loop runs here."""
+    import asyncio  # half of what this file costs at the start of a worker
+
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -324,6 +389,8 @@ class _Loop:
     """Closes the loop of a thread when the thread ends."""
 
     def __init__(self):
+        import asyncio
+
         self.loop = asyncio.new_event_loop()
 
     def __del__(self):
@@ -372,11 +439,11 @@ def _enter(running):
 def _leave(running):
     """The user's code has ended: from here on no request to stop may reach this thread."""
     with _active_lock:
-        running.over = True
         if running.key is not None:
             _active.pop(running.key, None)
         if running.cancelled:  # take back a request that has not been delivered yet
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(running.thread), None)
+        running.over = True  # last: whoever is struck in here has to come again
 
 
 def cancel(keys):
@@ -531,12 +598,25 @@ def route_prints():
         builtins.print = _print
 
 
+def set_outside(receive):
+    """Ask `receive(text)` about prints outside of task runs; it answers whether it took them."""
+    _shared.outside = receive
+
+
 def _print(*args, sep=" ", end="\n", file=None, flush=False):
-    running = _running.get()
-    if running is None or file not in (None, sys.stdout) or not running.order.get("prints"):
-        _shared.print(*args, sep=sep, end=end, file=file, flush=flush)
-        return
-    running.log("INFO", (" " if sep is None else sep).join(map(str, args)))
+    if file in (None, sys.stdout):
+        text = (" " if sep is None else sep).join(map(str, args))
+        running = _running.get()
+        outside = getattr(_shared, "outside", None)
+        if running is not None and running.scope is None or outside is None:
+            taken = running is not None and bool(running.order.get("prints"))
+            if taken:
+                running.log("INFO", text)
+        else:
+            taken = outside(text)
+        if taken:
+            return
+    _shared.print(*args, sep=sep, end=end, file=file, flush=flush)
 
 
 def size(value):
@@ -560,6 +640,14 @@ def size(value):
     if fields and not isinstance(value, type):
         return sum(size(getattr(value, name, None)) for name in fields)
     return sys.getsizeof(value, 0)
+
+
+def _size_or_nothing(value):
+    """A user's class may compute its `nbytes` or its length, and fail; that is no failed task."""
+    try:
+        return size(value)
+    except Exception:
+        return 0
 
 
 def peak_memory():

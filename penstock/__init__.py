@@ -1,0 +1,141 @@
+"""penstock: flows over large data on threads, processes, Dask and Ray, with a record of every run.
+
+>>> from penstock import flow, task
+>>> @task
+... def square(x: int) -> int:
+...     return x * x
+>>> @flow
+... def squares(n: int = 3) -> list[int]:
+...     return square.map(range(n)).result()
+
+Names are loaded when first used, so that importing penstock is cheap.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from penstock.engine.annotations import allow_failure, quote, unmapped
+    from penstock.engine.context import tags
+    from penstock.engine.flow import Flow, flow
+    from penstock.engine.futures import Future, PenstockFuture, PenstockFutureList, as_completed, wait
+    from penstock.engine.logs import get_run_logger
+    from penstock.engine.retry import exponential_backoff
+    from penstock.engine.states import State, StateType
+    from penstock.engine.task import Task, task
+    from penstock.errors import (
+        CancelledRun,
+        ConfigurationError,
+        CrashedRun,
+        FailedRun,
+        InvalidNameError,
+        MappingLengthMismatch,
+        MappingMissingIterable,
+        MissingContextError,
+        MissingResult,
+        ParameterBindError,
+        ParameterTypeError,
+        PausedRun,
+        PenstockError,
+        ReservedArgumentError,
+        Skip,
+        TerminationSignal,
+        UnfinishedRun,
+        UpstreamTaskError,
+    )
+    from penstock.runners.base import TaskRunner
+    from penstock.runners.dask import DaskTaskRunner
+    from penstock.runners.processes import ProcessPoolTaskRunner
+    from penstock.runners.ray import RayTaskRunner
+    from penstock.runners.sequential import SequentialTaskRunner
+    from penstock.runners.threads import ThreadPoolTaskRunner
+
+    ConcurrentTaskRunner = ThreadPoolTaskRunner
+
+__all__ = [
+    # writing flows and tasks
+    "flow",
+    "task",
+    "Flow",
+    "Task",
+    "tags",
+    "exponential_backoff",
+    "get_run_logger",
+    # arguments
+    "unmapped",
+    "allow_failure",
+    "quote",
+    # futures and states
+    "PenstockFuture",
+    "Future",
+    "PenstockFutureList",
+    "wait",
+    "as_completed",
+    "State",
+    "StateType",
+    # runners
+    "TaskRunner",
+    "SequentialTaskRunner",
+    "ThreadPoolTaskRunner",
+    "ConcurrentTaskRunner",
+    "ProcessPoolTaskRunner",
+    "DaskTaskRunner",
+    "RayTaskRunner",
+    # errors
+    "PenstockError",
+    "ConfigurationError",
+    "ParameterBindError",
+    "ParameterTypeError",
+    "ReservedArgumentError",
+    "InvalidNameError",
+    "MappingMissingIterable",
+    "MappingLengthMismatch",
+    "MissingContextError",
+    "UpstreamTaskError",
+    "UnfinishedRun",
+    "FailedRun",
+    "CrashedRun",
+    "CancelledRun",
+    "PausedRun",
+    "MissingResult",
+    "TerminationSignal",
+    "Skip",
+]
+
+_ENGINE = {
+    "annotations": ("unmapped", "allow_failure", "quote"),
+    "context": ("tags",),
+    "flow": ("flow", "Flow"),
+    "futures": ("PenstockFuture", "Future", "PenstockFutureList", "wait", "as_completed"),
+    "logs": ("get_run_logger",),
+    "retry": ("exponential_backoff",),
+    "states": ("State", "StateType"),
+    "task": ("task", "Task"),
+}
+_HOMES = {name: f"penstock.engine.{module}" for module, names in _ENGINE.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used."""
+    if name == "__version__":
+        from penstock.engine.flow_run import own_version
+
+        return own_version()
+    if name not in __all__:
+        message = f"module 'penstock' has no attribute {name!r}"
+        raise AttributeError(message)
+    if name.endswith("TaskRunner") and name != "TaskRunner":
+        from penstock.runners import runner_class
+
+        return runner_class(name)
+    home = "penstock.runners.base" if name == "TaskRunner" else _HOMES.get(name, "penstock.errors")
+    found = getattr(importlib.import_module(home), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return [*__all__, "__version__"]

@@ -1,0 +1,276 @@
+"""The store in this process: the database in ``PENSTOCK_HOME``, written by one process at a time.
+
+Whoever has something to commit takes the lock of the writer for a moment and commits what it finds
+in *all* spools of the home, also in those of other living processes and of dead ones. A process
+that does not get the lock leaves its events in its spool, where the holder finds them. So several
+runs and commands share one database without ever meeting in it, and a stopped process stops nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from penstock.api import queries
+from penstock.api.db import Database
+from penstock.api.ingest import acknowledged, ingest
+from penstock.engine.home import usable_home
+from penstock.engine.sender import StoreUnusable
+from penstock.engine.spool import BATCH_BYTES, BATCH_EVENTS, Batch, FileLock, SpoolReader
+from penstock.engine.spool import mend, remove, spools, take_orphan
+from penstock.errors import ConfigurationError
+from penstock.settings import settings
+
+__all__ = ["EmbeddedStore", "drain", "open_store", "reading"]
+
+logger = logging.getLogger("penstock.tracking")
+
+SWEEP = 0.5  # seconds between two looks at the spools of other processes
+ROUND = 0.5  # seconds after which the lock is given back, so that others get their turn
+PATIENCE = 5.0  # seconds that a command waits for the lock
+POLL = 0.01
+ORPHANS = 100  # whose locks are held at a time
+
+
+def open_store(home: Path) -> EmbeddedStore:
+    """Open the store of a home."""
+    return EmbeddedStore(home)
+
+
+def drain(home: Path | None = None, patience: float = PATIENCE) -> bool:
+    """Commit everything that runs on this machine have recorded so far.
+
+    Parameters
+    ----------
+    home : Path, optional
+        Instead of the one in the settings.
+    patience : float
+        Seconds to wait for another process that is committing.
+
+    Returns
+    -------
+    bool
+        False if the other process was still at it; it commits our events, too.
+
+    Raises
+    ------
+    ConfigurationError
+        If the database cannot be used, for instance because a newer penstock wrote it.
+    """
+    store = EmbeddedStore(usable_home(settings().home).path if home is None else home)
+    with contextlib.closing(store):
+        return store.drain(patience)
+
+
+@contextlib.contextmanager
+def reading(home: Path | None = None, patience: float = PATIENCE) -> Iterator[sa.Connection]:
+    """Open the record for reading, with every run of this machine in it; see `penstock.api.queries`.
+
+    Parameters
+    ----------
+    home : Path, optional
+        Instead of the one in the settings.
+    patience : float
+        Seconds to wait for another process that is committing.
+
+    Raises
+    ------
+    ConfigurationError
+        If the database cannot be used.
+    """
+    store = EmbeddedStore(usable_home(settings().home).path if home is None else home)
+    with contextlib.closing(store):
+        store.drain(patience)
+        with store.database.read() as connection:
+            yield connection
+
+
+class EmbeddedStore:
+    """Commits events of this process, and whatever others left, into the database of a home.
+
+    Parameters
+    ----------
+    home : Path
+        Holds the spools and, by default, the database.
+
+    Raises
+    ------
+    ConfigurationError
+        If the URL of the database is wrong.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.database = Database(settings().database_url or f"sqlite:///{home / 'penstock.db'}")
+        beside = self.database.path or home / "store"
+        with contextlib.suppress(OSError):  # the lock will say what is wrong
+            beside.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock_path = beside.with_name(f"{beside.name}.lock")
+        self._readers: dict[str, SpoolReader] = {}
+        self._own: set[str] = set()
+        self._swept = 0.0
+
+    # -- the seam ---------------------------------------------------------------------------
+    def send(self, batch: Batch) -> int:
+        """Commit a batch unless somebody else is committing; return what is committed of its writer."""
+        self._own.add(batch.writer)
+        with self._locked(0) as held, _refusals():
+            if held:
+                done = ingest(self.database, [batch])[batch.writer]
+                if time.monotonic() - self._swept >= SWEEP:
+                    self._sweep(time.monotonic() + ROUND)
+                    self._swept = time.monotonic()
+                return done
+        if self.database.path is not None and not self.database.path.exists():
+            return 0  # the holder of the lock is making it
+        with self.database.read() as connection:
+            return acknowledged(connection, [batch.writer]).get(batch.writer, 0)
+
+    def ask(self, question: Mapping[str, Any]) -> Any:
+        """Answer ``{"what": name, …}``: a query of `penstock.api.queries` and its arguments."""
+        details = dict(question)
+        with self.database.read() as connection:
+            return queries.ANSWERS[details.pop("what")](connection, **details)
+
+    def close(self) -> None:
+        """Close the database and the spools."""
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
+        self.database.close()
+
+    def drain(self, patience: float = PATIENCE) -> bool:
+        """Commit everything in all spools; False if another process did not let us in time."""
+        with self._locked(patience) as held:
+            if held:
+                self.database.prepare()
+                self._sweep(None)
+        return held
+
+    @contextlib.contextmanager
+    def _locked(self, patience: float) -> Iterator[bool]:
+        deadline = time.monotonic() + patience
+        while (lock := FileLock.take(self._lock_path, os.O_RDWR | os.O_CREAT)) is None:
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(POLL)
+        try:
+            yield lock is not None
+        finally:
+            if lock is not None:
+                lock.release()
+
+    # -- the spools of others ---------------------------------------------------------------
+    def _sweep(self, deadline: float | None) -> None:
+        """Commit what is in the spools of all other writers, and remove those of the dead."""
+        paths = [path for path in spools(self.home / "spool") if path.stem not in self._own]
+        for gone in self._readers.keys() - {path.stem for path in paths}:
+            self._readers.pop(gone).close()
+        if not paths:
+            return
+        harvest = _Harvest(self.database, [path.stem for path in paths], deadline)
+        with contextlib.ExitStack() as locks:
+            for path in paths:
+                if harvest.late:
+                    break
+                # Before the last look into the file: else its writer could append, and die, in between.
+                orphan = take_orphan(path)
+                if orphan is not None:
+                    locks.callback(orphan.release)
+                reader = self._reader(path)
+                if reader is not None:
+                    harvest.gather(path, reader, dead=orphan is not None)
+                if len(harvest.dead) >= ORPHANS:
+                    self._forget(harvest.commit())
+                    locks.close()
+            self._forget(harvest.commit())
+
+    def _reader(self, path: Path) -> SpoolReader | None:
+        if path.stem not in self._readers:
+            try:
+                self._readers[path.stem] = SpoolReader(path)
+            except OSError:
+                return None  # finished by somebody else a moment ago
+        return self._readers[path.stem]
+
+    def _forget(self, removed: Sequence[str]) -> None:
+        for writer in removed:
+            self._readers.pop(writer).close()
+
+
+class _Harvest:
+    """Batches of many writers on their way into the database."""
+
+    def __init__(self, database: Database, names: Sequence[str], deadline: float | None) -> None:
+        self.database = database
+        self.dead: list[tuple[Path, SpoolReader]] = []
+        self._deadline = deadline
+        with database.write() as connection:
+            self._known = acknowledged(connection, names)
+        self._batches: list[Batch] = []
+        self._readers: dict[str, SpoolReader] = {}
+        self._events = self._bytes = 0
+
+    @property
+    def late(self) -> bool:
+        """Whether it is time to give the lock back."""
+        return self._deadline is not None and time.monotonic() > self._deadline
+
+    def gather(self, path: Path, reader: SpoolReader, *, dead: bool) -> None:
+        """Read a spool to its present end, committing whenever a transaction is full."""
+        try:
+            end = path.stat().st_size  # a busy writer would keep us here for ever
+        except OSError:
+            return
+        reader.seek(max(reader.read_to, self._known.get(reader.writer, 0)))
+        while (dead or reader.offset < end) and (batch := reader.read()).payloads:
+            self._batches.append(batch)
+            self._readers[reader.writer] = reader
+            self._events += len(batch.payloads)
+            self._bytes += sum(map(len, batch.payloads))
+            if self._events >= BATCH_EVENTS or self._bytes >= BATCH_BYTES:
+                self._ingest()
+                if self.late:
+                    return
+        if dead and not reader.foreign:
+            self.dead.append((path, reader))
+
+    def _ingest(self) -> None:
+        batches, self._batches = self._batches, []
+        readers, self._readers = self._readers, {}
+        self._events = self._bytes = 0
+        done = ingest(self.database, batches) if batches else {}
+        for writer, number in done.items():
+            if number != readers[writer].read_to:  # the database is younger than the spool
+                readers[writer].seek(number)
+
+    def commit(self) -> list[str]:
+        """Commit the rest and remove the spools of dead writers; return whose are gone."""
+        self._ingest()
+        dead, self.dead = self.dead, []
+        removed = []
+        for path, reader in dead:
+            if reader.read().payloads:
+                reader.seek(0)  # not all of it was taken; the next sweep tries again
+                continue
+            with contextlib.suppress(OSError):
+                if mend(path, reader) and reader.damaged:
+                    logger.warning("A spool was damaged; what cannot be read is in %s.", path.with_suffix(".rejected"))
+                remove(path)
+                removed.append(reader.writer)
+        return removed
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except ConfigurationError as error:
+        raise StoreUnusable(str(error)) from error

@@ -1,0 +1,277 @@
+"""From events to rows: what a batch of events says about the runs in it.
+
+Folding takes the greatest order key, so neither the order in which events arrive nor their
+repetition matters. Rows are plain tuples in the order of the column lists below.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from penstock.api.db import Upsert
+from penstock.api.models import flow_runs, maps, task_runs
+from penstock.engine.events import Event, element_id
+
+PARAMETERS = 4096  # characters of a description that are kept
+
+# Column lists are in the order of the tables, since that is the order in which SQLAlchemy binds values.
+_KEY = ["epoch", "attempt", "rank", "rseq", "state_name"]
+_STATE = [
+    *_KEY,
+    "state_type",
+    "message",
+    "cause",
+    "state_time",
+    "started",
+    "seconds",
+    "error_type",
+    "error_message",
+    "error_text",
+]
+_FLOW = ["parent_flow_run", "parent_task_run", "flow", "name", "version", "tags", "parameters", "runner"]
+_FLOW += ["host", "pid", "python", "penstock", "created", "made"]
+_TASK = ["flow_run", "parent", "map", "element", "task", "name", "tags", "parameters", "upstream", "child_flow_run"]
+_TASK += ["created", "made"]
+_MAP = ["count", "root", "flow_run", "parent", "task", "name", "tags", "parameters", "upstream", "upstream_maps"]
+_MAP += ["created", "made"]
+_USAGE = ["nbytes", "peak", "worker"]
+_NEW = [*_KEY, "state_type"]
+_PENDING = (0, 0, 0, 0, "Pending", "PENDING")
+_FLOW_KEY, _TASK_KEY = slice(2, 7), slice(4, 9)  # where the key is in a row of a state
+
+UPSERTS = {
+    "flow_runs": Upsert(flow_runs, ["id", "root", *_FLOW, *_NEW], _FLOW, ["made"]),
+    "task_runs": Upsert(task_runs, ["id", "root", *_TASK, *_NEW], _TASK, ["made"]),
+    "maps": Upsert(maps, ["id", "start", *_MAP], _MAP, ["made"]),
+    "backends": Upsert(
+        flow_runs, ["id", "root", "backend", "backend_order", *_NEW], ["backend", "backend_order"], ["backend_order"]
+    ),
+    "flow_states": Upsert(flow_runs, ["id", "root", *_STATE], _STATE, _KEY),
+    "task_states": Upsert(
+        task_runs, ["id", "root", "map", "element", *_STATE, *_USAGE], [*_STATE, *_USAGE], _KEY
+    ),
+}
+"""How each kind of row gets into its table."""
+
+_MADE = {
+    name: upsert.columns.index(upsert.order[0]) for name, upsert in UPSERTS.items() if len(upsert.order) == 1
+}
+
+
+class Fold:
+    """The rows that a batch of events amounts to.
+
+    Attributes
+    ----------
+    rows : dict of str to dict
+        For each name in `UPSERTS` the rows by their key; of several for one key the latest.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[str, dict[Any, tuple[Any, ...]]] = {name: {} for name in UPSERTS}
+
+    def add(self, event: Event) -> None:
+        """Fold one event in; kinds of a newer penstock are passed over.
+
+        Raises
+        ------
+        Exception
+            If the body is not what its kind promises; nothing of it has been folded then.
+        """
+        handler = _HANDLERS.get(event.kind)
+        if handler is not None:
+            handler(self, event)
+
+    def _make(self, name: str, key: Any, row: tuple[Any, ...]) -> None:
+        present, made = self.rows[name].get(key), _MADE[name]
+        if present is None or row[made] > present[made]:
+            self.rows[name][key] = row
+
+    # -- a run exists -----------------------------------------------------------------------
+    def _flow_run(self, event: Event) -> None:
+        body = event.body
+        row = (
+            event.run,
+            event.root,
+            _text(body.get("parent_flow_run")),
+            _text(body.get("parent_task_run")),
+            _text(body.get("flow")),
+            _text(body.get("name")),
+            _text(body.get("version")),
+            _tags(body.get("tags")),
+            _limited(body.get("parameters")),
+            _text(body.get("runner")),
+            _text(body.get("host")),
+            _whole(body.get("pid")),
+            _text(body.get("python")),
+            _text(body.get("penstock")),
+            event.time,
+            _order(event),
+            *_PENDING,
+        )
+        self._make("flow_runs", event.run, row)
+
+    def _task_run(self, event: Event) -> None:
+        body = event.body
+        row = (
+            event.run,
+            event.root,
+            _text(body.get("flow_run")),
+            _text(body.get("parent")),
+            None,
+            None,
+            _text(body.get("task")),
+            _text(body.get("name")),
+            _tags(body.get("tags")),
+            _limited(body.get("parameters")),
+            _json(body.get("upstream")),
+            _text(body.get("child_flow_run")),
+            event.time,
+            _order(event),
+            *_PENDING,
+        )
+        self._make("task_runs", event.run, row)
+
+    def _map_run(self, event: Event) -> None:
+        body, run, root = event.body, event.run, event.root
+        flow_run, parent, task = _text(body.get("flow_run")), _text(body.get("parent")), _text(body.get("task"))
+        name, tags = _text(body.get("name")) or "", _tags(body.get("tags"))
+        start, count, names = int(body.get("start") or 0), int(body["count"]), body.get("names")
+        edges = (_limited(body.get("parameters")), _json(body.get("upstream")), _json(body.get("upstream_maps")))
+        made = (event.time, _order(event))
+        before, after = (root, flow_run, parent, run), (tags, None, None, None, *made, *_PENDING)
+        labels = (
+            [str(label) for label in names]
+            if names
+            else [f"{name}-{index}" for index in range(start, start + count)]
+        )
+        rows = [
+            (element_id(run, index), *before, index, task, label, *after)
+            for index, label in zip(range(start, start + count), labels, strict=True)
+        ]
+        shared = (root, flow_run, parent, task, name, tags)
+        self._make("maps", (run, start), (run, start, count, *shared, *edges, *made))
+        for row in rows:
+            self._make("task_runs", row[0], row)
+
+    # -- a run reached a state --------------------------------------------------------------
+    def _state(self, event: Event) -> None:
+        body = event.body
+        error = body.get("error") or {}
+        kind, started = str(body["type"]), _number(body.get("started"))
+        row = (
+            event.epoch,
+            event.attempt,
+            event.rank,
+            event.rseq,
+            str(body["name"]),
+            kind,
+            _text(body.get("message")),
+            _text(body.get("cause")),
+            event.time,
+            event.time if started is None and kind == "RUNNING" else started,
+            _number(body.get("seconds")),
+            _text(error.get("type")),
+            _text(error.get("message")),
+            _text(error.get("text")),
+        )
+        if body.get("of") == "flow":
+            _reach(self.rows["flow_states"], (event.run, event.root, *row), _FLOW_KEY)
+        else:
+            usage = (_whole(body.get("nbytes")), _whole(body.get("peak")), _text(body.get("worker")))
+            _reach(self.rows["task_states"], (event.run, event.root, None, None, *row, *usage), _TASK_KEY)
+
+    def _states(self, event: Event) -> None:
+        body, map_id, root = event.body, event.run, event.root
+        kind, name, message, cause = str(body["type"]), str(body["name"]), body.get("message"), body.get("cause")
+        epoch, rank, rseq = event.epoch, event.rank, event.rseq
+        workers = [_text(worker) for worker in body.get("workers") or ()]
+        indices = body["index"]
+        running = kind == "RUNNING"
+        said = (kind, _text(message), _text(cause))
+        found = []
+        for index, attempt, when, started, seconds, nbytes, peak, place in zip(
+            indices, *(_column(body.get(column), len(indices)) for column in _COLUMNS), strict=True
+        ):
+            moment = event.time if when is None else when
+            began = moment if started is None and running else started
+            key = (epoch, event.attempt if attempt is None else attempt, rank, rseq, name)
+            worker = None if place is None or place < 0 else workers[place]
+            found.append(
+                (element_id(map_id, index), root, map_id, index, *key, *said, moment, began, seconds)
+                + (None, None, None, nbytes, peak, worker)
+            )
+        for row in found:
+            _reach(self.rows["task_states"], row, _TASK_KEY)
+
+    def _runner(self, event: Event) -> None:
+        self._make("backends", event.run, (event.run, event.root, _json(event.body), _order(event), *_PENDING))
+
+
+_COLUMNS = ("attempt", "time", "started", "seconds", "nbytes", "peak", "worker")
+
+_HANDLERS: dict[str, Callable[[Fold, Event], None]] = {
+    "flow_run": Fold._flow_run,
+    "task_run": Fold._task_run,
+    "map_run": Fold._map_run,
+    "state": Fold._state,
+    "states": Fold._states,
+    "runner": Fold._runner,
+}
+
+
+def _reach(rows: dict[Any, tuple[Any, ...]], row: tuple[Any, ...], key: slice) -> None:
+    present = rows.get(row[0])
+    if present is None or row[key] > present[key]:
+        rows[row[0]] = row
+
+
+def _order(event: Event) -> int:
+    return event.epoch << 40 | event.rseq
+
+
+# -- values ---------------------------------------------------------------------------------
+
+
+def _text(value: Any) -> str | None:
+    return value if value is None or type(value) is str else str(value)
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _whole(value: Any) -> int | None:
+    if value is None:
+        return None
+    return min(max(int(value), -(1 << 63)), (1 << 63) - 1)
+
+
+def _column(values: Iterable[Any] | None, length: int) -> Iterable[Any]:
+    return [None] * length if values is None else values
+
+
+def _json(value: Any) -> str | None:
+    return json.dumps(value, ensure_ascii=False, default=str) if value else None
+
+
+def _tags(value: Any) -> str | None:
+    return _json(sorted(str(tag) for tag in value)) if value else None
+
+
+def _limited(parameters: Any) -> str | None:
+    text = _json(parameters)
+    if text is None or len(text) <= PARAMETERS:
+        return text
+    kept: dict[str, Any] = {}
+    used = 0
+    for name, value in dict(parameters).items():
+        short = str(value)[:120]
+        used += len(name) + len(short) + 8
+        if used > PARAMETERS - 40:
+            kept["…"] = f"{len(parameters) - len(kept)} more"
+            break
+        kept[name] = short
+    return _json(kept)

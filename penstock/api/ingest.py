@@ -1,0 +1,224 @@
+"""Events into the store: validate, keep each once, fold it into the current state; one transaction.
+
+`ingest` is safe to repeat: an event that is here already changes nothing, in whatever order and
+company it comes again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sqlalchemy as sa
+
+from penstock.api.db import Database, Upsert
+from penstock.api.fold import UPSERTS, Fold
+from penstock.api.models import ACCEPTED, STALE, UNREADABLE, events, leases, writers
+from penstock.engine.events import Event, unpack
+from penstock.engine.spool import Batch
+
+_EVENTS = Upsert(events, [column.name for column in events.columns])
+_NOBODY = "0" * 32
+_MANY = 500  # values in one IN list
+
+
+@dataclass(slots=True)
+class _Writer:
+    """What the store knows of a writer."""
+
+    number: int
+    acknowledged: int
+    present: set[int] = field(default_factory=set)  # events beyond a gap
+
+
+def ingest(database: Database, batches: Sequence[Batch]) -> dict[str, int]:
+    """Commit batches of events.
+
+    Parameters
+    ----------
+    database : Database
+        The caller holds the lock of its writer.
+    batches : sequence of Batch
+        Of any writers, in any order, with repetitions.
+
+    Returns
+    -------
+    dict of str to int
+        For each writer the number up to which all its events are committed.
+
+    Raises
+    ------
+    sqlalchemy.exc.OperationalError
+        If the database takes nothing now; then nothing of the batches is committed.
+    """
+    try:
+        with database.write() as connection:
+            return _commit(database, connection, batches)
+    except sa.exc.OperationalError:
+        raise
+    except (sa.exc.StatementError, ArithmeticError, TypeError, ValueError):
+        # Some event holds what the database cannot take, and must not hold up the others.
+        done: dict[str, int] = {}
+        for half in _halves(batches):
+            done |= ingest(database, half)
+        if done:
+            return done
+        with database.write() as connection:
+            return _commit(database, connection, batches, trusted=False)
+
+
+def _halves(batches: Sequence[Batch]) -> Iterator[list[Batch]]:
+    if len(batches) > 1:
+        middle = len(batches) // 2
+        yield list(batches[:middle])
+        yield list(batches[middle:])
+    elif batches and len(batches[0].payloads) > 1:
+        batch, middle = batches[0], len(batches[0].payloads) // 2
+        yield [Batch(batch.writer, batch.first, batch.payloads[:middle])]
+        yield [Batch(batch.writer, batch.first + middle, batch.payloads[middle:])]
+
+
+def _commit(
+    database: Database, connection: sa.Connection, batches: Sequence[Batch], *, trusted: bool = True
+) -> dict[str, int]:
+    known = _known(connection, batches)
+    fresh = _fresh(batches, known)
+    readable = [(writer, read(payload) if trusted else None, payload) for writer, _, payload in fresh]
+    owners = _owners(connection, {event.root for _, event, _ in readable if event is not None})
+    fold, rows = Fold(), []
+    for (writer, seq, payload), (_, event, _) in zip(fresh, readable, strict=True):
+        verdict = _fold(fold, event, writer, owners)
+        shown = event if event is not None else Event("?", _NOBODY, _NOBODY, 0.0)
+        order = (shown.epoch, shown.attempt, shown.rank, shown.rseq)
+        rows.append((known[writer].number, seq, shown.kind, shown.run, shown.root, *order, verdict, payload))
+    database.upsert(connection, "events", _EVENTS, rows)
+    for name, upsert in UPSERTS.items():
+        database.upsert(connection, name, upsert, list(fold.rows[name].values()))
+    return _acknowledge(connection, known, fresh)
+
+
+def acknowledged(connection: sa.Connection, names: Sequence[str]) -> dict[str, int]:
+    """Return up to which event the writers among `names` that the store knows are committed."""
+    return {name: writer.acknowledged for name, writer in _writers(connection, names).items()}
+
+
+def read(payload: bytes) -> Event | None:
+    """Unpack an event; None if it is not one."""
+    try:
+        event = unpack(payload)
+        order = (event.epoch, event.attempt, event.rank, event.rseq)
+        texts = (event.kind, event.run, event.root)
+        sound = (
+            all(type(text) is str and len(text) <= 32 for text in texts)
+            and all(type(number) is int and 0 <= number < 1 << 31 for number in order[:3])
+            and type(event.rseq) is int
+            and 0 <= event.rseq < 1 << 40
+            and event.rank <= 2
+            and isinstance(event.time, (int, float))
+            and isinstance(event.body, dict)
+        )
+    except Exception:
+        return None
+    return event if sound else None
+
+
+def _fold(fold: Fold, event: Event | None, writer: str, owners: dict[str, tuple[int, str]]) -> int:
+    if event is None:
+        return UNREADABLE
+    owner = owners.get(event.root)
+    if owner is not None and event.epoch < owner[0] and writer != owner[1]:
+        return STALE
+    try:
+        fold.add(event)
+    except Exception:  # a body that its kind does not promise: kept as it came
+        return UNREADABLE
+    return ACCEPTED
+
+
+# -- what is here already -------------------------------------------------------------------
+
+
+def _known(connection: sa.Connection, batches: Sequence[Batch]) -> dict[str, _Writer]:
+    names = sorted({batch.writer for batch in batches})
+    known = _writers(connection, names)
+    missing = [name for name in names if name not in known]
+    if missing:
+        now = time.time()
+        connection.execute(
+            writers.insert(), [{"writer": name, "acknowledged": 0, "seen": now} for name in missing]
+        )
+        known |= _writers(connection, missing)
+    for batch in batches:
+        writer = known[batch.writer]
+        if batch.last > writer.acknowledged:
+            between = events.c.seq.between(max(batch.first, writer.acknowledged + 1), batch.last)
+            query = sa.select(events.c.seq).where(events.c.writer == writer.number, between)
+            writer.present.update(connection.execute(query).scalars())
+    return known
+
+
+def _writers(connection: sa.Connection, names: Sequence[str]) -> dict[str, _Writer]:
+    found = {}
+    for some in _chunks(names):
+        for row in connection.execute(sa.select(writers).where(writers.c.writer.in_(some))):
+            found[row.writer] = _Writer(row.number, row.acknowledged)
+    return found
+
+
+def _fresh(batches: Sequence[Batch], known: dict[str, _Writer]) -> list[tuple[str, int, bytes]]:
+    found = []
+    for batch in batches:
+        writer = known[batch.writer]
+        for seq, payload in enumerate(batch.payloads, batch.first):
+            if seq > writer.acknowledged and seq not in writer.present:
+                writer.present.add(seq)
+                found.append((batch.writer, seq, payload))
+    return found
+
+
+def _owners(connection: sa.Connection, roots: set[str]) -> dict[str, tuple[int, str]]:
+    found = {}
+    for some in _chunks(sorted(roots)):
+        query = sa.select(leases.c.root, leases.c.epoch, leases.c.holder).where(leases.c.root.in_(some))
+        for row in connection.execute(query):
+            found[row.root] = (row.epoch, row.holder)
+    return found
+
+
+def _chunks(values: Sequence[str]) -> Iterable[Sequence[str]]:
+    return (values[start : start + _MANY] for start in range(0, len(values), _MANY))
+
+
+def _acknowledge(
+    connection: sa.Connection, known: dict[str, _Writer], fresh: list[tuple[str, int, bytes]]
+) -> dict[str, int]:
+    changed = {writer for writer, _, _ in fresh}
+    updates: list[dict[str, Any]] = []
+    for name in changed:
+        writer = known[name]
+        number = _contiguous(connection, writer)
+        if number > writer.acknowledged:
+            writer.acknowledged = number
+            updates.append({"n": writer.number, "a": number, "s": time.time()})
+    if updates:
+        statement = writers.update().where(writers.c.number == sa.bindparam("n"))
+        connection.execute(statement.values(acknowledged=sa.bindparam("a"), seen=sa.bindparam("s")), updates)
+    return {name: writer.acknowledged for name, writer in known.items()}
+
+
+def _contiguous(connection: sa.Connection, writer: _Writer) -> int:
+    number = writer.acknowledged
+    while number + 1 in writer.present:
+        number += 1
+    later = sa.select(events.c.seq).where(events.c.writer == writer.number).order_by(events.c.seq)
+    while True:  # what came before its turn in an earlier transaction
+        following = connection.execute(later.where(events.c.seq > number).limit(1000)).scalars().all()
+        begin = number
+        for seq in following:
+            if seq != number + 1:
+                return number
+            number = seq
+        if number == begin:
+            return number

@@ -1,0 +1,172 @@
+"""Tables of the store.
+
+`events` keeps what drivers sent, as it came; everything else is folded from it and could be
+rebuilt. A map of 10,000 elements is a handful of events, one row in `maps` and 10,000 rows in
+`task_runs`.
+
+The columns ``epoch, attempt, rank, rseq`` of a run are the order key of its current state; an
+event with a smaller key changes nothing. ``made`` is the order key of the event that created the
+row; it is NULL while only states of the run have arrived.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+metadata = MetaData(
+    naming_convention={"ix": "ix_%(table_name)s_%(column_0_N_name)s", "uq": "uq_%(table_name)s_%(column_0_N_name)s"}
+)
+
+RUN_ID = String(32)
+
+# Verdicts on an event, kept with it because they depend on when it arrived.
+ACCEPTED = 0
+STALE = 1  # its sender no longer owned the run
+UNREADABLE = 2  # kept as it came, folded into nothing
+
+
+writers = Table(
+    "writers",
+    metadata,
+    Column("number", Integer, primary_key=True),  # stands for the writer in `events`, which has many rows
+    Column("writer", RUN_ID, nullable=False),
+    Column("acknowledged", BigInteger, nullable=False),  # events 1 to this one are all here
+    Column("seen", Float, nullable=False),
+    UniqueConstraint("writer"),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("writer", Integer, primary_key=True),
+    Column("seq", BigInteger, primary_key=True),
+    Column("kind", String(32), nullable=False),
+    Column("run", RUN_ID, nullable=False),
+    Column("root", RUN_ID, nullable=False),
+    Column("epoch", Integer, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("rank", SmallInteger, nullable=False),
+    Column("rseq", BigInteger, nullable=False),
+    Column("verdict", SmallInteger, nullable=False),
+    Column("data", LargeBinary, nullable=False),  # the packed event: engine.events.unpack
+    sqlite_with_rowid=False,
+)
+_is_log = events.c.kind == "log"
+Index(None, events.c.run)
+Index("ix_events_logs", events.c.root, sqlite_where=_is_log, postgresql_where=_is_log)
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("root", RUN_ID, primary_key=True),
+    Column("epoch", Integer, nullable=False),
+    Column("holder", RUN_ID, nullable=False),  # the writer that owns the run
+    Column("renewed", Float, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+
+def _state_columns() -> list[Column[object]]:
+    """Return what flow runs and task runs have in common: their current state."""
+    return [
+        Column("epoch", Integer, nullable=False),
+        Column("attempt", Integer, nullable=False),
+        Column("rank", SmallInteger, nullable=False),
+        Column("rseq", BigInteger, nullable=False),
+        Column("state_name", Text, nullable=False),
+        Column("state_type", String(16), nullable=False),
+        Column("message", Text),
+        Column("cause", Text),
+        Column("state_time", Float),
+        Column("started", Float),
+        Column("seconds", Float),
+        Column("error_type", Text),
+        Column("error_message", Text),
+        Column("error_text", Text),
+    ]
+
+
+flow_runs = Table(
+    "flow_runs",
+    metadata,
+    Column("id", RUN_ID, primary_key=True),
+    Column("root", RUN_ID, nullable=False),
+    Column("parent_flow_run", RUN_ID),
+    Column("parent_task_run", RUN_ID),
+    Column("flow", Text),
+    Column("name", Text),
+    Column("version", Text),
+    Column("tags", Text),  # JSON list
+    Column("parameters", Text),  # JSON object of descriptions, at most 4 KB
+    Column("runner", Text),
+    Column("host", Text),
+    Column("pid", Integer),
+    Column("python", Text),
+    Column("penstock", Text),
+    Column("created", Float),
+    Column("made", BigInteger),
+    Column("backend", Text),  # JSON: what the runner turned out to be; of root runs
+    Column("backend_order", BigInteger),
+    *_state_columns(),
+    sqlite_with_rowid=False,
+)
+Index(None, flow_runs.c.root)
+
+task_runs = Table(
+    "task_runs",
+    metadata,
+    Column("id", RUN_ID, primary_key=True),
+    Column("root", RUN_ID, nullable=False),
+    Column("flow_run", RUN_ID),  # NULL outside of flows
+    Column("parent", RUN_ID),  # the task run that submitted it
+    Column("map", RUN_ID),
+    Column("element", Integer),  # position in the map
+    Column("task", Text),
+    Column("name", Text),
+    Column("tags", Text),
+    Column("parameters", Text),  # of an element: in `maps`
+    Column("upstream", Text),  # JSON list of [parameter, run id]; of an element: in `maps`
+    Column("child_flow_run", RUN_ID),
+    Column("created", Float),
+    Column("made", BigInteger),
+    *_state_columns(),
+    Column("nbytes", BigInteger),
+    Column("peak", BigInteger),
+    Column("worker", Text),
+    sqlite_with_rowid=False,
+)
+Index(None, task_runs.c.flow_run, task_runs.c.state_type)  # counts by state are read from it alone
+
+maps = Table(
+    "maps",
+    metadata,
+    Column("id", RUN_ID, primary_key=True),
+    Column("start", Integer, primary_key=True),  # a generator's elements come in pieces
+    Column("count", Integer, nullable=False),
+    Column("root", RUN_ID, nullable=False),
+    Column("flow_run", RUN_ID),
+    Column("parent", RUN_ID),
+    Column("task", Text),
+    Column("name", Text),
+    Column("tags", Text),
+    Column("parameters", Text),
+    Column("upstream", Text),  # JSON list of [parameter, run id]: every element depends on it
+    Column("upstream_maps", Text),  # JSON list of [parameter, map id, offset]: element i on i + offset
+    Column("created", Float),
+    Column("made", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+)
+Index(None, maps.c.flow_run)

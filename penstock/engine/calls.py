@@ -1,0 +1,255 @@
+"""Runs while they live in the driver: what was called, where it stands, how it ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from penstock.engine import events
+from penstock.engine.states import Position, StateType
+
+if TYPE_CHECKING:
+    from penstock.engine.clock import Alarm
+    from penstock.engine.graph import Edge
+    from penstock.engine.session import Session
+    from penstock.engine.task import Task
+    from penstock.runners.base import Key, Ref
+
+
+@dataclass(slots=True, eq=False)
+class Source:
+    """Where the value for a slot of the arguments comes from.
+
+    Attributes
+    ----------
+    run : TaskRun or None
+        The upstream, or None if the value was put near the workers.
+    ref : Ref or None
+        Reference to a value that was put.
+    tolerant : bool
+        `allow_failure`: the exception of a failed upstream is a value too.
+    """
+
+    run: TaskRun | None = None
+    ref: Ref | None = None
+    tolerant: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """An invocation as data: what has to be kept until the run has ended.
+
+    Attributes
+    ----------
+    task : Task
+        What to run, with its options.
+    function : bytes or callable
+        As the runner needs it.
+    arguments : bytes or callable
+        As the runner needs it; see `Submission`.
+    sources : tuple of Source
+        Where the values for the slots come from, in order.
+    after : tuple of Source
+        What has to end first (`wait_for`).
+    context : dict
+        Primitives that nested code needs to know.
+    """
+
+    task: Task[..., Any]
+    function: Any
+    arguments: Any
+    sources: tuple[Source, ...] = ()
+    after: tuple[Source, ...] = ()
+    context: dict[str, Any] = field(default_factory=dict)
+
+
+class TaskRun:
+    """One task run in the driver.
+
+    It is kept by the session until it has ended, then only by futures and by runs that still
+    need its value; with the last of them the value is freed.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_id",
+        "alarm",
+        "call",
+        "callbacks",
+        "cancelling",
+        "child_flow_run",
+        "crashes",
+        "delay",
+        "dependants",
+        "depth",
+        "direct",
+        "done",
+        "ended",
+        "error",
+        "failures",
+        "flow_run",
+        "index",
+        "inside",
+        "key",
+        "map_id",
+        "message",
+        "name",
+        "nbytes",
+        "position",
+        "ref",
+        "released",
+        "root",
+        "session",
+        "started",
+        "surrounding",
+        "tags",
+        "task",
+        "tracked",
+        "value",
+        "waiting",
+        "worker",
+    )
+
+    def __init__(  # noqa: PLR0913 - a record
+        self,
+        task: Task[..., Any],
+        name: str,
+        *,
+        root: str = "",
+        flow_run: FlowRun | None = None,
+        surrounding: TaskRun | None = None,
+        map_id: str | None = None,
+        index: int = -1,
+        tags: frozenset[str] = frozenset(),
+        tracked: bool = True,
+    ) -> None:
+        self.task = task
+        self.name = name
+        self.flow_run = flow_run
+        self.map_id = map_id
+        self.index = index
+        self._id = "" if map_id is not None else events.new_id()
+        self.root = root or self._id
+        self.tags = tags
+        self.tracked = tracked  # False for the engine's own helpers, such as the length of a list
+        self.position = Position(StateType.PENDING, "Pending", 0)
+        self.message = ""
+        self.call: Call | None = None
+        self.key: Key | None = None
+        self.ref: Ref | None = None
+        self.value: Any = None  # of a run that ended in this process with its value at hand
+        self.error: BaseException | None = None
+        self.done = False
+        self.session: Session | None = None
+        self.surrounding = surrounding  # the task run whose code submitted this one
+        self.released = False  # handed to the buffer: nothing holds it back
+        self.cancelling = False
+        self.direct = False  # called, not submitted: runs in the caller's thread
+        self.delay: float | None = None  # seconds before the next attempt of a direct call
+        self.waiting = 0  # upstream edges that still hold the run back
+        self.dependants: list[Edge] | None = None
+        self.callbacks: list[Callable[[TaskRun], None]] | None = None
+        self.depth = 0
+        self.inside = 0  # how many task runs surround it
+        self.failures = 0
+        self.crashes = 0
+        self.started = 0.0
+        self.ended = 0.0
+        self.nbytes = 0
+        self.worker = ""
+        self.alarm: Alarm | None = None
+        self.child_flow_run: str | None = None
+
+    @property
+    def id(self) -> str:
+        """The id of the run; that of an element of a map follows from map and index."""
+        if not self._id:
+            self._id = events.element_id(str(self.map_id), self.index)
+        return self._id
+
+    @property
+    def type(self) -> StateType:
+        """Type of the present state."""
+        kind = self.position.type
+        assert kind is not None  # noqa: S101 - a run is made PENDING
+        return kind
+
+    @property
+    def state_name(self) -> str:
+        """Name of the present state."""
+        return self.position.name
+
+    @property
+    def attempt(self) -> int:
+        """Number of the present execution, 0 before the first."""
+        return self.position.attempt
+
+    @property
+    def completed(self) -> bool:
+        """Whether the run has a value."""
+        return self.done and self.position.type is StateType.COMPLETED
+
+    def __repr__(self) -> str:
+        """Show name, id and state."""
+        return f"<TaskRun {self.name} {self.id[:8]} {self.position.name}>"
+
+
+class FlowRun:
+    """One flow run in the driver (or in a task that calls a flow)."""
+
+    __slots__ = (
+        "__weakref__",
+        "cancelled",
+        "finished",
+        "flow",
+        "id",
+        "live",
+        "name",
+        "parameters",
+        "parent",
+        "position",
+        "root",
+        "runs",
+        "started",
+        "tags",
+        "task_run",
+    )
+
+    def __init__(
+        self,
+        flow: Any,
+        name: str,
+        *,
+        parent: FlowRun | None = None,
+        task_run: TaskRun | None = None,
+        root: str = "",
+        tags: frozenset[str] = frozenset(),
+        run_id: str = "",
+    ) -> None:
+        self.flow = flow
+        self.name = name
+        self.id = run_id or events.new_id()
+        self.parent = parent
+        self.task_run = task_run  # the row that stands for this run in its parent
+        self.root = root or self.id
+        self.tags = tags
+        self.parameters: dict[str, Any] = {}
+        self.position = Position(StateType.PENDING, "Pending", 0)
+        self.live: dict[TaskRun, None] = {}  # runs that have not ended
+        self.cancelled = False
+        self.finished = 0
+        self.runs = 0
+        self.started = time.time()
+
+    @property
+    def type(self) -> StateType:
+        """Type of the present state."""
+        kind = self.position.type
+        assert kind is not None  # noqa: S101 - a run is made PENDING
+        return kind
+
+    def __repr__(self) -> str:
+        """Show name, id and state."""
+        return f"<FlowRun {self.name} {self.id[:8]} {self.position.name}>"

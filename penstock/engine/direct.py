@@ -1,0 +1,83 @@
+"""A task that is called, not submitted: it runs in the caller's thread or loop, and is recorded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from penstock.engine import invoke
+from penstock.engine.calls import Call, Source, TaskRun
+from penstock.engine.invoke import Bound
+from penstock.engine.session import HOP
+from penstock.engine.states import StateType, advance
+from penstock.engine.steps import Invoke, Sleep, Steps, Wait
+from penstock.runners import worker_runtime
+
+if TYPE_CHECKING:
+    from penstock.engine.context import Scope
+
+
+def steps(run: TaskRun, scope: Scope, call: Call, return_state: bool) -> Steps:
+    """Run a call here, with its retries.
+
+    Parameters
+    ----------
+    run : TaskRun
+        New.
+    scope : Scope
+        What surrounds the caller.
+    call : Call
+        With arguments for this process.
+    return_state : bool
+        Answer the state instead of the value.
+    """
+    session = scope.session
+    run.call, run.direct, run.session, run.inside = call, True, session, scope.depth + 1
+    session.begin_direct(run, scope)
+    upstreams = [source.run for source in (*call.sources, *call.after) if source.run is not None]
+    yield Wait(upstreams)
+    dead = next((s.run for s in (*call.sources, *call.after) if _blocks(s)), None)
+    if dead is not None:
+        session.never_direct(run, dead)
+    else:
+        values = session.values_of(call.sources)
+        yield from _attempts(run, scope, call, values)
+    state = session.state_of(run)
+    if return_state:
+        return state
+    error = session.exception_of(run)
+    if error is not None:
+        raise error
+    return run.value
+
+
+def _attempts(run: TaskRun, scope: Scope, call: Call, values: list[Any]) -> Steps:
+    session = scope.session
+    options = run.task.options
+    assert isinstance(call.arguments, Bound)  # noqa: S101 - direct calls stay in this process
+    while not run.done:
+        run.delay = None
+        run.position = advance(run.position, StateType.RUNNING, None, run.failures + run.crashes + 1)
+        order = invoke.work_order(run, call, session.prints_of(run))
+        attempt = worker_runtime.Attempt(order, None, session.scope_of(run))
+        attempt.running.stack = worker_runtime.current()
+        args, kwargs = call.arguments(worker_runtime._inputs(values, options.inputs))
+        if order["prints"]:
+            worker_runtime.route_prints()
+        with attempt:
+            deep = run.inside % HOP == HOP - 1 and not run.task.isasync
+            attempt.value = yield Invoke(
+                run.task.fn, args, kwargs, options.timeout_seconds, fresh_stack=deep, name=run.name
+            )
+        session.ended_here(run, *attempt.outcome)
+        error = attempt.error
+        if isinstance(error, (KeyboardInterrupt, SystemExit, worker_runtime.Cancelled)):
+            raise error
+        if run.delay:
+            yield Sleep(run.delay)
+
+
+def _blocks(source: Source) -> bool:
+    run = source.run
+    return run is not None and not run.completed and not source.tolerant
+
+

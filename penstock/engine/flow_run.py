@@ -1,0 +1,356 @@
+"""One run of a flow, from its row in the record to its final state."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import replace as changed_copy
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from penstock import errors
+from penstock.engine import conclusion, context, parameters, signals
+from penstock.engine.annotations import allow_failure, quote
+from penstock.engine.calls import FlowRun, TaskRun
+from penstock.engine.context import Scope, current_tags
+from penstock.engine.events import HOST, bus
+from penstock.engine.futures import run_of
+from penstock.engine.invoke import wait_sources
+from penstock.engine.journal import Journal
+from penstock.engine.names import new_name
+from penstock.engine.options import run_name
+from penstock.engine.session import Session
+from penstock.engine.states import State, StateType, Stored, advance, failure_of
+from penstock.engine.steps import Steps, Wait
+from penstock.engine.summary import describe_all
+from penstock.engine.tracking import start_tracking
+from penstock.runners import worker_runtime
+from penstock.settings import settings
+
+if TYPE_CHECKING:
+    from penstock.engine.flow import Flow
+    from penstock.runners.base import TaskRunner
+
+GRACE = 2.0  # seconds that code which was asked to stop may take before the driver goes on
+
+
+class FlowRunScope:
+    """The frame around one call of a flow function.
+
+    Parameters
+    ----------
+    flow : Flow
+        What is called.
+    outer : Scope or None
+        What surrounds the call; None at the top.
+    args, kwargs
+        As the user wrote them.
+    """
+
+    def __init__(self, flow: Flow[..., Any], outer: Scope | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.flow = flow
+        self.outer = outer
+        self.args = args
+        self.kwargs = kwargs
+        self.runner: TaskRunner | None = None
+        self.session: Session | None = outer.session if outer is not None else None
+        self.arguments: dict[str, Any] = {}
+        self._ends = contextlib.ExitStack()
+        self._interrupts = signals.Interrupts()
+        if outer is None:
+            start_tracking()
+            self.journal = Journal(bus.publish)
+        else:
+            self.journal = outer.session.journal
+
+    # -- beginning --------------------------------------------------------------------------------
+    def make(self) -> None:
+        """Write the run's row, before anything can fail."""
+        outer, flow = self.outer, self.flow
+        if outer is None:
+            self._interrupts = self._ends.enter_context(signals.watched())
+        tags = flow.options.tags | current_tags()
+        around = None
+        if outer is not None:
+            stand_in: Any = SimpleNamespace(name=flow.name, options=SimpleNamespace(log_prints=None))
+            around = TaskRun(
+                stand_in,
+                flow.name,
+                root=outer.flow_run.root if outer.flow_run else "",
+                flow_run=outer.flow_run,
+                surrounding=outer.task_run,
+                tags=tags,
+            )
+        self.flow_run = FlowRun(
+            flow,
+            new_name(),
+            parent=outer.flow_run if outer else None,
+            task_run=around,
+            root=outer.flow_run.root if outer and outer.flow_run else "",
+            tags=tags | (outer.flow_run.tags if outer and outer.flow_run else frozenset()),
+        )
+        described: dict[str, str] = {}
+        problem: BaseException | None = None
+        try:
+            self.arguments = parameters.bind(flow.signature, flow.name, self.args, self.kwargs)
+            described = describe_all(self.arguments)
+            self.flow_run.name = run_name(flow.options.flow_run_name, self.flow_run.name, self.arguments)
+        except Exception as error:
+            problem = error
+        self._write_row(described, around)
+        if problem is not None:
+            raise problem
+
+    def _write_row(self, described: dict[str, str], around: TaskRun | None) -> None:
+        run = self.flow_run
+        if around is not None:
+            around.child_flow_run = run.id
+            around.name = run.name
+            parents = [("", up.id) for up in self._futures()]
+            self.journal.task_made(around, self.arguments, parents)
+        self.journal.flow_made(
+            run,
+            {
+                "name": run.name,
+                "flow": self.flow.name,
+                "version": self.flow.options.version,
+                "parent_flow_run": run.parent.id if run.parent else None,
+                "parent_task_run": around.id if around else None,
+                "tags": sorted(run.tags),
+                "parameters": described,
+                "runner": self.outer.session.runner.name if self.outer else "",
+                "host": HOST,
+                "pid": os.getpid(),
+                "python": platform.python_version(),
+                "penstock": own_version(),
+            },
+        )
+        self._state(StateType.PENDING)
+
+    def _futures(self) -> list[TaskRun]:
+        return conclusion.members_of([*self.args, *self.kwargs.values()]).runs
+
+    def arguments_steps(self, wait_for: Any) -> Steps:
+        """Bring futures among the arguments to the form that each parameter asks for, and validate."""
+        hints = parameters.type_hints(self.flow.fn) if self._futures() else {}
+        yield Wait([source.run for source in wait_sources(wait_for) if source.run is not None])
+        for name, value in list(self.arguments.items()):
+            tolerant = isinstance(value, allow_failure)
+            plain = value.unwrap() if isinstance(value, (allow_failure, quote)) else value
+            run = run_of(plain)
+            if run is None or isinstance(value, quote) or (not tolerant and parameters.takes_reference(hints.get(name))):
+                self.arguments[name] = plain if not isinstance(plain, State) or run is None else value
+                continue
+            yield Wait([run])
+            self.arguments[name] = self._value_of(run, tolerant)
+        if self.flow.options.validate_parameters:
+            try:
+                self.arguments = parameters.validate(self.flow.fn, self.flow.signature, self.arguments)
+            except errors.ParameterTypeError as error:
+                message = f"Validation of flow parameters failed with error: {error}"
+                raise errors.ParameterTypeError(message) from None
+        self.args, self.kwargs = parameters.unbind(self.flow.signature, self.arguments)
+
+    def _value_of(self, run: TaskRun, tolerant: bool) -> Any:
+        assert run.session is not None  # noqa: S101 - a future of a submitted run
+        if run.done and not run.completed and not tolerant:
+            message = f"Upstream task run '{run.id}' did not reach a 'COMPLETED' state."
+            raise errors.UnfinishedRun(message).of_run(self.flow_run.id) from run.session.exception_of(run)
+        return run.session.results([run], raise_on_failure=False)[0]
+
+    def start(self) -> None:
+        """Open the runner (a nested flow uses its parent's) and enter RUNNING."""
+        own = self.outer is None or self.flow._runner_override is not None
+        if own:
+            self.runner = self.flow.runner()
+            self.runner.open()
+            self._ends.callback(self.runner.close)
+            if self.runner.keeps:
+                self.runner.keep()
+            self.session = Session(self.runner, self.journal)
+            self._ends.callback(self.session.close)
+            info = self.runner.info
+            body = {name: getattr(info, name) for name in ("name", "address", "dashboard", "workers", "threads", "memory")}
+            self.journal.write("runner", self.flow_run.id, self.flow_run.root, {**body, "versions": dict(info.versions)})
+        self._state(StateType.RUNNING, attempt=1)
+        if self.flow_run.task_run is not None:
+            self._row(StateType.RUNNING)
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """Make this run the one that surrounds the user's code."""
+        assert self.session is not None  # noqa: S101 - started
+        wished = self.flow.options.log_prints
+        inherited = self.outer.log_prints if self.outer else settings().logging_log_prints
+        prints = bool(inherited if wished is None else wished)
+        scope = Scope(
+            self.session,
+            self.flow_run,
+            None,
+            worker_runtime.current(),
+            prints,
+            self.outer.depth if self.outer else 0,
+        )
+        if self.outer is not None:
+            scope = changed_copy(scope, task_run=self.flow_run.task_run)
+        if prints:
+            from penstock.engine import logs  # noqa: PLC0415 - only flows that log prints
+
+            logs.route_flow_prints()
+        with context.entered(scope):
+            yield
+
+    # -- end ----------------------------------------------------------------------------------------
+    def live(self, returned: Any = None) -> Sequence[TaskRun]:
+        """Return the runs that the flow's end has to wait for."""
+        return [*self.flow_run.live, *conclusion.members_of(returned).runs]
+
+    def returned(self, value: Any) -> State:
+        """Conclude from what the function returned."""
+        if isinstance(value, quote):
+            state = State(StateType.COMPLETED, data=value.unwrap())
+        elif conclusion.is_handmade(value):
+            state = value
+        else:
+            members = conclusion.members_of(value)
+            states = [run.session.state_of(run) for run in members.runs if run.session] + members.states
+            state = conclusion.aggregate(states) if states else State(StateType.COMPLETED)
+            if state.is_completed():
+                state.data = Returned(value, members.runs) if members.runs else value
+        self._finish(state)
+        return state
+
+    def not_ready(self, error: errors.UnfinishedRun) -> State:
+        """An upstream of a nested flow did not complete: it never runs."""
+        if self.session is None or self.flow_run.type is not StateType.PENDING:
+            state = State(StateType.FAILED, message=str(error), data=error)
+        else:
+            state = State(StateType.PENDING, "NotReady", str(error), error)
+        self._finish(state)
+        return state
+
+    def raised(self, error: BaseException) -> Steps:
+        """Conclude from what the function (or the start) raised; stop what still runs."""
+        asked = self._interrupts.received is not None
+        urgent = asked or not isinstance(error, Exception)
+        if self.session is not None and self.flow_run.live:
+            live = list(self.flow_run.live)
+            self.session.cancel_unstarted(live) if not urgent else self.session.cancel(live)
+            if urgent:
+                self.session.wait(live, GRACE)
+                self.session.cancel([run for run in live if not run.done], force=True)
+                self.session.wait(live, GRACE)
+                self.session.abandon(live)
+            else:
+                yield Wait(live)
+        state = self._state_of_error(error, asked)
+        self._finish(state)
+        return state
+
+    def _state_of_error(self, error: BaseException, asked: bool) -> State:
+        if isinstance(error, errors.Skip):
+            return State(StateType.SKIPPED, message=str(error))
+        if asked:
+            name = signal.Signals(self._interrupts.received or signal.SIGINT).name
+            return State(StateType.CANCELLED, message=f"Cancelled by {name}.", data=None)
+        if isinstance(error, errors.TerminationSignal):
+            return State(StateType.CRASHED, message="Execution was aborted by a termination signal.")
+        if isinstance(error, KeyboardInterrupt):
+            return State(StateType.CRASHED, message="Execution was aborted by an interrupt signal.")
+        if isinstance(error, SystemExit):
+            return State(StateType.CRASHED, message="Execution was aborted by Python system exit call.")
+        if type(error).__name__ == "CancelledError" and not isinstance(error, Exception):
+            return State(StateType.CRASHED, message="Execution was cancelled by the runtime environment.")
+        if isinstance(error, errors.TaskTimeout) and error.run_id is None:
+            seconds = self.flow.options.timeout_seconds
+            message = f"Flow run exceeded timeout of {seconds} second(s)"
+            return State(StateType.FAILED, "TimedOut", message, error)
+        started = self.flow_run.type is StateType.RUNNING
+        if not started and not isinstance(error, errors.ParameterTypeError):
+            return State(StateType.FAILED, "StartError", f"{type(error).__name__}: {error}", error)
+        if not started:
+            return State(StateType.FAILED, message=str(error), data=error)
+        message = f"Flow run encountered an exception: {type(error).__name__}: {error}"
+        return State(StateType.FAILED, message=message, data=error)
+
+    def _finish(self, state: State) -> None:
+        state.state_details.setdefault("flow_run_id", self.flow_run.id)
+        details: dict[str, Any] = {"seconds": max(0.0, state.timestamp - self.flow_run.started)}
+        if isinstance(state.data, BaseException):
+            described = worker_runtime.describe(state.data)
+            details["error"] = {name: described[name] for name in ("type", "message", "text")}
+        if self.outer is None and self.session is not None:
+            details["driver_bytes"] = self.session.bytes_fetched
+        self._state(state.type, state.name, state.message, **details)
+        if self.flow_run.task_run is not None:
+            self._row(state.type, state.name, state.message, **details)
+
+    def _state(
+        self, to: StateType, name: str | None = None, message: str = "", attempt: int | None = None, **details: Any
+    ) -> None:
+        if self.flow_run.position.type is not StateType.PENDING or to is not StateType.PENDING:
+            self.flow_run.position = advance(self.flow_run.position, to, name, attempt)
+        self.journal.flow_state(self.flow_run, message, **details)
+
+    def _row(self, to: StateType, name: str | None = None, message: str = "", **details: Any) -> None:
+        """Keep the row that stands for this run in its parent in step."""
+        run = self.flow_run.task_run
+        assert run is not None  # noqa: S101 - a nested flow has one
+        run.position = advance(run.position, to, name, 1)
+        run.message = message
+        run.done = to.is_final or name == "NotReady"
+        self.journal.task_state(run, **details)
+
+    # -- what the caller gets -------------------------------------------------------------------------
+    def give_state(self, state: State) -> State:
+        """Answer the state; at the top its values are brought here, since the runner may close."""
+        if self.outer is None and isinstance(state.data, Returned):
+            state.data = state.data.load()
+        return state
+
+    def give_value(self, state: State) -> Any:
+        """Answer the value, or raise what the state stands for."""
+        if state.is_skipped():
+            return None
+        if not state.is_completed():
+            raise failure_of(state)
+        if not isinstance(state.data, Returned):
+            return state.data
+        return state.data.load() if self.outer is None else state.data.value
+
+    def close(self) -> None:
+        """Leave the runner."""
+        self._ends.close()
+
+
+class Returned(Stored):
+    """A flow's return value that holds futures."""
+
+    def __init__(self, value: Any, runs: list[TaskRun]) -> None:
+        self.value = value
+        self.runs = runs
+
+    def load(self) -> Any:
+        """Bring the values of the futures here and put them in their places."""
+        by_session: dict[Session, list[TaskRun]] = {}
+        for run in self.runs:
+            if run.session is not None and run.done and (run.completed or run.type is StateType.SKIPPED):
+                by_session.setdefault(run.session, []).append(run)
+        values: dict[TaskRun, Any] = {}
+        for session, runs in by_session.items():
+            values.update(zip(runs, session.results(runs), strict=True))
+        return conclusion.with_values(self.value, values)
+
+
+@lru_cache
+def own_version() -> str:
+    """Return the version of penstock that runs."""
+    try:
+        return version("penstock")
+    except PackageNotFoundError:
+        return "unknown"

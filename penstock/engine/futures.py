@@ -1,0 +1,498 @@
+"""Futures: handles of runs. Only `result` and ``await`` move a value; nothing else does."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import warnings
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, SupportsIndex, TypeVar, overload
+
+from penstock import errors
+from penstock.engine.states import State, StateType
+
+if TYPE_CHECKING:
+    from penstock.engine.calls import TaskRun
+
+R = TypeVar("R")
+
+
+class PenstockFuture(Generic[R]):
+    """The future of a task run (or of a flow run in the background), on every runner.
+
+    `wait`, `state`, `done` and the end of a flow never move a value. Dropping the last future of
+    a run frees its value where it lies, unless another run still needs it.
+    """
+
+    __slots__ = ("__weakref__", "_run")
+
+    def __init__(self, run: TaskRun) -> None:
+        self._run = run
+
+    # -- looking ----------------------------------------------------------------------------
+    @property
+    def task_run_id(self) -> str:
+        """Id of the run, 32 hexadecimal digits."""
+        return self._run.id
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return self._run.name
+
+    @property
+    def state(self) -> State:
+        """The present state; read here, without a request and without bytes."""
+        session = _session(self._run)
+        session.flush()
+        return session.state_of(self._run)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the value in bytes, from the record; 0 before the end."""
+        return self._run.nbytes
+
+    @property
+    def where(self) -> str:
+        """The worker that made the value."""
+        return self._run.worker
+
+    @property
+    def key(self) -> str:
+        """Name of the present attempt on the backend, as its dashboard shows it."""
+        return "" if self._run.key is None else f"{self._run.key[0]}-{self._run.key[1]}"
+
+    def done(self) -> bool:
+        """Whether the run has ended, or can never start."""
+        if not self._run.done:
+            _session(self._run).flush()
+        return self._run.done
+
+    def running(self) -> bool:
+        """Whether user code is known to be running."""
+        return self._run.type is StateType.RUNNING
+
+    def cancelled(self) -> bool:
+        """Whether the run was cancelled."""
+        return self._run.done and self._run.type is StateType.CANCELLED
+
+    # -- waiting ----------------------------------------------------------------------------
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for the end of the run, or for `timeout` seconds; no bytes move.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Seconds; None waits for ever.
+        """
+        _session(self._run).wait([self._run], timeout)
+
+    def result(self, timeout: float | None = None, raise_on_failure: bool = True) -> R:
+        """Wait for the value and bring it here.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Seconds; None waits for ever.
+        raise_on_failure : bool
+            False returns the exception instead of raising it.
+
+        Returns
+        -------
+        object
+            What the task returned; None if it was skipped.
+
+        Raises
+        ------
+        TimeoutError
+            If the run has not ended in time.
+        Exception
+            What the task raised; `UnfinishedRun` if an upstream failed and it never started.
+        """
+        try:
+            return self._result(timeout, raise_on_failure)
+        except BaseException as error:
+            errors.hide_frames(error)
+            raise
+
+    def _result(self, timeout: float | None, raise_on_failure: bool) -> R:
+        run = self._run
+        session = _session(run)
+        if not run.done:
+            _warn_in_loop()
+            session.wait([run], timeout)
+        if not run.done:
+            message = f"Task run {run.id} did not complete within {timeout} seconds"
+            raise TimeoutError(message)
+        value: R = session.results([run], raise_on_failure=raise_on_failure)[0]
+        return value
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait for the end and return the exception of the run, None if it went well."""
+        self.wait(timeout)
+        run = self._run
+        if not run.done:
+            message = f"Task run {run.id} did not complete within {timeout} seconds"
+            raise TimeoutError(message)
+        return _session(run).exception_of(run)
+
+    def __await__(self) -> Generator[Any, None, R]:
+        """Like `result`, without blocking the event loop."""
+        return self._await().__await__()
+
+    async def _await(self) -> R:
+        loop = asyncio.get_running_loop()
+        session = _session(self._run)
+        try:
+            await self.settled()
+            if session.is_at_hand(self._run):
+                value: R = session.results([self._run])[0]
+            else:
+                value = (await loop.run_in_executor(None, session.results, [self._run]))[0]
+        except BaseException as error:
+            errors.hide_frames(error)
+            raise
+        return value
+
+    async def settled(self) -> None:
+        """Wait for the end of the run without blocking the event loop; no bytes move."""
+        run = self._run
+        if run.done:
+            return
+        loop = asyncio.get_running_loop()
+        waiter = loop.create_future()
+
+        def wake(_: Any) -> None:
+            try:
+                loop.call_soon_threadsafe(lambda: waiter.done() or waiter.set_result(None))
+            except RuntimeError:  # the loop has ended; nobody waits any more
+                return
+
+        session = _session(run)
+        session.add_callback(run, wake)
+        session.flush()
+        await waiter
+
+    # -- acting -----------------------------------------------------------------------------
+    def cancel(self, force: bool = False) -> bool:
+        """Ask the run to stop.
+
+        Parameters
+        ----------
+        force : bool
+            End the process that runs it, if it has started.
+
+        Returns
+        -------
+        bool
+            Whether the run will end CANCELLED; False if it has ended already.
+        """
+        return _session(self._run).cancel([self._run], force=force)
+
+    def add_done_callback(self, fn: Callable[[PenstockFuture[R]], Any]) -> None:
+        """Call ``fn(future)`` once when the run has ended, at once if it has."""
+        _session(self._run).add_callback(self._run, lambda run: fn(PenstockFuture(run)))
+
+    def __eq__(self, other: object) -> bool:
+        """Two futures of one run are equal."""
+        return isinstance(other, PenstockFuture) and other._run is self._run
+
+    def __hash__(self) -> int:
+        """Hash by the run."""
+        return hash(id(self._run))
+
+    def __repr__(self) -> str:
+        """Show name and state."""
+        size = f" {self.nbytes} bytes" if self.nbytes else ""
+        return f"<PenstockFuture {self._run.name} {self._run.state_name}{size}>"
+
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled in a place where penstock does not look for futures."""
+        message = (
+            f"the future of {self._run.name!r} cannot be pickled: pass it to a task directly, "
+            "or in a list, tuple, set, dict or dataclass."
+        )
+        raise errors.UnserializableArgument(message)
+
+
+Future = PenstockFuture
+
+
+class PenstockFutureList(list[PenstockFuture[R]], Generic[R]):
+    """What `.map` returns: the futures of its elements, in order."""
+
+    futures_inside = True  # `refs.replace` walks it like a list
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for the end of all runs; no bytes move."""
+        wait(self, timeout)
+
+    def result(self, timeout: float | None = None, raise_on_failure: bool = True) -> list[R]:
+        """Return the values in order, as soon as all are there or one has failed.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Seconds for all of them together.
+        raise_on_failure : bool
+            False puts exceptions in the place of values.
+
+        Raises
+        ------
+        TimeoutError
+            If not all have ended in time.
+        Exception
+            Of the first run that failed.
+        """
+        try:
+            return self._results(timeout, raise_on_failure)
+        except BaseException as error:
+            errors.hide_frames(error)
+            raise
+
+    def _results(self, timeout: float | None, raise_on_failure: bool) -> list[R]:
+        if not self:
+            return []
+        runs = [future._run for future in self]
+        session = _session(runs[0])
+        if not all(run.done for run in runs):
+            _warn_in_loop()
+        session.wait(runs, timeout, until_failure=raise_on_failure)
+        if raise_on_failure:
+            failed = next((run for run in runs if run.done and session.exception_of(run)), None)
+            if failed is not None:
+                session.results([failed])
+        if not all(run.done for run in runs):
+            message = f"Timed out waiting for all futures to complete within {timeout} seconds"
+            raise TimeoutError(message)
+        return session.results(runs, raise_on_failure=raise_on_failure)
+
+    def cancel(self, force: bool = False) -> bool:
+        """Ask all runs to stop; answer whether any of them will."""
+        if not self:
+            return False
+        runs = [future._run for future in self]
+        return _session(runs[0]).cancel(runs, force=force)
+
+    def reduce(
+        self, op: Callable[[list[Any]], Any], fanin: int = 8, order: str = "index"
+    ) -> PenstockFuture[Any]:
+        """Combine the values by a tree of tasks on the cluster, without moving them here.
+
+        Parameters
+        ----------
+        op : task or callable
+            Takes a list of at most `fanin` values and returns their combination; must be
+            associative.
+        fanin : int
+            Operands of one task.
+        order : {"index", "completion"}
+            "index" combines neighbours, so that the association is the same in every run.
+
+        Returns
+        -------
+        PenstockFuture
+            Of the one value that is left.
+        """
+        from penstock.engine.task import Task  # noqa: PLC0415 - tasks are made of futures
+
+        if fanin < 2:
+            message = f"'fanin' must be at least 2, got {fanin}."
+            raise errors.ConfigurationError(message)
+        if order not in {"index", "completion"}:
+            message = f"'order' must be 'index' or 'completion', got {order!r}."
+            raise errors.ConfigurationError(message)
+        if not self:
+            message = "there is nothing to reduce: the list of futures is empty."
+            raise errors.MappingMissingIterable(message)
+        combine = op if isinstance(op, Task) else Task(op)
+        level: list[PenstockFuture[Any]] = list(self)
+        while True:
+            groups = [level[start : start + fanin] for start in range(0, len(level), fanin)]
+            level = [combine.submit(group) for group in groups]
+            if len(level) == 1:
+                return level[0]
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> PenstockFuture[R]: ...
+    @overload
+    def __getitem__(self, index: slice) -> PenstockFutureList[R]: ...
+    def __getitem__(self, index: SupportsIndex | slice) -> Any:
+        """Answer one future, or a list of futures for a slice."""
+        found = super().__getitem__(index)
+        return PenstockFutureList(found) if isinstance(index, slice) else found
+
+
+class DoneAndNotDoneFutures(NamedTuple):
+    """What `wait` returns."""
+
+    done: set[PenstockFuture[Any]]
+    not_done: set[PenstockFuture[Any]]
+
+
+def wait(futures: Iterable[PenstockFuture[Any]], timeout: float | None = None) -> DoneAndNotDoneFutures:
+    """Wait for futures; no bytes move.
+
+    Parameters
+    ----------
+    futures : iterable of PenstockFuture
+        From any runs.
+    timeout : float, optional
+        Seconds for all of them together; None waits for ever.
+
+    Returns
+    -------
+    DoneAndNotDoneFutures
+        ``(done, not_done)``, two sets.
+    """
+    unique = list(futures)
+    deadline = None if timeout is None else time.monotonic() + check_timeout(timeout)
+    by_session: dict[Any, list[TaskRun]] = {}
+    for future in unique:
+        by_session.setdefault(_session(future._run), []).append(future._run)
+    for session, runs in by_session.items():
+        session.wait(runs, None if deadline is None else max(0.0, deadline - time.monotonic()))
+    done = {future for future in unique if future._run.done}
+    return DoneAndNotDoneFutures(done, {future for future in unique if not future._run.done} - done)
+
+
+class as_completed:  # noqa: N801 - the standard library's name; an iterator, plain and async
+    """Yield futures as they end, each once: ``for f in as_completed(fs)``, or ``async for``.
+
+    Parameters
+    ----------
+    futures : iterable of PenstockFuture
+        From any runs.
+    timeout : float, optional
+        Seconds for all of them together.
+
+    Raises
+    ------
+    TimeoutError
+        From the iteration: "2 (of 3) futures unfinished".
+    """
+
+    def __init__(self, futures: Iterable[PenstockFuture[Any]], timeout: float | None = None) -> None:
+        self._futures = list(dict.fromkeys(futures))
+        self._deadline = None if timeout is None else time.monotonic() + check_timeout(timeout)
+        self._ended: list[PenstockFuture[Any]] = []
+        self._changed = threading.Condition()
+        self._taken = 0
+        self._wakers: list[Callable[[], None]] = []
+        for future in self._futures:
+            _session(future._run).add_callback(future._run, self._arrive(future))
+        for session in {_session(future._run) for future in self._futures}:
+            session.flush()
+
+    def _arrive(self, future: PenstockFuture[Any]) -> Callable[[Any], None]:
+        def arrived(_: Any) -> None:
+            with self._changed:
+                self._ended.append(future)
+                self._changed.notify_all()
+                wakers, self._wakers = self._wakers, []
+            for wake in wakers:
+                wake()
+
+        return arrived
+
+    def __iter__(self) -> Iterator[PenstockFuture[Any]]:
+        """Iterate, blocking between ends."""
+        return self
+
+    def __next__(self) -> PenstockFuture[Any]:
+        """Return the next future that has ended."""
+        if self._taken == len(self._futures):
+            raise StopIteration
+        self._help()
+        with self._changed:
+            while len(self._ended) == self._taken:
+                left = None if self._deadline is None else self._deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    self._time_out()
+                self._changed.wait(left)
+            return self._take()
+
+    def _help(self) -> None:
+        """Inside a task that waits, do one of the runs here: the slot may be the only one."""
+        if len(self._ended) > self._taken:
+            return
+        pending = [future._run for future in self._futures if not future._run.done]
+        if pending:
+            _session(pending[0]).wait_any(pending, self._deadline)
+
+    def _take(self) -> PenstockFuture[Any]:
+        future = self._ended[self._taken]
+        self._taken += 1
+        return future
+
+    def _time_out(self) -> None:
+        message = f"{len(self._futures) - self._taken} (of {len(self._futures)}) futures unfinished"
+        raise TimeoutError(message)
+
+    def __aiter__(self) -> AsyncIterator[PenstockFuture[Any]]:
+        """Iterate without blocking the event loop."""
+        return self
+
+    async def __anext__(self) -> PenstockFuture[Any]:
+        """Return the next future that has ended."""
+        if self._taken == len(self._futures):
+            raise StopAsyncIteration
+        loop = asyncio.get_running_loop()
+        while len(self._ended) == self._taken:
+            woken = asyncio.Event()
+            with self._changed:
+                if len(self._ended) > self._taken:
+                    break
+                self._wakers.append(lambda event=woken: loop.call_soon_threadsafe(event.set))  # type: ignore[misc]
+            left = None if self._deadline is None else self._deadline - time.monotonic()
+            try:
+                await asyncio.wait_for(woken.wait(), left)
+            except TimeoutError:
+                self._time_out()
+        return self._take()
+
+
+def check_timeout(timeout: float) -> float:
+    """Refuse a negative time-out.
+
+    Raises
+    ------
+    ValueError
+        Naming the value.
+    """
+    if timeout < 0:
+        message = f"'timeout' must be a non-negative number, got {timeout}"
+        raise ValueError(message)
+    return timeout
+
+
+def run_of(value: Any) -> TaskRun | None:
+    """Return the run behind a future, or behind the state of a run whose value is elsewhere."""
+    if isinstance(value, PenstockFuture):
+        return value._run
+    if isinstance(value, State):
+        run: TaskRun | None = getattr(value.data, "run", None)
+        return run
+    return None
+
+
+def _session(run: TaskRun) -> Any:
+    return run.session
+
+
+_warned: set[int] = set()
+
+
+def _warn_in_loop() -> None:
+    """Say once per loop that `.result()` blocks it; it works, as in Prefect."""
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    if id(loop) not in _warned:
+        _warned.add(id(loop))
+        warnings.warn(
+            "future.result() blocks the running event loop until the run ends; use 'await future'.",
+            stacklevel=4,
+        )

@@ -1,0 +1,99 @@
+"""Logs of runs: `get_run_logger`, and the road from the standard library's loggers to events."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import MutableMapping
+from typing import Any
+
+from penstock import errors
+from penstock.engine import context
+from penstock.engine.events import Event
+from penstock.runners import worker_runtime
+
+FLOW_LOGGER = "penstock.flow_runs"
+TASK_LOGGER = "penstock.task_runs"
+
+
+class RunHandler(logging.Handler):
+    """Sends a line to the log of the run that wrote it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the line in the running attempt, or publish it for the flow run."""
+        try:
+            write_line(record.levelname, record.getMessage())
+        except Exception:  # a log line must never fail a run
+            self.handleError(record)
+
+
+def write_line(level: str, text: str) -> None:
+    """Add a line to the log of the innermost run around the calling code."""
+    running = worker_runtime.current()
+    scope = context.current()
+    if running is not None and (scope is None or scope.running is running or scope.task_run is not None):
+        running.log(level, text)
+    elif scope is not None and scope.flow_run is not None:
+        publish_lines(scope.session.publish, scope.flow_run.id, scope.flow_run.root, [[time.time(), level, text]])
+
+
+def publish_lines(publish: Any, run: str, root: str, lines: list[Any], dropped: int = 0) -> None:
+    """Publish log lines of a run as one event."""
+    publish(Event("log", run, root, time.time(), {"lines": lines, "dropped": dropped}))
+
+
+def route_flow_prints() -> None:
+    """Send `print` in the driver's own code to the log of the flow run that asked for it."""
+    worker_runtime.route_prints()
+    worker_runtime.set_outside(_flow_print)
+
+
+def _flow_print(text: str) -> bool:
+    scope = context.current()
+    if scope is None or not scope.log_prints or scope.flow_run is None:
+        return False
+    write_line("INFO", text)
+    return True
+
+
+class RunLogger(logging.LoggerAdapter[logging.Logger]):
+    """A standard logger that knows its run."""
+
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        """Pass the run's ids on as `extra`."""
+        kwargs["extra"] = {**(self.extra or {}), **kwargs.get("extra", {})}
+        return msg, kwargs
+
+
+def get_run_logger(**extra: Any) -> RunLogger:
+    """Return the logger of the run that calls.
+
+    Its lines go into the record of the run, on every runner, and on to the handlers of the
+    standard library's ``logging`` (loggers ``penstock.flow_runs`` and ``penstock.task_runs``).
+
+    Parameters
+    ----------
+    **extra : object
+        Added to every record, as for `logging.LoggerAdapter`.
+
+    Raises
+    ------
+    MissingContextError
+        Outside of a flow or task run.
+    """
+    running = worker_runtime.current()
+    if running is not None:
+        name = TASK_LOGGER
+        extra = {"task_run_id": running.order["run"], "task_run_name": running.order["name"], **extra}
+    else:
+        scope = context.current()
+        if scope is None or scope.flow_run is None:
+            message = "There is no active flow or task run; call get_run_logger() inside one."
+            raise errors.MissingContextError(message)
+        name = FLOW_LOGGER
+        extra = {"flow_run_id": scope.flow_run.id, "flow_run_name": scope.flow_run.name, **extra}
+    logger = logging.getLogger(name)
+    if not any(isinstance(handler, RunHandler) for handler in logger.handlers):
+        logger.addHandler(RunHandler())
+        logger.setLevel(logging.DEBUG if logger.level == logging.NOTSET else logger.level)
+    return RunLogger(logger, extra)

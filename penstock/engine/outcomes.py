@@ -1,0 +1,178 @@
+"""What the end of an attempt means for its run: the session's decisions, one for each cause."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+from penstock import errors
+from penstock.engine import invoke
+from penstock.engine.clock import clock
+from penstock.engine.states import State, StateType, advance
+from penstock.runners import worker_runtime
+
+if TYPE_CHECKING:
+    from penstock.engine.calls import TaskRun
+    from penstock.engine.session import Session
+    from penstock.runners.base import Report
+
+
+def started(session: Session, run: TaskRun) -> None:
+    """User code begins: from now on its deadline runs."""
+    if run.type is not StateType.PENDING:
+        return
+    run.position = advance(run.position, StateType.RUNNING)
+    session.journal.task_state(run)
+    timeout = run.task.options.timeout_seconds
+    if timeout is not None:
+        attempt = run.attempt
+        run.alarm = clock.call_later(timeout, lambda: session.later(lambda: expired(session, run, attempt)))
+
+
+def expired(session: Session, run: TaskRun, attempt: int) -> None:
+    """The deadline has passed: the run is over, whether its code stops or not."""
+    if run.done or run.attempt != attempt:
+        return
+    seconds = run.task.options.timeout_seconds
+    message = f"Task run {run.name!r} exceeded timeout of {seconds} second(s)"
+    ref = run.ref
+    session.forget(run)
+    if ref is not None and ref.handle is not None:
+        session.later(lambda: _stop(session, ref))
+    error = errors.TaskTimeout(message).of_run(run.id)
+    _failed(session, run, "TimedOut", message, error, {"started": run.started or run.ended or 1e-9})
+    session.wake()
+
+
+def _stop(session: Session, ref: Any) -> None:
+    with contextlib.suppress(Exception):  # the run is over; the backend may be too
+        session.runner.cancel([ref], force=session.runner.kills_on_timeout)
+
+
+def ended(session: Session, run: TaskRun, record: dict[str, Any], nbytes: int, worker: str) -> None:
+    """User code has come to an end, well or not."""
+    status = record["status"]
+    if status == "upstream":
+        return
+    run.started, run.nbytes = record["started"], nbytes or record["nbytes"]
+    run.worker = worker or record["worker"] or f"{record['host']}:{record['pid']}"
+    lines, dropped = [list(line) for line in record.get("logs", ())], record.get("dropped", 0)
+    if run.tracked:
+        session.journal.lines(run, lines, dropped)
+    if "children" in record:
+        session.journal.absorb(record["children"])
+    details = {"started": record["started"], "seconds": record["seconds"], "peak": record["peak"]}
+    if status == "completed":
+        _completed(session, run, details)
+        return
+    described = record["error"]
+    failure = _failure(run, described, record)
+    if status == "cancelled":
+        session.settle(run, StateType.CANCELLED, None, "Cancelled while it ran.", **details)
+    elif status == "skipped":
+        session.settle(run, StateType.SKIPPED, None, described["message"], **details)
+    elif status == "crashed":
+        run.error = failure
+        text = _ABORTED.get(described["type"], "Execution was aborted.")
+        session.settle(run, StateType.CRASHED, None, text, cause=described["type"], error=_shown(described), **details)
+    else:
+        text = f"Task run encountered an exception: {described['type']}: {described['message']}"
+        _failed(session, run, None, text, failure, {**details, "error": _shown(described)})
+
+
+_ABORTED = {
+    "KeyboardInterrupt": "Execution was aborted by an interrupt signal.",
+    "SystemExit": "Execution was aborted by Python system exit call.",
+}
+
+
+def _completed(session: Session, run: TaskRun, details: dict[str, Any]) -> None:
+    returned = run.value
+    if returned is None and session.in_process and run.ref is not None:
+        returned = run.ref.handle
+    if isinstance(returned, State):  # a state made by hand ends the run as that state
+        state = returned
+        if state.is_final() and not state.is_completed():
+            run.error = state.data if isinstance(state.data, BaseException) else None
+            session.settle(run, state.type, state.name, state.message, **details)
+            return
+        run.value = state.data
+    session.settle(run, StateType.COMPLETED, **details)
+
+
+def _failure(run: TaskRun, described: dict[str, Any], record: dict[str, Any]) -> Any:
+    where = f"(task run {run.name!r}, attempt {record['attempt']}, on {run.worker})"
+    handle = run.ref.handle if run.ref is not None else None
+    own = handle.error if isinstance(handle, worker_runtime.Failed) else None
+    return own if own is not None else invoke.Failure(described, where)
+
+
+def _shown(described: dict[str, Any]) -> dict[str, str]:
+    return {name: described[name] for name in ("type", "message", "text")}
+
+
+def _failed(
+    session: Session, run: TaskRun, name: str | None, message: str, error: Any, details: dict[str, Any]
+) -> None:
+    """User code failed: try again if the budget allows it."""
+    run.failures += 1
+    run.error = error
+    policy = run.task.options.retry
+    delay = policy.after_failure(run.failures)
+    if delay is None or run.cancelling or not _wants_retry(session, run, name, message):
+        session.settle(run, StateType.FAILED, name, message, **details)
+        return
+    _try_again(session, run, delay, message, details)
+
+
+def _wants_retry(session: Session, run: TaskRun, name: str | None, message: str) -> bool:
+    condition = run.task.options.retry_condition_fn
+    if condition is None:
+        return True
+    error = run.error.exception(run.id) if isinstance(run.error, invoke.Failure) else run.error
+    state = State(StateType.FAILED, name or "", message, error, {"task_run_id": run.id})
+    try:
+        return bool(condition(run.task, run, state))
+    except Exception as problem:  # a condition that fails means no retry
+        lines = [[run.ended, "ERROR", f"retry_condition_fn raised {problem!r}: no retry"]]
+        session.journal.lines(run, lines, 0)
+        return False
+
+
+def lost(session: Session, run: TaskRun, report: Report) -> None:
+    """The infrastructure failed while the run was in its hands."""
+    cause = report.cause or errors.CrashedRun("the backend lost the task")
+    run.worker = report.worker or run.worker
+    if run.cancelling:
+        session.settle(run, StateType.CANCELLED, None, "Cancelled.")
+        return
+    if isinstance(cause, errors.CancelledRun):
+        cause = errors.CrashedRun(f"the backend cancelled the task: {cause}")
+    run.crashes += 1
+    run.error = cause.of_run(run.id) if isinstance(cause, errors.RunError) else cause
+    message = str(cause)
+    details = {"cause": type(cause).__name__}
+    policy = run.task.options.retry
+    delay = policy.after_crash(run.crashes) if run.task.options.idempotent else None
+    if delay is None:
+        session.settle(run, StateType.CRASHED, None, message, **details)
+    else:
+        _try_again(session, run, delay, message, details)
+
+
+def _try_again(session: Session, run: TaskRun, delay: float, message: str, details: dict[str, Any]) -> None:
+    if run.alarm is not None:
+        run.alarm.cancel()
+        run.alarm = None
+    run.position = advance(run.position, StateType.RUNNING, "Retrying") if not delay else run.position
+    if delay:
+        run.position = advance(_running(run), StateType.SCHEDULED, "AwaitingRetry")
+    run.message = message
+    session.journal.task_state(run, **details)
+    session.again(run, delay)
+
+
+def _running(run: TaskRun) -> Any:
+    if run.type is StateType.PENDING:
+        return advance(run.position, StateType.RUNNING)
+    return run.position

@@ -1,0 +1,172 @@
+"""Functions and arguments as bytes: pickled once, by value where a worker cannot import them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pickle
+import site
+import sys
+import sysconfig
+import threading
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+
+from penstock import errors
+from penstock.engine.refs import Slot
+
+_PLAIN = (int, float, str, bytes, bool, complex, type(None))
+_registry = threading.RLock()  # cloudpickle's table of modules by value belongs to the process
+
+_ROOTS = tuple(
+    {
+        str(Path(path).resolve())
+        for path in (
+            *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+            *site.getsitepackages(),
+            str(Path(__file__).parent.parent),
+        )
+        if path
+    }
+)
+_users: dict[str, types.ModuleType | None] = {}
+
+
+def users_module(name: str | None) -> types.ModuleType | None:
+    """Return the module of that name if it is the user's own code, which travels by value.
+
+    A script, a notebook or a module outside of site-packages cannot be expected on a worker;
+    installed libraries can.
+    """
+    if name is None or name == "__main__":  # cloudpickle sends these by value without being asked
+        return None
+    if name not in _users:
+        module = sys.modules.get(name)
+        path = getattr(module, "__file__", None)
+        own = path is not None and not str(Path(path).resolve()).startswith(_ROOTS)
+        _users[name] = module if own else None
+    return _users[name]
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc, name-defined]
+    """Pickles the user's functions and classes by value, and refuses futures in odd places."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, (types.FunctionType, type)):
+            module = users_module(obj.__module__)
+            if module is not None:
+                with _registry, _by_value(module):
+                    return super().reducer_override(obj)
+        elif hasattr(type(obj), "task_run_id"):
+            message = (
+                f"the future of task run {obj.task_run_id[:8]} is inside an object that penstock does "
+                "not search; pass it directly, or in a list, tuple, set, dict or dataclass."
+            )
+            raise errors.UnserializableArgument(message)
+        return super().reducer_override(obj)
+
+
+class _ArgumentPickler(_Pickler):
+    """Leaves the upstream values out; `worker_runtime` puts them in."""
+
+    def persistent_id(self, obj: Any) -> int | None:
+        return obj.position if type(obj) is Slot else None
+
+
+@contextlib.contextmanager
+def _by_value(module: types.ModuleType) -> Any:
+    registered = module.__name__ in cloudpickle.list_registry_pickle_by_value()
+    if not registered:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        yield
+    finally:
+        if not registered:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
+def pack_function(function: Callable[..., Any]) -> bytes:
+    """Pickle a function; the session keeps the bytes, so that it happens once per run.
+
+    Raises
+    ------
+    UnserializableArgument
+        Naming the function and what it refers to that cannot be pickled.
+    """
+    try:
+        return dumps(function)
+    except Exception as error:
+        name = getattr(function, "__qualname__", type(function).__name__)
+        message = f"function {name!r} cannot be sent to another process: {error}"
+        raise errors.UnserializableArgument(message) from error
+
+
+def dumps(value: Any) -> bytes:
+    """Pickle a value that holds no slots."""
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=5).dump(value)
+    return buffer.getvalue()
+
+
+def pack_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], slots: int, task: str) -> bytes:
+    """Pickle the arguments of one call, with placeholders for `slots` upstream values.
+
+    Raises
+    ------
+    UnserializableArgument
+        Naming the task, the parameter and the reason.
+    """
+    if not slots and _are_plain(args) and _are_plain(kwargs.values()):
+        return pickle.dumps((args, kwargs), 5)
+    try:
+        buffer = io.BytesIO()
+        _ArgumentPickler(buffer, protocol=5).dump((args, kwargs))
+    except Exception as error:
+        where, reason = _culprit(args, kwargs, error)
+        message = f"argument {where} of task {task!r} cannot be sent to another process: {reason}"
+        raise errors.UnserializableArgument(message) from error
+    return buffer.getvalue()
+
+
+def _are_plain(values: Any) -> bool:
+    for value in values:
+        kind = type(value)
+        if kind in _PLAIN or kind.__module__ == "numpy":
+            continue
+        if kind in (tuple, list) and len(value) < 100 and _are_plain(value):
+            continue
+        return False
+    return True
+
+
+def _culprit(args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> tuple[str, str]:
+    """Find the argument that does not pickle, and the path of the attribute in it."""
+    for name, value in [*((str(position), value) for position, value in enumerate(args)), *kwargs.items()]:
+        path = _path_to_culprit(value, 3)
+        if path is not None:
+            return f"{name!r}{path[0]}", f"{type(path[1]).__name__} ({path[2]})"
+    return "list", str(error)
+
+
+def _path_to_culprit(value: Any, depth: int) -> tuple[str, Any, str] | None:
+    try:
+        buffer = io.BytesIO()
+        _ArgumentPickler(buffer, protocol=5).dump(value)
+    except Exception as error:
+        members: list[tuple[str, Any]] = []
+        if isinstance(value, dict):
+            members = [(f"[{key!r}]", member) for key, member in value.items()]
+        elif isinstance(value, (list, tuple)):
+            members = [(f"[{position}]", member) for position, member in enumerate(value)]
+        elif hasattr(value, "__dict__"):
+            members = [(f".{name}", member) for name, member in vars(value).items()]
+        for text, member in members[:100] if depth else []:
+            inner = _path_to_culprit(member, depth - 1)
+            if inner is not None:
+                return text + inner[0], inner[1], inner[2]
+        return "", value, str(error)
+    return None

@@ -1,0 +1,179 @@
+"""One engine for sync and async code: a run is a generator of steps, and two short drivers.
+
+The generator decides; what it yields is carried out by `drive`, which blocks, or by
+`drive_awaiting`, which awaits. There is no second copy of anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import inspect
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from penstock import errors
+from penstock.engine.futures import PenstockFuture
+from penstock.runners import worker_runtime
+
+if TYPE_CHECKING:
+    from penstock.engine.calls import TaskRun
+
+
+@dataclass(slots=True)
+class Invoke:
+    """Call the user's function.
+
+    Attributes
+    ----------
+    function : callable
+        Plain or coroutine function.
+    args, kwargs
+        Its arguments.
+    timeout : float or None
+        Seconds.
+    fresh_stack : bool
+        Call it in another thread, because this one's stack is deep.
+    name : str
+        Of the run, for the message of a time-out.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    timeout: float | None = None
+    fresh_stack: bool = False
+    name: str = ""
+
+
+@dataclass(slots=True)
+class Wait:
+    """Wait until runs have ended."""
+
+    runs: Sequence[TaskRun]
+
+
+@dataclass(slots=True)
+class Sleep:
+    """Let time pass."""
+
+    seconds: float
+
+
+Steps = Generator[Any, Any, Any]
+
+
+def drive(steps: Steps) -> Any:
+    """Carry steps out, blocking, and return what the generator returns."""
+    return _loop(steps, _carry_out)
+
+
+def _loop(steps: Steps, carry_out: Callable[[Any], Any]) -> Any:
+    answer: Any = None
+    error: BaseException | None = None
+    while True:
+        try:
+            step = steps.throw(error) if error is not None else steps.send(answer)
+        except StopIteration as stop:
+            return stop.value
+        answer, error = None, None
+        try:
+            answer = carry_out(step)
+        except BaseException as raised:  # handed to the generator, which decides
+            error = raised
+
+
+def _carry_out(step: Any) -> Any:
+    if isinstance(step, Wait):
+        _wait(step.runs)
+        return None
+    if isinstance(step, Sleep):
+        time.sleep(step.seconds)
+        return None
+    call = step.function
+    if step.fresh_stack:
+        value = worker_runtime._in_thread(contextvars.copy_context().run, _called(call), step.args, step.kwargs)
+    else:
+        with _interrupted_after(step.timeout, step.name):
+            value = call(*step.args, **step.kwargs)
+    if inspect.iscoroutine(value):  # a sync function that returns an awaitable has it run to the end
+        value = worker_runtime._run_coroutine(value)
+    return value
+
+
+def _called(call: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+    return lambda args, kwargs: call(*args, **kwargs)
+
+
+def _wait(runs: Sequence[TaskRun]) -> None:
+    by_session: dict[Any, list[TaskRun]] = {}
+    for run in runs:
+        by_session.setdefault(run.session, []).append(run)
+    for session, members in by_session.items():
+        session.wait(members)
+
+
+async def drive_awaiting(steps: Steps) -> Any:
+    """Carry steps out without blocking the event loop."""
+    answer: Any = None
+    error: BaseException | None = None
+    while True:
+        try:
+            step = steps.throw(error) if error is not None else steps.send(answer)
+        except StopIteration as stop:
+            return stop.value
+        answer, error = None, None
+        try:
+            if isinstance(step, Wait):
+                for run in step.runs:
+                    await PenstockFuture(run).settled()
+            elif isinstance(step, Sleep):
+                await asyncio.sleep(step.seconds)
+            else:
+                answer = await _await_call(step)
+        except BaseException as raised:
+            error = raised
+
+
+async def _await_call(step: Invoke) -> Any:
+    try:
+        async with asyncio.timeout(step.timeout) as limit:
+            return await step.function(*step.args, **step.kwargs)
+    except TimeoutError as error:
+        if limit.expired():
+            raise _timed_out(step.name, step.timeout) from error
+        raise
+
+
+def _timed_out(name: str, seconds: float | None) -> errors.TaskTimeout:
+    return errors.TaskTimeout(f"Run {name!r} exceeded timeout of {seconds} second(s)")
+
+
+@contextmanager
+def _interrupted_after(seconds: float | None, name: str) -> Iterator[None]:
+    """Interrupt the block on the main thread; elsewhere nothing can, and the end is checked."""
+    if seconds is None:
+        yield
+        return
+    if threading.current_thread() is not threading.main_thread():
+        begun = time.monotonic()
+        yield
+        if time.monotonic() - begun > seconds:
+            raise _timed_out(name, seconds)
+        return
+
+    def ring(_signal: int, _frame: Any) -> None:
+        raise _timed_out(name, seconds)
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,306 @@
+"""Tracking: every event goes to the spool at once, and from there to the store in the background.
+
+A run never waits for the store and never fails because of it. `Tracker.record` appends to the
+spool in the thread that made the event; a `Sender` moves the spool into a `Store`. What is unsent
+when the process ends stays in the spool for the next run or command on this machine.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib
+import importlib.util
+import logging
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from penstock.engine.events import Event, bus, pack
+from penstock.engine.home import Home, usable_home
+from penstock.engine.sender import Sender, Store, StoreUnusable
+from penstock.engine.spool import Spool
+from penstock.settings import settings
+
+__all__ = ["Store", "StoreUnusable", "Tracker", "open_store", "start_tracking", "stop_tracking"]
+
+logger = logging.getLogger("penstock.tracking")
+
+EXIT_PATIENCE = 5.0  # seconds
+RING = 100_000  # events kept in memory while the disk takes none
+DISK_RETRY = 0.5  # seconds between two attempts to write to a disk that was full
+ROTATE = 64 << 20  # bytes after which a spool that is fully sent makes room for a new one
+SYNC_INTERVAL = 0.05  # seconds that a power failure may cost under PENSTOCK_SPOOL_SYNC=power
+
+
+def open_store(home: Home) -> Store:
+    """Open the store that the settings name; called in the sender's thread only.
+
+    It is bound by name, so that the engine imports neither SQLAlchemy nor an HTTP client, and the
+    first task does not wait for either.
+    """
+    name = "penstock.api.embedded"
+    if settings().api_url:
+        if importlib.util.find_spec("penstock.api.client") is not None:
+            name = "penstock.api.client"
+        else:
+            logger.warning("PENSTOCK_API_URL is set, but this version records into %s only.", home.path)
+    store: Store = importlib.import_module(name).open_store(home.path)
+    return store
+
+
+class Tracker:
+    """Records the events of this process.
+
+    Parameters
+    ----------
+    home : Home
+        Where the spool lies.
+    opener : callable
+        Opens the store, in the sender's thread.
+    durable : bool
+        Make events survive a power failure as soon as they are 50 ms old.
+
+    Attributes
+    ----------
+    lost : int
+        Transitions that neither the disk nor the memory could hold.
+    dropped_logs : int
+        Events with log lines that were given up for the sake of transitions.
+    """
+
+    def __init__(self, home: Home, opener: Callable[[Home], Store] = open_store, *, durable: bool = False) -> None:
+        self.home = home
+        self.lost = 0
+        self.dropped_logs = 0
+        self._opener = opener
+        self._durable = durable
+        self._gate = threading.Lock()
+        self._begin()
+        _trackers.add(self)
+
+    def _begin(self) -> None:
+        self._ring: deque[tuple[str, bytes]] = deque()
+        self._retry_at = 0.0
+        self._spool: Spool | None = None
+        self._sender: Sender | None = None
+
+    def _after_fork(self) -> None:
+        """Forget the spool, its lock and its sender: they are the parent's."""
+        self._gate = threading.Lock()
+        self._begin()
+
+    # -- in the thread of the run -----------------------------------------------------------
+    def record(self, event: Event) -> None:
+        """Keep one event. Never raises, and waits for nothing but the cache of the disk."""
+        try:
+            payload = pack(event)
+        except Exception:  # a value that does not fit the format: its text is better than nothing
+            payload = pack(replace(event, body=_plain(event.body)))
+        with self._gate:
+            if self._ring:
+                self._empty_ring()
+            if self._ring or not self._append(payload):
+                self._keep(event.kind, payload)
+            sender = self._sender
+        if sender is not None:
+            sender.notify()
+
+    def _append(self, payload: bytes) -> bool:
+        try:
+            if self._spool is None:
+                self._spool = Spool(self.home.spool)
+                self._start_threads(self._spool)
+            self._spool.append(payload)
+        except OSError as error:
+            if not self._retry_at:
+                logger.warning("%s takes no events (%s); they are kept in memory for now.", self.home.spool, error)
+            self._retry_at = time.monotonic() + DISK_RETRY
+            return False
+        self._retry_at = 0.0
+        return True
+
+    def _start_threads(self, spool: Spool) -> None:
+        try:
+            self._sender = Sender(spool, lambda: self._opener(self.home), self._successor)
+            if self._durable:
+                threading.Thread(target=self._sync, name="penstock-sync", daemon=True).start()
+        except RuntimeError:
+            pass  # Python is shutting down: the spool alone has to do
+
+    def _empty_ring(self) -> None:
+        if time.monotonic() >= self._retry_at:
+            while self._ring and self._append(self._ring[0][1]):
+                self._ring.popleft()
+
+    def _keep(self, kind: str, payload: bytes) -> None:
+        if len(self._ring) >= RING:
+            if kind == "log":
+                self.dropped_logs += 1
+                return
+            kept = deque(one for one in self._ring if one[0] != "log")
+            self.dropped_logs += len(self._ring) - len(kept)
+            if len(kept) == RING:
+                kept.popleft()
+                self.lost += 1
+            self._ring = kept
+        self._ring.append((kind, payload))
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until the store has committed everything recorded so far.
+
+        Parameters
+        ----------
+        timeout : float
+            Seconds to wait at most.
+
+        Returns
+        -------
+        bool
+            False if the time was too short; what is not committed stays in the spool.
+        """
+        with self._gate:
+            self._retry_at = 0.0
+            self._empty_ring()
+            spool, sender, complete = self._spool, self._sender, not self._ring
+            target = spool.last if spool is not None else 0
+        if sender is None:
+            return complete and spool is None
+        return sender.flush(target, timeout) and complete
+
+    def close(self, timeout: float = EXIT_PATIENCE) -> bool:
+        """Send what there is and let go of the spool; an event that comes later opens a new one.
+
+        A store that was not even loaded yet is not loaded now: reading the spool costs the next
+        command less than loading the store would cost this one.
+
+        Returns
+        -------
+        bool
+            Whether the store has committed everything.
+        """
+        deadline = time.monotonic() + timeout
+        sender = self._sender
+        if sender is not None:
+            if sender.loading:
+                self.flush(timeout)
+            sender.stop(max(0.0, deadline - time.monotonic()))
+        with self._gate:
+            self._retry_at = 0.0
+            self._empty_ring()
+            spool, ring = self._spool, self._ring
+            self._begin()
+        self._report(len(ring))
+        if spool is None:
+            return not ring
+        acknowledged = sender.acknowledged if sender is not None else 0
+        spool.close(acknowledged)
+        return acknowledged >= spool.last and not ring
+
+    def _report(self, left: int) -> None:
+        if self.dropped_logs:
+            logger.warning("The disk was full: log lines of %d events were dropped.", self.dropped_logs)
+        if self.lost + left:
+            logger.error("The disk was full: %d events were lost.", self.lost + left)
+        self.dropped_logs = self.lost = 0
+
+    # -- in the threads behind it -----------------------------------------------------------
+    def _successor(self, acknowledged: int) -> Spool | None:
+        """Give the sender a new spool if the present one is long and entirely committed."""
+        with self._gate:
+            old = self._spool
+            if old is None or old.size < ROTATE or acknowledged < old.last:
+                return None
+            try:
+                self._spool = Spool(self.home.spool)
+            except OSError:
+                return None
+        old.close(acknowledged)
+        return self._spool
+
+    def _sync(self) -> None:
+        while (spool := self._spool) is not None:
+            with contextlib.suppress(OSError):
+                spool.sync()
+            time.sleep(SYNC_INTERVAL)
+
+
+def _plain(value: Any, depth: int = 8) -> Any:
+    """Make a value packable: odd text, numbers and objects become text."""
+    if isinstance(value, dict) and depth:
+        return {str(_plain(key, 0)): _plain(one, depth - 1) for key, one in value.items()}
+    if isinstance(value, (list, tuple, set)) and depth:
+        return [_plain(one, depth - 1) for one in value]
+    if value is None or isinstance(value, (bool, float)) or (isinstance(value, int) and abs(value) < 1 << 63):
+        return value
+    try:
+        text = value if isinstance(value, str) else str(value)
+    except Exception:
+        text = f"<{type(value).__name__}>"
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+# -- the tracker of this process ------------------------------------------------------------
+
+_trackers: weakref.WeakSet[Tracker] = weakref.WeakSet()
+_starting = threading.Lock()
+_tracker: Tracker | None = None
+_unsubscribe: Callable[[], None] | None = None
+
+
+def start_tracking() -> Tracker:
+    """Record every event from now on; later calls return the same tracker.
+
+    Returns
+    -------
+    Tracker
+        One that records nothing if ``PENSTOCK_TRACKING`` is off.
+    """
+    global _tracker, _unsubscribe
+    with _starting:
+        if _tracker is None:
+            given = settings()
+            home = usable_home(given.home) if given.tracking == "on" else Home(given.home)
+            if home.warning:
+                logger.warning("%s", home.warning)
+            _tracker = Tracker(home, durable=given.spool_sync == "power")
+            if given.tracking == "on":
+                _unsubscribe = bus.subscribe(_tracker.record)
+        return _tracker
+
+
+def stop_tracking(timeout: float = EXIT_PATIENCE) -> bool:
+    """Send what there is and record nothing more.
+
+    Returns
+    -------
+    bool
+        Whether the store has committed everything; the rest stays in the spool.
+    """
+    global _tracker, _unsubscribe
+    tracker, unsubscribe = _tracker, _unsubscribe
+    _tracker = _unsubscribe = None
+    if unsubscribe is not None:
+        unsubscribe()
+    return tracker.close(timeout) if tracker is not None else True
+
+
+def _after_fork() -> None:
+    global _starting
+    _starting = threading.Lock()
+    for tracker in list(_trackers):
+        tracker._after_fork()
+
+
+def _at_exit() -> None:
+    if _tracker is not None:  # still subscribed: what others publish while they close is kept
+        _tracker.close()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_at_exit)

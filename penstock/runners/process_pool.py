@@ -1,0 +1,384 @@
+"""The process pool: one thread that starts worker processes, listens to them and buries them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import selectors
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from penstock import errors
+from penstock.runners.base import Key, Report
+from penstock.runners.process_channel import Message
+from penstock.runners.process_child import Child
+from penstock.runners.process_schedule import Schedule
+from penstock.runners.process_work import Handle, Value, Work
+from penstock.runners.shared_memory import SharedMemory
+
+_START_SECONDS = 60.0  # until a worker is ready: it may import from a slow file system
+_FAILED_STARTS = 3  # in a row, until the pool gives up
+_GRACE_SECONDS = 1.0  # for workers that are told to end
+_LINGER_SECONDS = 2.0  # until an idle process beyond the full number ends
+_LOOK_SECONDS = 0.05  # how often to look at the clock while one of these runs
+
+_log = logging.getLogger(__name__)
+
+
+class Pool:
+    """Worker processes and the thread that serves them.
+
+    The workers are children of this thread: the kernel kills them when it ends, however it ends.
+
+    Parameters
+    ----------
+    workers : int
+        How many tasks run at a time.
+    settings : dict
+        For `Child.start`.
+    environment : dict
+        Of the workers.
+    memory : SharedMemory
+        Where large values lie; the pool deletes it at the end.
+    deliver : callable
+        Takes reports; called by the thread of the pool.
+    """
+
+    def __init__(
+        self,
+        workers: int,
+        settings: Mapping[str, Any],
+        environment: Mapping[str, str],
+        memory: SharedMemory,
+        deliver: Callable[[Sequence[Report]], None],
+    ) -> None:
+        self._schedule = Schedule(workers)
+        self.files = self._schedule.files
+        self._settings = settings
+        self._environment = environment
+        self._memory = memory
+        self._deliver = deliver
+        self._lock = threading.RLock()
+        self._numbers = 0
+        self._failed_starts = 0
+        self._broken = ""  # why there will be no more workers
+        self._opened = threading.Event()  # the first worker is ready, or there will be none
+        self._deadline: float | None = None  # set when the pool closes: then workers are killed
+        self._selector = selectors.DefaultSelector()
+        self._ear, self._bell = socket.socketpair()  # wakes the thread up
+        self._ear.setblocking(False)
+        self._bell.setblocking(False)
+        self._selector.register(self._ear, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._run, name="penstock-processes", daemon=True)
+        self._process = os.getpid()
+
+    # -- called by any thread -------------------------------------------------------------
+    def open(self) -> None:
+        """Start the workers and wait for the first one.
+
+        Raises
+        ------
+        RunnerUnavailable
+            If none can be started.
+        """
+        self._thread.start()
+        self._opened.wait()
+        if self._broken:
+            raise errors.RunnerUnavailable(self._broken)
+
+    def close(self) -> None:
+        """End the workers, soon or by force, and delete the files; wait until that is done."""
+        if os.getpid() != self._process or not self._thread.ident:
+            return
+        with self._lock:
+            if self._deadline is None:
+                self._deadline = time.monotonic() + _GRACE_SECONDS
+                self._leave()
+        self._wake()
+        if self._thread is threading.current_thread():
+            return
+        try:
+            self._thread.join(2 * _GRACE_SECONDS + 0.5)
+        except BaseException:  # a second Ctrl-C
+            self._deadline = 0.0
+            self._wake()
+            self._thread.join(_GRACE_SECONDS)
+            raise
+
+    def send(self, works: Sequence[tuple[Work, Sequence[Handle | None]]]) -> None:
+        """Queue work."""
+        with self._lock:
+            for work, upstream in works:
+                self._schedule.admit(work, upstream)
+                if self._broken or self._deadline is not None:
+                    self._schedule.end_all(errors.WorkerLost(self._broken or "the process pool was closed"))
+            self._settle()
+
+    def cancel(self, keys: Sequence[Key], *, force: bool) -> list[Key]:
+        """See `TaskRunner.cancel`."""
+        with self._lock:
+            removed = self._schedule.cancel(keys, force=force)
+            self._settle()
+        return removed
+
+    def cancel_all(self) -> None:
+        """Stop all work; each gets a report."""
+        with self._lock:
+            self._schedule.cancel(self._schedule.keys(), force=False, told=False)
+            self._settle()
+
+    def take_back(self, key: Key) -> bool:
+        """See `TaskRunner.take_back`."""
+        with self._lock:
+            return self._schedule.take_back(key)
+
+    def _settle(self) -> None:
+        """Send what can be sent from here; call the thread for everything else."""
+        schedule = self._schedule
+        schedule.settle()
+        if schedule.reports or schedule.clogged or schedule.missing_workers():
+            self._wake()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):  # full: it will wake up; closed: it has ended
+            self._bell.send(b".")
+
+    # -- the thread -----------------------------------------------------------------------
+    def _run(self) -> None:
+        # What this thread starts inherits the mask: no Ctrl-C before a worker can ignore it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            while self._turn():
+                pass
+        except BaseException as error:
+            _log.exception("the process pool has failed")
+            self._break(f"the process pool has failed: {error!r}")
+        finally:
+            self._finish()
+
+    def _turn(self) -> bool:
+        events = self._selector.select(self._patience())
+        schedule = self._schedule
+        with self._lock:
+            for key, mask in events:
+                child: Child | None = key.data
+                if child is None:
+                    with contextlib.suppress(BlockingIOError):
+                        self._ear.recv(4096)
+                elif schedule.children.get(child.number) is child:  # not buried a moment ago
+                    self._attend(child, mask, key.fileobj)
+            self._tend()
+            schedule.settle()
+            for child in schedule.clogged:
+                self._watch(child, selectors.EVENT_READ | selectors.EVENT_WRITE)
+            schedule.clogged.clear()
+            reports, schedule.reports = schedule.reports, []
+            dropped, schedule.dropped = schedule.dropped, []
+        del events
+        dropped.clear()
+        if reports:
+            self._tell(reports)
+        return self._deadline is None or bool(schedule.children)
+
+    def _tell(self, reports: list[Report]) -> None:
+        try:
+            self._deliver(reports)
+        except Exception:  # the session's fault: the other sessions need the pool
+            _log.exception("a session failed over a report")
+
+    def _patience(self) -> float | None:
+        with self._lock:
+            children = self._schedule.children.values()
+            hurry = self._deadline is not None or len(children) > self._schedule.workers
+            return _LOOK_SECONDS if hurry or not all(child.is_ready for child in children) else None
+
+    def _watch(self, child: Child, events: int) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.modify(child.channel, events, child)
+
+    def _attend(self, child: Child, mask: int, source: Any) -> None:
+        if source is not child.channel:  # the process has ended; it may have said something before
+            self._bury(child)
+            return
+        if mask & selectors.EVENT_WRITE and child.channel.flush():
+            self._watch(child, selectors.EVENT_READ)
+        if mask & selectors.EVENT_READ:
+            try:
+                messages = child.channel.receive()
+            except EOFError:
+                self._bury(child)
+                return
+            for message in messages:
+                self._hear(child, message)
+
+    # -- messages of workers --------------------------------------------------------------
+    def _hear(self, child: Child, message: Message) -> None:
+        kind, *details = message
+        schedule = self._schedule
+        if kind == "ended":
+            schedule.ended(child, *details)
+            child.idle_since = time.monotonic()
+        elif kind == "started":
+            schedule.started(child, *details)
+        elif kind == "returned":
+            schedule.returned(child, *details)
+        elif kind == "blocked":
+            child.is_blocked = details[0]
+            schedule.returned(child, details[1])
+        elif kind == "ready":
+            child.is_ready = True
+            child.idle_since = time.monotonic()
+            self._failed_starts = 0
+            self._opened.set()
+        elif kind == "unready":
+            self._break(f"the initializer failed in a worker process:\n{details[0]}")
+        elif kind == "missing":
+            schedule.missing(child, *details)
+        else:
+            self._serve(child, kind, details)
+
+    def _serve(self, child: Child, kind: str, details: list[Any]) -> None:
+        """Do for the task of a worker what it asks for."""
+        schedule = self._schedule
+        if kind == "send":
+            for item in details[0]:
+                self._submit(child, *item)
+        elif kind == "put":
+            number, packed, nbytes = details
+            child.owned[number] = Handle(Value(packed, nbytes, self.files))
+        elif kind == "release":
+            for handle in [child.owned.pop(number, None) for number in details[0]]:
+                if handle is not None:
+                    schedule.dropped.append(handle.value)
+                    handle.release()
+        elif kind == "fetch":
+            number, wanted = details
+            handles = [child.owned.get(one) for one in wanted]
+            values = [None if handle is None else handle.value for handle in handles]
+            schedule.answer(child, number, [None if value is None else value.packed for value in values])
+        elif kind == "cancel":
+            number, keys, force = details
+            schedule.answer(child, number, schedule.cancel(keys, force=force))
+        elif kind == "take":
+            number, key = details
+            schedule.answer(child, number, schedule.take_back(key))
+
+    def _submit(
+        self,
+        child: Child,
+        number: int,
+        key: Key,
+        order: bytes,
+        function: int,
+        data: bytes | None,
+        arguments: bytes,
+        upstream: list[int],
+        priority: int,
+        announce: bool,
+    ) -> None:
+        handle = child.owned[number] = Handle()
+        work = Work(
+            key,
+            order,
+            child.nested_functions.unpack(function, data),
+            arguments,
+            handle=handle,
+            priority=priority,
+            announce=announce,
+            origin=child,
+            parent=child.current,
+        )
+        self._schedule.admit(work, [child.owned.get(one) for one in upstream])
+
+    # -- life and death of workers --------------------------------------------------------
+    def _tend(self) -> None:
+        now = time.monotonic()
+        schedule = self._schedule
+        for child in list(schedule.children.values()):
+            if not child.is_ready and now - child.born > _START_SECONDS:
+                child.kill()
+        if self._deadline is not None:
+            if now > self._deadline:
+                for child in schedule.children.values():
+                    child.kill()
+            if now > self._deadline + _GRACE_SECONDS:
+                for child in list(schedule.children.values()):
+                    self._bury(child)
+            return
+        for child in schedule.spare_workers():
+            if now - child.idle_since > _LINGER_SECONDS:
+                self._dismiss(child)
+        for _ in range(0 if self._broken else schedule.missing_workers()):
+            self._start()
+
+    def _start(self) -> None:
+        self._numbers += 1
+        try:
+            child = Child.start(self._numbers, self._settings, self._environment)
+        except OSError as error:
+            # As long as somebody works, somebody will be free; the next turn tries again.
+            if not any(one.is_ready and not one.is_blocked for one in self._schedule.children.values()):
+                self._break(f"no worker process can be started: {error}")
+            return
+        self._schedule.children[child.number] = child
+        self._selector.register(child.channel, selectors.EVENT_READ | selectors.EVENT_WRITE, child)
+        if child.death is not None:
+            self._selector.register(child.death, selectors.EVENT_READ, child)
+
+    def _bury(self, child: Child) -> None:
+        with contextlib.suppress(EOFError):  # what it said before it died
+            while messages := child.channel.receive():
+                for message in messages:
+                    self._hear(child, message)
+        self._selector.unregister(child.channel)
+        if child.death is not None:
+            self._selector.unregister(child.death)
+        end = child.bury()
+        self._schedule.lost(child, end)
+        self._memory.sweep(str(child.number), self.files)
+        if not child.is_ready and self._deadline is None:
+            self._failed_starts += 1
+            if self._failed_starts >= _FAILED_STARTS or not self._opened.is_set():
+                self._break(f"a worker process {end} before it was ready; it may have said why on stderr")
+
+    def _break(self, reason: str) -> None:
+        with self._lock:
+            self._broken = self._broken or reason
+            self._schedule.end_all(errors.WorkerLost(reason))
+        self._opened.set()
+
+    def _dismiss(self, child: Child) -> None:
+        child.is_leaving = True
+        if not child.is_ready:  # no code of the user has run in it
+            child.kill()
+        if child.running:
+            child.channel.post(("cancel", list(child.running)))
+        child.channel.post(("stop",))
+        if not child.channel.flush():
+            self._schedule.clogged.add(child)
+
+    def _leave(self) -> None:
+        for child in self._schedule.children.values():
+            self._dismiss(child)
+        self._schedule.end_all(errors.CancelledRun("the process pool was closed"))
+
+    def _finish(self) -> None:
+        """Leave nothing behind, whatever has happened."""
+        with self._lock:
+            self._deadline = self._deadline or 0.0
+            for child in list(self._schedule.children.values()):
+                child.bury()
+            self._schedule.children.clear()
+            reports, self._schedule.reports = self._schedule.reports, []
+            self._selector.close()
+            self._ear.close()
+            self._bell.close()
+        self._memory.close()
+        self._opened.set()
+        if reports:
+            self._tell(reports)

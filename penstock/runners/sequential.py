@@ -1,0 +1,61 @@
+"""Work in the caller's thread, at submit: the reference implementation and a test double."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from penstock.runners import worker_runtime
+from penstock.runners.base import Key, Ref, Report, RunnerInfo, Submission, TaskRunner
+
+
+class SequentialTaskRunner(TaskRunner):
+    """Runs each task when it is submitted, in the thread that submits it."""
+
+    name = "sequential"
+    in_process = True
+
+    def start(self) -> None:
+        """Nothing to start."""
+
+    def stop(self) -> None:
+        """Nothing to stop."""
+
+    @property
+    def info(self) -> RunnerInfo:
+        """One worker: this thread."""
+        return RunnerInfo("sequential", in_process=True)
+
+    def put(self, values: Sequence[Any]) -> list[Ref]:
+        """Share the objects."""
+        return [Ref(("put", id(value)), value) for value in values]
+
+    def send(self, submissions: Sequence[Submission]) -> list[Ref]:
+        """Do the work, then report it."""
+        refs = []
+        reports = []
+        for one in submissions:
+            if one.announce:
+                self.deliver([Report(one.key, "started")])
+            values = [ref.handle for ref in one.refs]
+            value, record = worker_runtime.run(one.order, one.function, one.arguments, values, one.key)
+            refs.append(Ref(one.key, value))
+            reports.append(Report(one.key, "ended", record, worker=f"pid {os.getpid()}"))
+        self.deliver(reports)
+        return refs
+
+    def fetch(self, refs: Sequence[Ref]) -> list[Any]:
+        """Return the objects."""
+        return [ref.handle for ref in refs]
+
+    def release(self, refs: Sequence[Ref]) -> None:
+        """Forget the objects."""
+        for ref in refs:
+            ref.handle = None
+
+    def cancel(self, refs: Sequence[Ref], *, force: bool = False) -> list[Key]:
+        """Ask the task that runs now to stop."""
+        del force
+        worker_runtime.cancel([ref.key for ref in refs])
+        return []

@@ -1,0 +1,280 @@
+"""Settings: what a user can set without touching code, and where each value came from.
+
+A value is looked for in this order: the environment (``PENSTOCK_RUNNER``), the project
+(``penstock.toml``, or ``[tool.penstock]`` in ``pyproject.toml``, in the working directory or the
+nearest one above it that has such a file), the user (``penstock.toml`` in ``PENSTOCK_HOME``), the
+default. In TOML a name is written in small letters and without the prefix: ``runner = "dask"``.
+
+The model is a plain frozen dataclass: the first flow run of every script reads it, and loading a
+validation library would take longer than most of these scripts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from penstock.errors import ConfigurationError
+
+__all__ = ["Settings", "load", "refresh", "settings"]
+
+PREFIX = "PENSTOCK_"
+HOME = "~/.penstock"
+DEFAULT = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The values in force.
+
+    Attributes
+    ----------
+    home : Path
+        Directory of everything that penstock keeps on this machine.
+    runner : str
+        Where tasks run if the code does not say it: "threads", "processes", "dask", "ray" or a URL.
+    api_url : str
+        Address of a penstock server; empty to record into the store in `home`.
+    database_url : str
+        Database of the store; empty for ``penstock.db`` in `home`.
+    tasks_max_nesting : int
+        How deep tasks may submit tasks.
+    logging_log_prints : bool
+        Whether `print` in flows and tasks goes to the log of the run.
+    task_default_retries, flow_default_retries : int
+        Retries where the decorator does not say it.
+    large_argument : int
+        Arguments of at least so many bytes are placed near the workers once.
+    tracking : {"on", "off"}
+        Whether runs are recorded.
+    spool_sync : {"process", "power"}
+        What a recorded event survives as soon as it is on disk: the end of the process, or a
+        power failure.
+    """
+
+    home: Path
+    runner: str = ""
+    api_url: str = ""
+    database_url: str = ""
+    tasks_max_nesting: int = 2000
+    logging_log_prints: bool = False
+    task_default_retries: int = 0
+    flow_default_retries: int = 0
+    large_argument: int = 1 << 20
+    tracking: Literal["on", "off"] = "on"
+    spool_sync: Literal["process", "power"] = "process"
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def source(self, name: str) -> str:
+        """Return where a value came from: a variable, the path of a file, or "default"."""
+        return self.sources.get(name, DEFAULT)
+
+    def describe(self) -> list[tuple[str, str, str]]:
+        """List every setting as (variable, value, source), passwords in URLs masked."""
+        rows = []
+        for name in NAMES:
+            value = getattr(self, name)
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+            rows.append((variable(name), re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", text), self.source(name)))
+        return rows
+
+
+NAMES = tuple(one.name for one in dataclasses.fields(Settings) if one.name != "sources")
+
+
+def variable(name: str) -> str:
+    """Return the environment variable of a setting."""
+    return PREFIX + name.upper()
+
+
+_current: Settings | None = None
+
+
+def settings() -> Settings:
+    """Return the settings in force; they are read once per process."""
+    global _current
+    if _current is None:
+        _current = load()
+    return _current
+
+
+def refresh() -> Settings:
+    """Read the settings anew, after the environment or a file has changed."""
+    global _current
+    _current = load()
+    return _current
+
+
+def load(environment: Mapping[str, str] | None = None, directory: Path | None = None) -> Settings:
+    """Read the settings from everywhere.
+
+    Parameters
+    ----------
+    environment : mapping, optional
+        Instead of `os.environ`.
+    directory : Path, optional
+        Instead of the working directory.
+
+    Raises
+    ------
+    ConfigurationError
+        If a value cannot be used; the sentence names the variable or the file.
+    """
+    environment = os.environ if environment is None else environment
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+
+    def take(found: Mapping[str, Any], source: str, base: Path) -> None:
+        for name, raw in found.items():
+            if name in values:
+                continue  # an earlier source wins
+            label = variable(name) if source == "environment" else f"{name} in {source}"
+            values[name] = _CHECKS[name](raw, label, base)
+            sources[name] = variable(name) if source == "environment" else source
+
+    here = _working_directory() if directory is None else directory
+    given = {name: environment[variable(name)] for name in NAMES if environment.get(variable(name), "") != ""}
+    take(given, "environment", here)
+    for path, table in _project_tables(here):
+        take(table, str(path), path.parent)
+    values.setdefault("home", _path(HOME, variable("home"), here))
+    user_file = values["home"] / "penstock.toml"
+    table = _read(user_file, ())
+    if "home" in table:
+        raise ConfigurationError(f"home in {user_file} cannot be set there, since the file lies in it.")
+    take(table, str(user_file), user_file.parent)
+    return Settings(**values, sources=sources)
+
+
+# -- files ----------------------------------------------------------------------------------
+
+
+def _working_directory() -> Path:
+    try:
+        return Path.cwd()
+    except OSError:  # it was removed under our feet
+        return Path("/")
+
+
+def _project_tables(here: Path) -> list[tuple[Path, Mapping[str, Any]]]:
+    for directory in (here, *here.parents):
+        own, shared = directory / "penstock.toml", directory / "pyproject.toml"
+        if own.is_file() or shared.is_file():
+            return [(own, _read(own, ())), (shared, _read(shared, ("tool", "penstock")))]
+    return []
+
+
+def _read(path: Path, keys: tuple[str, ...]) -> Mapping[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return {}  # absent or not for us to read
+    if keys and keys[-1] not in text:
+        return {}
+    import tomllib
+
+    try:
+        table: Any = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"{path} is not valid TOML: {error}.") from None
+    for key in keys:
+        table = table.get(key, {}) if isinstance(table, dict) else {}
+    if not isinstance(table, dict):
+        raise ConfigurationError(f"{'.'.join(keys)} in {path} must be a table.")
+    for name in table:
+        if name not in NAMES:
+            near = difflib.get_close_matches(name, NAMES, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise ConfigurationError(f"{path} sets {name!r}, which penstock does not know{hint}")
+    return table
+
+
+# -- values ---------------------------------------------------------------------------------
+
+_SIZES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+_WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+_Check = Callable[[Any, str, Path], Any]
+
+
+def _refuse(raw: Any, label: str, expected: str) -> ConfigurationError:
+    return ConfigurationError(f"{label} is {raw!r}, but must be {expected}.")
+
+
+def _path(raw: Any, label: str, base: Path) -> Path:
+    if not isinstance(raw, (str, Path)):
+        raise _refuse(raw, label, "the path of a directory")
+    try:
+        return base / Path(raw).expanduser()
+    except RuntimeError:
+        raise _refuse(raw, label, "a path, and the home directory of this account is unknown") from None
+
+
+def _text(raw: Any, label: str, base: Path) -> str:
+    if not isinstance(raw, str):
+        raise _refuse(raw, label, "text")
+    return raw.strip()
+
+
+def _truth(raw: Any, label: str, base: Path) -> bool:
+    word = _WORDS.get(str(raw).strip().lower())
+    if word is None:
+        raise _refuse(raw, label, "true or false")
+    return word
+
+
+def _whole(minimum: int) -> _Check:
+    def check(raw: Any, label: str, base: Path) -> int:
+        try:
+            number = int(raw) if isinstance(raw, str) else raw
+        except ValueError:
+            number = None
+        if not isinstance(number, int) or isinstance(number, bool) or not minimum <= number < 1 << 63:
+            raise _refuse(raw, label, f"a whole number of at least {minimum}")
+        return number
+
+    return check
+
+
+def _size(raw: Any, label: str, base: Path) -> int:
+    match = re.fullmatch(r"(\d+)\s*([a-z]*)", str(raw).strip().lower(), flags=re.ASCII)
+    if match is None or match[2] not in _SIZES:
+        raise _refuse(raw, label, 'a number of bytes, such as 1048576 or "1 MiB"')
+    return int(match[1]) * _SIZES[match[2]]
+
+
+def _one_of(*words: str) -> _Check:
+    def check(raw: Any, label: str, base: Path) -> str:
+        word = str(raw).strip().lower()
+        if word not in words:
+            raise _refuse(raw, label, " or ".join(repr(one) for one in words))
+        return word
+
+    return check
+
+
+def _switch(raw: Any, label: str, base: Path) -> str:
+    word = _WORDS.get(str(raw).strip().lower())
+    if word is None:
+        raise _refuse(raw, label, "'on' or 'off'")
+    return "on" if word else "off"
+
+
+_CHECKS: Mapping[str, _Check] = {
+    "home": _path,
+    "runner": _text,
+    "api_url": _text,
+    "database_url": _text,
+    "tasks_max_nesting": _whole(1),
+    "logging_log_prints": _truth,
+    "task_default_retries": _whole(0),
+    "flow_default_retries": _whole(0),
+    "large_argument": _size,
+    "tracking": _switch,
+    "spool_sync": _one_of("process", "power"),
+}
