@@ -32,6 +32,9 @@ metadata = MetaData(
 
 RUN_ID = String(32)
 
+FINAL = frozenset({"COMPLETED", "FAILED", "CRASHED", "CANCELLED", "SKIPPED"})
+"""Types of state in which a run ends."""
+
 # Verdicts on an event, kept with it because they depend on when it arrived.
 ACCEPTED = 0
 STALE = 1  # its sender no longer owned the run

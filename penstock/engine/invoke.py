@@ -217,6 +217,7 @@ def submission(run: TaskRun, session: Session) -> Submission:
     order: Any = work_order(run, call, session.prints_of(run))
     if session.in_process:
         order["scope"] = session.scope_of(run)
+        order["interrupt_after"] = call.task.options.timeout_seconds
     else:
         order = pickle.dumps(order, 4)
     options = call.task.options

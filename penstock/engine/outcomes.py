@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import TYPE_CHECKING, Any
 
 from penstock import errors
@@ -22,6 +23,7 @@ def started(session: Session, run: TaskRun) -> None:
     if run.type is not StateType.PENDING:
         return
     run.position = advance(run.position, StateType.RUNNING)
+    run.started = time.time()
     session.journal.task_state(run)
     timeout = run.task.options.timeout_seconds
     if timeout is not None:
@@ -33,15 +35,17 @@ def expired(session: Session, run: TaskRun, attempt: int) -> None:
     """The deadline has passed: the run is over, whether its code stops or not."""
     if run.done or run.attempt != attempt:
         return
-    seconds = run.task.options.timeout_seconds
-    message = f"Task run {run.name!r} exceeded timeout of {seconds} second(s)"
     ref = run.ref
     session.forget(run)
     if ref is not None and ref.handle is not None:
         session.later(lambda: _stop(session, ref))
-    error = errors.TaskTimeout(message).of_run(run.id)
-    _failed(session, run, "TimedOut", message, error, {"started": run.started or run.ended or 1e-9})
+    _timed_out(session, run, {"started": run.started})
     session.wake()
+
+
+def _timed_out(session: Session, run: TaskRun, details: dict[str, Any]) -> None:
+    message = f"Task run {run.name!r} exceeded timeout of {run.task.options.timeout_seconds} second(s)"
+    _failed(session, run, "TimedOut", message, errors.TaskTimeout(message).of_run(run.id), details)
 
 
 def _stop(session: Session, ref: Any) -> None:
@@ -62,6 +66,10 @@ def ended(session: Session, run: TaskRun, record: dict[str, Any], nbytes: int, w
     if "children" in record:
         session.journal.absorb(record["children"])
     details = {"started": record["started"], "seconds": record["seconds"], "peak": record["peak"]}
+    timeout = run.task.options.timeout_seconds
+    if timeout is not None and record["seconds"] > timeout and not run.direct:
+        _timed_out(session, run, details)  # it ended before the deadline was heard of
+        return
     if status == "completed":
         _completed(session, run, details)
         return
@@ -77,7 +85,8 @@ def ended(session: Session, run: TaskRun, record: dict[str, Any], nbytes: int, w
         session.settle(run, StateType.CRASHED, None, text, cause=described["type"], error=_shown(described), **details)
     else:
         text = f"Task run encountered an exception: {described['type']}: {described['message']}"
-        _failed(session, run, None, text, failure, {**details, "error": _shown(described)})
+        name = "TimedOut" if described["type"] == "TaskTimeout" else None
+        _failed(session, run, name, text, failure, {**details, "error": _shown(described)})
 
 
 _ABORTED = {

@@ -9,11 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
-import signal
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -99,8 +96,14 @@ def _carry_out(step: Any) -> Any:
     if step.fresh_stack:
         value = worker_runtime._in_thread(contextvars.copy_context().run, _called(call), step.args, step.kwargs)
     else:
-        with _interrupted_after(step.timeout, step.name):
-            value = call(*step.args, **step.kwargs)
+        begun = time.monotonic()
+        try:
+            with worker_runtime.interrupted_after(step.timeout, step.name):
+                value = call(*step.args, **step.kwargs)
+        except worker_runtime.TimedOut as error:
+            raise _timed_out(step.name, step.timeout) from error
+        if step.timeout is not None and time.monotonic() - begun > step.timeout:  # not interruptible here
+            raise _timed_out(step.name, step.timeout)
     if inspect.iscoroutine(value):  # a sync function that returns an awaitable has it run to the end
         value = worker_runtime._run_coroutine(value)
     return value
@@ -152,28 +155,3 @@ async def _await_call(step: Invoke) -> Any:
 
 def _timed_out(name: str, seconds: float | None) -> errors.TaskTimeout:
     return errors.TaskTimeout(f"Run {name!r} exceeded timeout of {seconds} second(s)")
-
-
-@contextmanager
-def _interrupted_after(seconds: float | None, name: str) -> Iterator[None]:
-    """Interrupt the block on the main thread; elsewhere nothing can, and the end is checked."""
-    if seconds is None:
-        yield
-        return
-    if threading.current_thread() is not threading.main_thread():
-        begun = time.monotonic()
-        yield
-        if time.monotonic() - begun > seconds:
-            raise _timed_out(name, seconds)
-        return
-
-    def ring(_signal: int, _frame: Any) -> None:
-        raise _timed_out(name, seconds)
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

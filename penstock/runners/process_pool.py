@@ -86,6 +86,7 @@ class Pool:
         RunnerUnavailable
             If none can be started.
         """
+        self._wake()  # for its first turn, which starts the workers
         self._thread.start()
         self._opened.wait()
         if self._broken:

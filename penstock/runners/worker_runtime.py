@@ -48,6 +48,7 @@ import io
 import os
 import pickle
 import resource
+import signal
 import socket
 import sys
 import threading
@@ -221,7 +222,8 @@ def _call(running, function, arguments, values, on_start):
         on_start()
     if order.get("prints"):
         route_prints()
-    value = call(*args, **kwargs)
+    with interrupted_after(order.get("interrupt_after"), order.get("name")):
+        value = call(*args, **kwargs)
     if inspect.iscoroutine(value):
         value = _run_coroutine(value)
     elif inspect.isgenerator(value):
@@ -229,6 +231,29 @@ def _call(running, function, arguments, values, on_start):
     elif inspect.isasyncgen(value):
         value = _run_coroutine(_collect(value))
     return value
+
+
+class TimedOut(Exception):
+    """Raised in code that exceeded its time, where it can be interrupted."""
+
+
+@contextlib.contextmanager
+def interrupted_after(seconds, name):
+    """Interrupt the block after a time; only the main thread of a process can be interrupted."""
+    if seconds is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(_signal, _frame):
+        raise TimedOut(f"Run {name!r} exceeded timeout of {seconds} second(s)")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _status(error, running):
