@@ -149,7 +149,7 @@ def get_logs(
                 lines.append({"time": time, "level": name, "text": text, "run": event.run})
     lines.sort(key=lambda line: line["time"])
     lines = lines if limit is None else lines[len(lines) - min(limit, len(lines)) :]
-    names = _names(connection, sorted({line["run"] for line in lines}))
+    names = names_of(connection, sorted({line["run"] for line in lines}))
     return {"lines": [{**line, "name": names.get(line["run"])} for line in lines], "dropped": dropped}
 
 
@@ -180,7 +180,8 @@ def _within(connection: sa.Connection, root: str, run: str) -> set[str]:
     return found
 
 
-def _names(connection: sa.Connection, runs: Sequence[str]) -> dict[str, str]:
+def names_of(connection: sa.Connection, runs: Sequence[str]) -> dict[str, str]:
+    """Return the names of flow and task runs by their ids."""
     names: dict[str, str] = {}
     for start in range(0, len(runs), _MANY):
         some = runs[start : start + _MANY]

@@ -17,7 +17,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from penstock.api.history import get_history, get_logs
+from penstock.api.history import get_history, get_logs, names_of
 from penstock.api.models import FINAL, flow_runs, maps, task_runs
 from penstock.engine.events import element_id
 
@@ -361,11 +361,6 @@ def _by_ids(connection: sa.Connection, ids: Sequence[str]) -> list[Any]:
         some = sa.select(task_runs).where(task_runs.c.id.in_(ids[start : start + _MANY]))
         rows += connection.execute(some).mappings().all()
     return rows
-
-
-def names_of(connection: sa.Connection, ids: Sequence[str]) -> dict[str, str]:
-    """Return the names of task runs."""
-    return {row["id"]: row["name"] for row in _by_ids(connection, sorted(set(ids)))}
 
 
 def _counts(connection: sa.Connection, ids: Sequence[str]) -> dict[str, dict[str, int]]:

@@ -112,7 +112,7 @@ class TaskRun:
         "worker",
     )
 
-    def __init__(  # noqa: PLR0913 - a record
+    def __init__(
         self,
         task: Task[..., Any],
         name: str,
@@ -173,7 +173,7 @@ class TaskRun:
     def type(self) -> StateType:
         """Type of the present state."""
         kind = self.position.type
-        assert kind is not None  # noqa: S101 - a run is made PENDING
+        assert kind is not None
         return kind
 
     @property
@@ -247,7 +247,7 @@ class FlowRun:
     def type(self) -> StateType:
         """Type of the present state."""
         kind = self.position.type
-        assert kind is not None  # noqa: S101 - a run is made PENDING
+        assert kind is not None
         return kind
 
     def __repr__(self) -> str:

@@ -59,7 +59,7 @@ def current() -> Scope | None:
     if running is None or (scope is not None and scope.running is running):
         return scope
     if running.scope is None:
-        from penstock.engine import nested  # noqa: PLC0415 - only tasks that submit tasks need it
+        from penstock.engine import nested
 
         running.scope = nested.open_scope(running)
     if running.scope.running is not running:

@@ -53,14 +53,13 @@ def steps(run: TaskRun, scope: Scope, call: Call, return_state: bool) -> Steps:
 def _attempts(run: TaskRun, scope: Scope, call: Call, values: list[Any]) -> Steps:
     session = scope.session
     options = run.task.options
-    assert isinstance(call.arguments, Bound)  # noqa: S101 - direct calls stay in this process
+    assert isinstance(call.arguments, Bound)
     while not run.done:
         run.delay = None
         run.position = advance(run.position, StateType.RUNNING, None, run.failures + run.crashes + 1)
         order = invoke.work_order(run, call, session.prints_of(run))
         attempt = worker_runtime.Attempt(order, None, session.scope_of(run))
-        attempt.running.stack = worker_runtime.current()
-        args, kwargs = call.arguments(worker_runtime._inputs(values, options.inputs))
+        args, kwargs = call.arguments(worker_runtime.guarded_inputs(values, options.inputs))
         if order["prints"]:
             worker_runtime.route_prints()
         with attempt:

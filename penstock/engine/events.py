@@ -50,7 +50,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgpack  # type: ignore[import-untyped]
+import msgpack
 
 HOST = os.uname().nodename
 
@@ -99,7 +99,8 @@ def pack(event: Event) -> bytes:
         event.rank,
         event.rseq,
     )
-    return msgpack.packb(row, use_bin_type=True, default=str)  # type: ignore[no-any-return]
+    packed: bytes = msgpack.packb(row, use_bin_type=True, default=str)
+    return packed
 
 
 def unpack(data: bytes) -> Event:

@@ -48,7 +48,7 @@ class Flow(Generic[P, R]):
         Where tasks run; threads by default. A nested flow uses its parent's.
     """
 
-    def __init__(  # noqa: PLR0913 - the options of a flow, each with its meaning
+    def __init__(
         self,
         fn: Callable[P, R],
         *,
@@ -113,7 +113,9 @@ class Flow(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
     @overload
     def __call__(self, *args: Any, return_state: Literal[True], wait_for: Any = None, **kwargs: Any) -> State: ...
-    def __call__(self, *args: Any, return_state: bool = False, wait_for: Any = None, **kwargs: Any) -> Any:
+    def __call__(  # type: ignore[misc] # the user's signature stands in the overloads
+        self, *args: Any, return_state: bool = False, wait_for: Any = None, **kwargs: Any
+    ) -> Any:
         """Run the flow (an async flow: answer an awaitable of the run).
 
         Parameters
@@ -175,7 +177,7 @@ class Flow(Generic[P, R]):
             run.close()
 
     # -- options ----------------------------------------------------------------------------------
-    def with_options(  # noqa: PLR0913 - the options of a flow
+    def with_options(
         self,
         *,
         name: str = NOT_GIVEN,
@@ -235,7 +237,7 @@ class FlowDecorator:
 @overload
 def flow(fn: Callable[P, R], /) -> Flow[P, R]: ...
 @overload
-def flow(  # noqa: PLR0913 - the options of a flow
+def flow(
     *,
     name: str | None = None,
     description: str | None = None,

@@ -157,7 +157,7 @@ class FlowRunScope:
         self.args, self.kwargs = parameters.unbind(self.flow.signature, self.arguments)
 
     def _value_of(self, run: TaskRun, tolerant: bool) -> Any:
-        assert run.session is not None  # noqa: S101 - a future of a submitted run
+        assert run.session is not None
         if run.done and not run.completed and not tolerant:
             message = f"Upstream task run '{run.id}' did not reach a 'COMPLETED' state."
             raise errors.UnfinishedRun(message).of_run(self.flow_run.id) from run.session.exception_of(run)
@@ -184,7 +184,7 @@ class FlowRunScope:
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
         """Make this run the one that surrounds the user's code."""
-        assert self.session is not None  # noqa: S101 - started
+        assert self.session is not None
         wished = self.flow.options.log_prints
         inherited = self.outer.log_prints if self.outer else settings().logging_log_prints
         prints = bool(inherited if wished is None else wished)
@@ -199,7 +199,7 @@ class FlowRunScope:
         if self.outer is not None:
             scope = changed_copy(scope, task_run=self.flow_run.task_run)
         if prints:
-            from penstock.engine import logs  # noqa: PLC0415 - only flows that log prints
+            from penstock.engine import logs
 
             logs.route_flow_prints()
         with context.entered(scope):
@@ -300,7 +300,7 @@ class FlowRunScope:
     def _row(self, to: StateType, name: str | None = None, message: str = "", **details: Any) -> None:
         """Keep the row that stands for this run in its parent in step."""
         run = self.flow_run.task_run
-        assert run is not None  # noqa: S101 - a nested flow has one
+        assert run is not None
         run.position = advance(run.position, to, name, 1)
         run.message = message
         run.done = to.is_final or name == "NotReady"

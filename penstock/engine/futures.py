@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 import time
 import warnings
@@ -14,6 +15,7 @@ from penstock.engine.states import State, StateType
 
 if TYPE_CHECKING:
     from penstock.engine.calls import TaskRun
+    from penstock.engine.session import Session
 
 R = TypeVar("R")
 
@@ -161,11 +163,15 @@ class PenstockFuture(Generic[R]):
         if run.done:
             return
         loop = asyncio.get_running_loop()
-        waiter = loop.create_future()
+        waiter: asyncio.Future[None] = loop.create_future()
+
+        def release() -> None:
+            if not waiter.done():
+                waiter.set_result(None)
 
         def wake(_: Any) -> None:
             try:
-                loop.call_soon_threadsafe(lambda: waiter.done() or waiter.set_result(None))
+                loop.call_soon_threadsafe(release)
             except RuntimeError:  # the loop has ended; nobody waits any more
                 return
 
@@ -295,7 +301,7 @@ class PenstockFutureList(list[PenstockFuture[R]], Generic[R]):
         PenstockFuture
             Of the one value that is left.
         """
-        from penstock.engine.task import Task  # noqa: PLC0415 - tasks are made of futures
+        from penstock.engine.task import Task
 
         if fanin < 2:
             message = f"'fanin' must be at least 2, got {fanin}."
@@ -321,7 +327,7 @@ class PenstockFutureList(list[PenstockFuture[R]], Generic[R]):
     def __getitem__(self, index: SupportsIndex | slice) -> Any:
         """Answer one future, or a list of futures for a slice."""
         found = super().__getitem__(index)
-        return PenstockFutureList(found) if isinstance(index, slice) else found
+        return PenstockFutureList(found) if isinstance(found, list) else found
 
 
 class DoneAndNotDoneFutures(NamedTuple):
@@ -379,7 +385,7 @@ class as_completed:  # noqa: N801 - the standard library's name; an iterator, pl
         self._ended: list[PenstockFuture[Any]] = []
         self._changed = threading.Condition()
         self._taken = 0
-        self._wakers: list[Callable[[], None]] = []
+        self._wakers: list[Callable[[], Any]] = []
         for future in self._futures:
             _session(future._run).add_callback(future._run, self._arrive(future))
         for session in {_session(future._run) for future in self._futures}:
@@ -444,7 +450,7 @@ class as_completed:  # noqa: N801 - the standard library's name; an iterator, pl
             with self._changed:
                 if len(self._ended) > self._taken:
                     break
-                self._wakers.append(lambda event=woken: loop.call_soon_threadsafe(event.set))  # type: ignore[misc]
+                self._wakers.append(functools.partial(loop.call_soon_threadsafe, woken.set))
             left = None if self._deadline is None else self._deadline - time.monotonic()
             try:
                 await asyncio.wait_for(woken.wait(), left)
@@ -477,7 +483,8 @@ def run_of(value: Any) -> TaskRun | None:
     return None
 
 
-def _session(run: TaskRun) -> Any:
+def _session(run: TaskRun) -> Session:
+    assert run.session is not None  # a future is made of a run that was submitted
     return run.session
 
 

@@ -15,9 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NETWORK = frozenset(
-    "9p afs afpfs beegfs ceph cifs cvmfs fuse.beegfs fuse.ceph fuse.glusterfs fuse.juicefs fuse.rclone fuse.s3fs"
-    " fuse.sshfs fuse.weka gfs2 glusterfs gpfs lustre ncpfs nfs nfs4 ocfs2 orangefs panfs pvfs2 smb3 smbfs"
-    " virtiofs wekafs".split()
+    ["9p", "afs", "afpfs", "beegfs", "ceph", "cifs", "cvmfs", "fuse.beegfs", "fuse.ceph", "fuse.glusterfs", "fuse.juicefs", "fuse.rclone", "fuse.s3fs", "fuse.sshfs", "fuse.weka", "gfs2", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "ocfs2", "orangefs", "panfs", "pvfs2", "smb3", "smbfs", "virtiofs", "wekafs"]
 )
 """Types of file systems that several machines share."""
 

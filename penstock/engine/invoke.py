@@ -132,7 +132,7 @@ def work_order(run: TaskRun, call: Call, prints: bool) -> dict[str, Any]:
 
 def read_record(data: bytes) -> dict[str, Any]:
     """Unpack what a worker wrote down."""
-    record: dict[str, Any] = pickle.loads(data)  # noqa: S301 - the cluster is trusted with code anyway
+    record: dict[str, Any] = pickle.loads(data)
     return record
 
 
@@ -165,7 +165,7 @@ class Failure:
         error: BaseException | None = None
         if data is not None:
             try:
-                loaded = pickle.loads(data)  # noqa: S301 - from a worker of ours
+                loaded = pickle.loads(data)
                 error = loaded if isinstance(loaded, BaseException) else None
             except Exception:  # its class cannot be made here: the text has to do
                 error = None
@@ -196,7 +196,7 @@ def rebuild_traceback(frames: Iterable[tuple[str, int, str]]) -> TracebackType |
 _CODE: CodeType = compile("raise _Mark", "<worker>", "exec")
 
 
-class _Mark(Exception):  # noqa: N818 - never seen by anybody
+class _Mark(Exception):
     pass
 
 
@@ -205,7 +205,7 @@ def _frame(code: CodeType) -> FrameType:
         exec(code, {"_Mark": _Mark, "__name__": "worker"})  # noqa: S102 - our own constant code
     except _Mark as mark:
         trace = mark.__traceback__
-        assert trace is not None and trace.tb_next is not None  # noqa: S101, PT018 - just raised
+        assert trace is not None and trace.tb_next is not None  # noqa: PT018 - just raised
         return trace.tb_next.tb_frame
     raise AssertionError  # pragma: no cover
 
@@ -213,7 +213,7 @@ def _frame(code: CodeType) -> FrameType:
 def submission(run: TaskRun, session: Session) -> Submission:
     """Compile one run into a unit of work for the runner."""
     call = run.call
-    assert call is not None and run.key is not None  # noqa: S101, PT018 - a run that is ready
+    assert call is not None and run.key is not None  # noqa: PT018 - a run that is ready
     order: Any = work_order(run, call, session.prints_of(run))
     if session.in_process:
         order["scope"] = session.scope_of(run)

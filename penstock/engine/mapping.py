@@ -59,7 +59,8 @@ def make(
     """
     parts: dict[int | str, Part] = {}
     args, kwargs = list(bound.args), dict(bound.kwargs)
-    for place, value in [*enumerate(args), *kwargs.items()]:
+    places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for place, value in places:
         part = _part(value, task, scope)
         if part is None:
             static = value.unwrap() if isinstance(value, unmapped) else value
@@ -73,7 +74,7 @@ def make(
     return _make(task, scope, bound, after, args, kwargs, parts, count) if count else []
 
 
-def _make(  # noqa: PLR0913 - one call, split from `make` for its length
+def _make(
     task: Task[..., Any],
     scope: Scope,
     bound: inspect.BoundArguments,
@@ -166,7 +167,7 @@ def _part(value: Any, task: Task[..., Any], scope: Scope) -> Part | None:
 
 def _elements(future: PenstockFuture[Any], task: Task[..., Any]) -> list[PenstockFuture[Any]]:
     """Measure a value where it lies, and make a future for each element of it."""
-    from penstock.engine import ambient  # noqa: PLC0415 - uses tasks
+    from penstock.engine import ambient
 
     scope = ambient.scope_for_submit(task.name)
     future.wait()
@@ -195,7 +196,7 @@ _helpers: list[Task[..., Any]] = []
 def helpers() -> list[Task[..., Any]]:
     """Return the engine's own tasks: the length of a value, and one item of it."""
     if not _helpers:
-        from penstock.engine.task import Task  # noqa: PLC0415 - tasks map
+        from penstock.engine.task import Task
 
         _helpers.append(Task(len, name="len", inputs="shared"))
         _helpers.append(Task(operator.getitem, name="item", inputs="shared"))

@@ -53,7 +53,7 @@ class Children:
         run = run_of(leaf)
         if run is None:
             return leaf
-        assert run.session is not None  # noqa: S101 - it was submitted
+        assert run.session is not None
         run.session.wait([run])
         return run.session.results([run], raise_on_failure=not tolerant)[0]
 

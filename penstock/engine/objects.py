@@ -37,7 +37,7 @@ class Objects:
         """Whether a leaf of the arguments is worth a reference; arrays are sized without a copy."""
         if isinstance(value, _NEVER_LARGE):
             return False
-        return worker_runtime.size(value) >= self._threshold
+        return bool(worker_runtime.size(value) >= self._threshold)
 
     def place(self, value: Any, known: dict[int, Source]) -> Source:
         """Put a value, unless it was.

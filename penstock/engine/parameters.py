@@ -32,7 +32,7 @@ def bind(signature: inspect.Signature, name: str, args: tuple[Any, ...], kwargs:
 
 def unbind(signature: inspect.Signature, arguments: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return ``(args, kwargs)`` for a call with these arguments."""
-    bound = inspect.BoundArguments(signature, dict(arguments))  # type: ignore[arg-type]
+    bound = inspect.BoundArguments(signature, dict(arguments))
     return bound.args, bound.kwargs
 
 
@@ -66,10 +66,10 @@ def validate(function: Callable[..., Any], signature: inspect.Signature, argumen
     }
     if not wanted:
         return arguments
-    import pydantic  # noqa: PLC0415 - 80 ms that a flow without annotations does not pay
+    import pydantic
 
     config = pydantic.ConfigDict(arbitrary_types_allowed=True)
-    problems = []
+    problems: list[str] = []
     checked = dict(arguments)
     for name, hint in wanted.items():
         try:

@@ -52,7 +52,7 @@ def users_module(name: str | None) -> types.ModuleType | None:
     return _users[name]
 
 
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc, name-defined]
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """Pickles the user's functions and classes by value, and refuses futures in odd places."""
 
     def reducer_override(self, obj: Any) -> Any:

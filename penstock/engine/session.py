@@ -8,6 +8,7 @@ the work (`_pump`), so that no lock is held while the runner is asked for anythi
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import threading
 import time
@@ -100,7 +101,6 @@ class Session:
 
     def scope_of(self, run: TaskRun) -> Scope:
         """Return the scope of code inside a run, on runners that share this process."""
-        around = self._scopes[run.flow_run]
         return Scope(self, run.flow_run, run, None, self.prints_of(run), run.inside)
 
     def reference(self, source: Source) -> Ref:
@@ -108,7 +108,7 @@ class Session:
         if source.ref is not None:
             return source.ref
         run = source.run
-        assert run is not None  # noqa: S101 - a source is one or the other
+        assert run is not None
         if run.session is not self:
             source.ref = self.runner.put([self._foreign_value(run)])[0]
             return source.ref
@@ -126,7 +126,7 @@ class Session:
 
     @staticmethod
     def _foreign_value(run: TaskRun) -> Any:
-        assert run.session is not None  # noqa: S101 - it was submitted somewhere
+        assert run.session is not None
         return run.session.results([run], raise_on_failure=False)[0]
 
     # -- calls --------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ class Session:
     def _follow(self, run: TaskRun, source: Source) -> None:
         """Wait for an upstream that another session carries."""
         upstream = source.run
-        assert upstream is not None and upstream.session is not None  # noqa: S101, PT018 - it is foreign
+        assert upstream is not None and upstream.session is not None  # noqa: PT018 - it is foreign
 
         def ended() -> None:
             run.waiting -= 1
@@ -280,9 +280,9 @@ class Session:
             return
         with self.lock:
             for ref in sent:
-                run = self._sent.get(ref.key)
-                if run is not None:
-                    run.ref = ref
+                owner = self._sent.get(ref.key)
+                if owner is not None:
+                    owner.ref = ref
 
     # -- reports ------------------------------------------------------------------------------
     def _read(self, reports: list[Report]) -> None:
@@ -358,7 +358,7 @@ class Session:
         for one in dead:
             self._never(one, run)
         for callback in run.callbacks or ():
-            self.journal.callbacks.append(lambda call=callback: _call_back(call, run))
+            self.journal.callbacks.append(functools.partial(_call_back, callback, run))
         run.callbacks = None
 
     def _never(self, run: TaskRun, upstream: TaskRun) -> None:
@@ -405,9 +405,14 @@ class Session:
         for dependant in self.graph.recalled(run):
             self.withdraw(dependant)
         if delay > 0:
-            self.later(lambda: run.done or self._release(run), delay)
+            self.later(lambda: self._release_again(run), delay)
         else:
             self._release(run)
+
+    def _release_again(self, run: TaskRun) -> None:
+        if not run.done:
+            self._release(run)
+            self.buffer.flush()
 
     def _fail(self, run: TaskRun, error: Exception) -> None:
         run.error = error
@@ -497,7 +502,7 @@ class Session:
         values = self.values_of(call.sources)
         attempt_of = (order, call.function, call.arguments, values)
         if run.inside % HOP == HOP - 1:  # a fresh thread has a fresh stack
-            value, record = worker_runtime._in_thread(worker_runtime.run, *attempt_of)
+            value, record = worker_runtime.in_thread(worker_runtime.run, *attempt_of)
         else:
             value, record = worker_runtime.run(*attempt_of)
         self.ended_here(run, value, record)
@@ -653,7 +658,7 @@ class Value(Stored):
 
     def load(self) -> Any:
         """Bring the value here."""
-        assert self.run.session is not None  # noqa: S101 - it has run
+        assert self.run.session is not None
         return self.run.session.results([self.run])[0]
 
 
@@ -673,8 +678,8 @@ def _call_back(call: Callable[[TaskRun], None], run: TaskRun) -> None:
     try:
         call(run)
     except Exception:  # a user's callback must not stop the session
-        from penstock.engine.logs import FLOW_LOGGER  # noqa: PLC0415 - rare
+        import logging
 
-        import logging  # noqa: PLC0415 - rare
+        from penstock.engine.logs import FLOW_LOGGER
 
         logging.getLogger(FLOW_LOGGER).exception("a done-callback of %r failed", run.name)

@@ -35,7 +35,7 @@ class Interrupts:
 def watched() -> Iterator[Interrupts]:
     """Watch for signals in a block; does nothing outside of the main thread."""
     interrupts = Interrupts()
-    before: dict[int, Any] = {}
+    before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             present = signal.getsignal(number)

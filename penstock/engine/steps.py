@@ -94,7 +94,7 @@ def _carry_out(step: Any) -> Any:
         return None
     call = step.function
     if step.fresh_stack:
-        value = worker_runtime._in_thread(contextvars.copy_context().run, _called(call), step.args, step.kwargs)
+        value = worker_runtime.in_thread(contextvars.copy_context().run, _called(call), step.args, step.kwargs)
     else:
         begun = time.monotonic()
         try:
@@ -105,7 +105,7 @@ def _carry_out(step: Any) -> Any:
         if step.timeout is not None and time.monotonic() - begun > step.timeout:  # not interruptible here
             raise _timed_out(step.name, step.timeout)
     if inspect.iscoroutine(value):  # a sync function that returns an awaitable has it run to the end
-        value = worker_runtime._run_coroutine(value)
+        value = worker_runtime.run_coroutine(value)
     return value
 
 

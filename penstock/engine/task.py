@@ -84,7 +84,7 @@ class Task(Generic[P, R]):
         Higher runs first.
     """
 
-    def __init__(  # noqa: PLR0913 - the options of a task, each with its meaning
+    def __init__(
         self,
         fn: Callable[P, R],
         *,
@@ -122,7 +122,7 @@ class Task(Generic[P, R]):
             raise TypeError(message)
         check_choices(inputs, chunk_size, timeout_seconds)
         self.fn = fn
-        self.isasync = inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None))
+        self.isasync = inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(type(fn), "__call__", None))
         functools.update_wrapper(self, fn, updated=())
         self.signature = check_signature(fn)
         own = getattr(fn, "__name__", None) or type(fn).__name__
@@ -199,7 +199,9 @@ class Task(Generic[P, R]):
     def __call__(self, *args: Any, return_state: Literal[True], wait_for: Any = None, **kwargs: Any) -> State: ...
     @overload
     def __call__(self, *args: Any, wait_for: Any, return_state: Literal[False] = False, **kwargs: Any) -> R: ...
-    def __call__(self, *args: Any, return_state: bool = False, wait_for: Any = None, **kwargs: Any) -> Any:
+    def __call__(  # type: ignore[misc] # the user's signature stands in the overloads
+        self, *args: Any, return_state: bool = False, wait_for: Any = None, **kwargs: Any
+    ) -> Any:
         """Run here and now, in the caller's thread (an async task: in the caller's loop).
 
         Parameters
@@ -234,7 +236,7 @@ class Task(Generic[P, R]):
         caller = Caller(scope.session, self, scope, local=True)
         call = caller.call(args, kwargs, wait_sources(wait_for))
         sources.extend(call.sources)
-        assert isinstance(call.arguments, Bound)  # noqa: S101 - local
+        assert isinstance(call.arguments, Bound)
         run = self._run(bound, scope)
         scope.session.journal.task_made(run, bound.arguments, parents_of(bound, call))
         return run, call
@@ -254,7 +256,9 @@ class Task(Generic[P, R]):
     def submit(self: Task[P, Coroutine[Any, Any, S]], *args: Any, **kwargs: Any) -> PenstockFuture[S]: ...
     @overload
     def submit(self: Task[P, R], *args: Any, **kwargs: Any) -> PenstockFuture[R]: ...
-    def submit(self, *args: Any, return_state: bool = False, wait_for: Any = None, **kwargs: Any) -> Any:
+    def submit(  # type: ignore[misc] # the user's signature stands in the overloads
+        self, *args: Any, return_state: bool = False, wait_for: Any = None, **kwargs: Any
+    ) -> Any:
         """Hand a call to the task runner; returns a future at once.
 
         Parameters
@@ -349,7 +353,7 @@ class Task(Generic[P, R]):
         return futures
 
     # -- options --------------------------------------------------------------------------------
-    def with_options(  # noqa: PLR0913 - the options of a task
+    def with_options(
         self,
         *,
         name: str = NOT_GIVEN,
@@ -461,7 +465,7 @@ class TaskDecorator:
 @overload
 def task(fn: Callable[P, R], /) -> Task[P, R]: ...
 @overload
-def task(  # noqa: PLR0913 - the options of a task
+def task(
     *,
     name: str | None = None,
     description: str | None = None,

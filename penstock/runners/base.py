@@ -380,7 +380,7 @@ _kept_runners: list[TaskRunner] = []
 @atexit.register
 def shutdown_all() -> None:
     """Stop every runner that was kept open for later flows."""
-    for runner in list(_kept_runners):
+    for runner in _kept_runners:
         runner.shutdown()
 
 

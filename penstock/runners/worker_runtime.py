@@ -56,6 +56,10 @@ import time
 import traceback
 import types
 from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 LOG_LINES = 10_000  # per attempt; further lines are counted, not kept
 LOG_LINE_BYTES = 65_536
@@ -81,29 +85,29 @@ class Cancelled(BaseException):
 class Failed:
     """Stands where a value would be when its task did not complete."""
 
-    def __init__(self, record, error=None):
+    def __init__(self, record: bytes, error: BaseException | None = None) -> None:
         self.record = record
         self.error = error  # the exception itself, in the process that raised it only
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         return (Failed, (self.record,))
 
 
 class Running:
     """One attempt while it runs; `current` finds it from the user's code."""
 
-    def __init__(self, order, key=None):
+    def __init__(self, order: dict[str, Any], key: Any = None) -> None:
         self.order = order
         self.key = key
         self.thread = threading.get_ident()
         self.cancelled = False
         self.over = False
-        self.logs = []
+        self.logs: list[tuple[float, str, str]] = []
         self.dropped = 0
-        self.nested = None  # set by the engine when the task submits tasks of its own
-        self.scope = None  # set by the engine where the driver's objects are at hand
+        self.nested: Any = None  # set by the engine when the task submits tasks of its own
+        self.scope: Any = None  # set by the engine where the driver's objects are at hand
 
-    def log(self, level, message):
+    def log(self, level: str, message: object) -> None:
         """Keep one line for the run's log."""
         if len(self.logs) >= LOG_LINES:
             self.dropped += 1
@@ -114,7 +118,7 @@ class Running:
         self.logs.append((time.time(), level, text.encode("utf-8", "replace").decode()))
 
 
-def current():
+def current() -> Any:
     """Return the `Running` of the calling code, or None outside a task."""
     return _running.get()
 
@@ -122,7 +126,15 @@ def current():
 # -- one attempt --------------------------------------------------------------------------
 
 
-def run(order, function, arguments, values=(), key=None, on_start=None, scope=None):
+def run(
+    order: Any,
+    function: Any,
+    arguments: Any,
+    values: Any = (),
+    key: Any = None,
+    on_start: Any = None,
+    scope: Any = None,
+) -> tuple[Any, bytes]:
     """Execute one attempt.
 
     Parameters
@@ -164,19 +176,19 @@ class Attempt:
     that has to await fills `value` itself.
     """
 
-    def __init__(self, order, key=None, scope=None):
+    def __init__(self, order: Any, key: Any = None, scope: Any = None) -> None:
         self.running = Running(pickle.loads(order) if isinstance(order, bytes) else order, key)
         self.running.scope = scope or self.running.order.get("scope")
-        self.value = None
-        self.error = None
-        self.outcome = None
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self.outcome: Any = None
 
-    def not_started(self):
+    def not_started(self) -> tuple[Any, bytes]:
         """Answer for an attempt whose upstream has no value."""
         record = _record(self.running, "upstream", time.time(), 0.0)
         return Failed(record), record
 
-    def __enter__(self):
+    def __enter__(self) -> Any:
         self._token = _running.set(self.running)
         self._started, self._clock = time.time(), time.perf_counter()
         try:  # last: a request to stop that strikes before the block would pass `__exit__` by
@@ -185,7 +197,7 @@ class Attempt:
             self.running.cancelled = True
         return self
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         running = self.running
         while not running.over:
             try:
@@ -212,12 +224,12 @@ class Attempt:
         return True
 
 
-def _call(running, function, arguments, values, on_start):
+def _call(running: Running, function: Any, arguments: Any, values: Any, on_start: Any) -> Any:
     order = running.order
     if running.cancelled:
         raise Cancelled
     call = _function(function)
-    args, kwargs = _arguments(arguments, _inputs(values, order.get("inputs", "readonly")))
+    args, kwargs = _arguments(arguments, guarded_inputs(values, order.get("inputs", "readonly")))
     if on_start is not None:
         on_start()
     if order.get("prints"):
@@ -225,11 +237,11 @@ def _call(running, function, arguments, values, on_start):
     with interrupted_after(order.get("interrupt_after"), order.get("name")):
         value = call(*args, **kwargs)
     if inspect.iscoroutine(value):
-        value = _run_coroutine(value)
+        value = run_coroutine(value)
     elif inspect.isgenerator(value):
         value = list(value)
     elif inspect.isasyncgen(value):
-        value = _run_coroutine(_collect(value))
+        value = run_coroutine(_collect(value))
     return value
 
 
@@ -238,13 +250,13 @@ class TimedOut(Exception):
 
 
 @contextlib.contextmanager
-def interrupted_after(seconds, name):
+def interrupted_after(seconds: float | None, name: Any) -> Iterator[None]:
     """Interrupt the block after a time; only the main thread of a process can be interrupted."""
     if seconds is None or threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def ring(_signal, _frame):
+    def ring(_signal: int, _frame: Any) -> None:
         raise TimedOut(f"Run {name!r} exceeded timeout of {seconds} second(s)")
 
     before = signal.signal(signal.SIGALRM, ring)
@@ -256,7 +268,7 @@ def interrupted_after(seconds, name):
         signal.signal(signal.SIGALRM, before)
 
 
-def _status(error, running):
+def _status(error: BaseException, running: Running) -> str:
     if isinstance(error, Cancelled):
         return "cancelled"
     if isinstance(error, KeyboardInterrupt) and running.cancelled:
@@ -268,7 +280,15 @@ def _status(error, running):
     return "failed"
 
 
-def _record(running, status, started, seconds, value=None, error=None, children=None):
+def _record(
+    running: Running,
+    status: str,
+    started: float,
+    seconds: float,
+    value: Any = None,
+    error: BaseException | None = None,
+    children: bytes | None = None,
+) -> bytes:
     record = {
         "status": status,
         "attempt": running.order.get("attempt", 1),
@@ -332,11 +352,11 @@ def refuse(record, value, error):
 
 # -- functions and arguments --------------------------------------------------------------
 
-_functions = OrderedDict()
+_functions: OrderedDict[bytes, Any] = OrderedDict()
 _functions_lock = threading.Lock()
 
 
-def _function(function):
+def _function(function: Any) -> Any:
     """Unpickle a function once per process."""
     if callable(function):
         return function
@@ -356,28 +376,28 @@ def _function(function):
 class _Arguments(pickle.Unpickler):
     """Reads arguments; a persistent id is the position of an upstream value."""
 
-    def __init__(self, data, values):
+    def __init__(self, data: bytes, values: Any) -> None:
         super().__init__(io.BytesIO(data))
         self._values = values
 
-    def persistent_load(self, position):
+    def persistent_load(self, position: Any) -> Any:
         return self._values[position]
 
 
-def _arguments(arguments, values):
+def _arguments(arguments: Any, values: Any) -> Any:
     if callable(arguments):
         return arguments(values)
     return _Arguments(arguments, values).load()
 
 
-def _inputs(values, mode):
+def guarded_inputs(values: Any, mode: str) -> list[Any]:
     """Arrays that other tasks may see too arrive as views that refuse writes."""
     if mode == "shared":
         return list(values)
     return [_guarded(value, mode) for value in values]
 
 
-def _guarded(value, mode):
+def _guarded(value: Any, mode: str) -> Any:
     flags = getattr(value, "flags", None)
     if flags is None or not hasattr(flags, "writeable") or not hasattr(value, "setflags"):
         return value
@@ -394,7 +414,7 @@ def _guarded(value, mode):
 _loops = threading.local()
 
 
-def _run_coroutine(coroutine):
+def run_coroutine(coroutine: Any) -> Any:
     """Run a coroutine on this thread's loop, or on a fresh thread if a loop runs here."""
     import asyncio  # half of what this file costs at the start of a worker
 
@@ -403,7 +423,7 @@ def _run_coroutine(coroutine):
     except RuntimeError:
         pass
     else:
-        return _in_thread(contextvars.copy_context().run, _run_coroutine, coroutine)
+        return in_thread(contextvars.copy_context().run, run_coroutine, coroutine)
     holder = getattr(_loops, "holder", None)
     if holder is None:
         holder = _loops.holder = _Loop()
@@ -418,20 +438,20 @@ class _Loop:
 
         self.loop = asyncio.new_event_loop()
 
-    def __del__(self):
+    def __del__(self) -> None:
         with contextlib.suppress(Exception):
             self.loop.close()
 
 
-async def _collect(generator):
+async def _collect(generator: Any) -> list[Any]:
     return [item async for item in generator]
 
 
-def _in_thread(function, *args):
+def in_thread(function: Any, *args: Any) -> Any:
     """Call a function in a fresh thread and wait; used where this thread's stack is not usable."""
-    box = []
+    box: list[tuple[Any, BaseException | None]] = []
 
-    def target():
+    def target() -> None:
         try:
             box.append((function(*args), None))
         except BaseException as error:  # handed to the waiting thread
@@ -448,12 +468,12 @@ def _in_thread(function, *args):
 
 # -- cancel -------------------------------------------------------------------------------
 
-_active = {}
-_unwanted = OrderedDict()  # keys cancelled before they started
+_active: dict[Any, Running] = {}
+_unwanted: OrderedDict[Any, bool] = OrderedDict()  # keys cancelled before they started
 _active_lock = threading.Lock()
 
 
-def _enter(running):
+def _enter(running: Running) -> None:
     if running.key is None:
         return
     with _active_lock:
@@ -461,7 +481,7 @@ def _enter(running):
         _active[running.key] = running
 
 
-def _leave(running):
+def _leave(running: Running) -> None:
     """The user's code has ended: from here on no request to stop may reach this thread."""
     with _active_lock:
         if running.key is not None:
@@ -471,7 +491,7 @@ def _leave(running):
         running.over = True  # last: whoever is struck in here has to come again
 
 
-def cancel(keys):
+def cancel(keys: Any) -> list[Any]:
     """Ask attempts in this process to stop.
 
     Parameters
@@ -505,7 +525,7 @@ def cancel(keys):
 # -- errors -------------------------------------------------------------------------------
 
 
-def describe(error):
+def describe(error: BaseException) -> dict[str, Any]:
     """Turn an exception into primitives that always unpickle.
 
     Returns
@@ -544,9 +564,9 @@ def describe(error):
     }
 
 
-def _strip(error):
+def _strip(error: BaseException | None) -> None:
     """Drop our frames from the traceback of an error and its causes."""
-    seen = set()
+    seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         kept, step = [], error.__traceback__
@@ -554,14 +574,14 @@ def _strip(error):
             if step.tb_frame.f_code.co_filename not in _HIDDEN:
                 kept.append(step)
             step = step.tb_next
-        head = None
+        head: types.TracebackType | None = None
         for frame in reversed(kept):
             head = types.TracebackType(head, frame.tb_frame, frame.tb_lasti, frame.tb_lineno)
         error.__traceback__ = head
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
-def _pickle_error(error):
+def _pickle_error(error: BaseException) -> bytes | None:
     """Pickle an exception so that it loads again, also where its __init__ is odd."""
     for form in (error, _Rebuilt(error)):
         try:
@@ -577,10 +597,10 @@ def _pickle_error(error):
 class _Rebuilt:
     """Pickles an exception as class, args and attributes, without calling its __init__."""
 
-    def __init__(self, error):
+    def __init__(self, error: BaseException) -> None:
         self.error = error
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         state = {}
         for name, value in vars(self.error).items():
             try:
@@ -598,14 +618,14 @@ class _Rebuilt:
         return (_exception_of, (type(self.error), tuple(args), state))
 
 
-def _exception_of(kind, args, state):
+def _exception_of(kind: Any, args: Any, state: Any) -> Any:
     error = kind.__new__(kind)
     error.args = args
     error.__dict__.update(state)
     return error
 
 
-def dumps(value):
+def dumps(value: Any) -> bytes:
     """Pickle with cloudpickle where it is at hand."""
     try:
         import cloudpickle
@@ -617,23 +637,23 @@ def dumps(value):
 # -- prints, sizes, memory ------------------------------------------------------------------
 
 
-def route_prints():
+def route_prints() -> None:
     """Make `print` write to the log of the run that calls it, where the run wants that."""
     if builtins.print is not _print:
         builtins.print = _print
 
 
-def set_outside(receive):
+def set_outside(receive: Any) -> None:
     """Ask `receive(text)` about prints outside of task runs; it answers whether it took them."""
     _shared.outside = receive
 
 
-def _print(*args, sep=" ", end="\n", file=None, flush=False):
+def _print(*args: Any, sep: str | None = " ", end: str | None = "\n", file: Any = None, flush: bool = False) -> None:
     if file in (None, sys.stdout):
         text = (" " if sep is None else sep).join(map(str, args))
         running = _running.get()
         outside = getattr(_shared, "outside", None)
-        if running is not None and running.scope is None or outside is None:
+        if (running is not None and running.scope is None) or outside is None:
             taken = running is not None and bool(running.order.get("prints"))
             if taken:
                 running.log("INFO", text)
@@ -644,7 +664,7 @@ def _print(*args, sep=" ", end="\n", file=None, flush=False):
     _shared.print(*args, sep=sep, end=end, file=file, flush=flush)
 
 
-def size(value):
+def size(value: Any) -> int:
     """Estimate the size of a value in bytes without copying it."""
     nbytes = getattr(value, "nbytes", None)
     if isinstance(nbytes, int):
@@ -675,7 +695,7 @@ def _size_or_nothing(value):
         return 0
 
 
-def peak_memory():
+def peak_memory() -> int:
     """Peak resident memory of this process in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
