@@ -22,7 +22,9 @@ REVISIONS = ("0001",)
 
 BUSY_TIMEOUT = 10.0
 VERSION_TABLE = sa.Table(
-    "alembic_version", sa.MetaData(), sa.Column("version_num", sa.String(32), primary_key=True, nullable=False)
+    "alembic_version",
+    sa.MetaData(),
+    sa.Column("version_num", sa.String(32), primary_key=True, nullable=False),
 )
 
 
@@ -162,7 +164,9 @@ class Upsert:
             old = table.c[self.order[0]]
             later: Any = sa.or_(old.is_(None), new[self.order[0]] > old)
         else:
-            later = sa.tuple_(*(new[name] for name in self.order)) > sa.tuple_(*(table.c[name] for name in self.order))
+            later = sa.tuple_(*(new[name] for name in self.order)) > sa.tuple_(
+                *(table.c[name] for name in self.order)
+            )
         changes = {name: new[name] for name in self.update}
         return statement.on_conflict_do_update(index_elements=keys, set_=changes, where=later)  # type: ignore[no-any-return]
 

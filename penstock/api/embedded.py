@@ -23,8 +23,17 @@ from penstock.api.db import Database
 from penstock.api.ingest import acknowledged, ingest
 from penstock.engine.home import usable_home
 from penstock.engine.sender import StoreUnusable
-from penstock.engine.spool import BATCH_BYTES, BATCH_EVENTS, Batch, FileLock, SpoolReader
-from penstock.engine.spool import mend, remove, spools, take_orphan
+from penstock.engine.spool import (
+    BATCH_BYTES,
+    BATCH_EVENTS,
+    Batch,
+    FileLock,
+    SpoolReader,
+    mend,
+    remove,
+    spools,
+    take_orphan,
+)
 from penstock.errors import ConfigurationError
 from penstock.settings import settings
 
@@ -262,7 +271,9 @@ class _Harvest:
                 continue
             with contextlib.suppress(OSError):
                 if mend(path, reader) and reader.damaged:
-                    logger.warning("A spool was damaged; what cannot be read is in %s.", path.with_suffix(".rejected"))
+                    logger.warning(
+                        "A spool was damaged; what cannot be read is in %s.", path.with_suffix(".rejected")
+                    )
                 remove(path)
                 removed.append(reader.writer)
         return removed

@@ -32,12 +32,35 @@ _STATE = [
 ]
 _FLOW = ["parent_flow_run", "parent_task_run", "flow", "name", "version", "tags", "parameters", "runner"]
 _FLOW += ["host", "pid", "python", "penstock", "created", "made"]
-_TASK = ["flow_run", "parent", "map", "element", "task", "name", "tags", "parameters", "upstream", "child_flow_run"]
+_TASK = [
+    "flow_run",
+    "parent",
+    "map",
+    "element",
+    "task",
+    "name",
+    "tags",
+    "parameters",
+    "upstream",
+    "child_flow_run",
+]
 _TASK += ["created", "made"]
-_MAP = ["count", "root", "flow_run", "parent", "task", "name", "tags", "parameters", "upstream", "upstream_maps"]
+_MAP = [
+    "count",
+    "root",
+    "flow_run",
+    "parent",
+    "task",
+    "name",
+    "tags",
+    "parameters",
+    "upstream",
+    "upstream_maps",
+]
 _MAP += ["created", "made"]
 _USAGE = ["nbytes", "peak", "worker"]
 _NEW = [*_KEY, "state_type"]
+_NO_ERROR = (None, None, None)
 _PENDING = (0, 0, 0, 0, "Pending", "PENDING")
 _FLOW_KEY, _TASK_KEY = slice(2, 7), slice(4, 9)  # where the key is in a row of a state
 
@@ -46,7 +69,10 @@ UPSERTS = {
     "task_runs": Upsert(task_runs, ["id", "root", *_TASK, *_NEW], _TASK, ["made"]),
     "maps": Upsert(maps, ["id", "start", *_MAP], _MAP, ["made"]),
     "backends": Upsert(
-        flow_runs, ["id", "root", "backend", "backend_order", *_NEW], ["backend", "backend_order"], ["backend_order"]
+        flow_runs,
+        ["id", "root", "backend", "backend_order", *_NEW],
+        ["backend", "backend_order"],
+        ["backend_order"],
     ),
     "flow_states": Upsert(flow_runs, ["id", "root", *_STATE], _STATE, _KEY),
     "task_states": Upsert(
@@ -136,10 +162,18 @@ class Fold:
 
     def _map_run(self, event: Event) -> None:
         body, run, root = event.body, event.run, event.root
-        flow_run, parent, task = _text(body.get("flow_run")), _text(body.get("parent")), _text(body.get("task"))
+        flow_run, parent, task = (
+            _text(body.get("flow_run")),
+            _text(body.get("parent")),
+            _text(body.get("task")),
+        )
         name, tags = _text(body.get("name")) or "", _tags(body.get("tags"))
         start, count, names = int(body.get("start") or 0), int(body["count"]), body.get("names")
-        edges = (_limited(body.get("parameters")), _json(body.get("upstream")), _json(body.get("upstream_maps")))
+        edges = (
+            _limited(body.get("parameters")),
+            _json(body.get("upstream")),
+            _json(body.get("upstream_maps")),
+        )
         made = (event.time, _order(event))
         before, after = (root, flow_run, parent, run), (tags, None, None, None, *made, *_PENDING)
         labels = (
@@ -158,34 +192,42 @@ class Fold:
 
     # -- a run reached a state --------------------------------------------------------------
     def _state(self, event: Event) -> None:
-        body = event.body
-        error = body.get("error") or {}
-        kind, started = str(body["type"]), _number(body.get("started"))
+        get = event.body.get
+        kind, name, started, error = event.body["type"], event.body["name"], get("started"), get("error")
+        if started is None and kind == "RUNNING":
+            started = event.time
         row = (
             event.epoch,
             event.attempt,
             event.rank,
             event.rseq,
-            str(body["name"]),
-            kind,
-            _text(body.get("message")),
-            _text(body.get("cause")),
+            _text(name),
+            _text(kind),
+            _text(get("message")),
+            _text(get("cause")),
             event.time,
-            event.time if started is None and kind == "RUNNING" else started,
-            _number(body.get("seconds")),
-            _text(error.get("type")),
-            _text(error.get("message")),
-            _text(error.get("text")),
+            started,
+            get("seconds"),
+            *(
+                (_text(error.get("type")), _text(error.get("message")), _text(error.get("text")))
+                if error
+                else _NO_ERROR
+            ),
         )
-        if body.get("of") == "flow":
+        if get("of") == "flow":
             _reach(self.rows["flow_states"], (event.run, event.root, *row), _FLOW_KEY)
         else:
-            usage = (_whole(body.get("nbytes")), _whole(body.get("peak")), _text(body.get("worker")))
+            usage = (get("nbytes"), get("peak"), _text(get("worker")))
             _reach(self.rows["task_states"], (event.run, event.root, None, None, *row, *usage), _TASK_KEY)
 
     def _states(self, event: Event) -> None:
         body, map_id, root = event.body, event.run, event.root
-        kind, name, message, cause = str(body["type"]), str(body["name"]), body.get("message"), body.get("cause")
+        kind, name, message, cause = (
+            str(body["type"]),
+            str(body["name"]),
+            body.get("message"),
+            body.get("cause"),
+        )
         epoch, rank, rseq = event.epoch, event.rank, event.rseq
         workers = [_text(worker) for worker in body.get("workers") or ()]
         indices = body["index"]
@@ -199,15 +241,15 @@ class Fold:
             began = moment if started is None and running else started
             key = (epoch, event.attempt if attempt is None else attempt, rank, rseq, name)
             worker = None if place is None or place < 0 else workers[place]
-            found.append(
-                (element_id(map_id, index), root, map_id, index, *key, *said, moment, began, seconds)
-                + (None, None, None, nbytes, peak, worker)
-            )
+            element = (element_id(map_id, index), root, map_id, index)
+            found.append((*element, *key, *said, moment, began, seconds, *_NO_ERROR, nbytes, peak, worker))
         for row in found:
             _reach(self.rows["task_states"], row, _TASK_KEY)
 
     def _runner(self, event: Event) -> None:
-        self._make("backends", event.run, (event.run, event.root, _json(event.body), _order(event), *_PENDING))
+        self._make(
+            "backends", event.run, (event.run, event.root, _json(event.body), _order(event), *_PENDING)
+        )
 
 
 _COLUMNS = ("attempt", "time", "started", "seconds", "nbytes", "peak", "worker")
@@ -237,10 +279,6 @@ def _order(event: Event) -> int:
 
 def _text(value: Any) -> str | None:
     return value if value is None or type(value) is str else str(value)
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
 
 
 def _whole(value: Any) -> int | None:

@@ -8,11 +8,11 @@ from typing import Any
 import sqlalchemy as sa
 
 from penstock.api.models import FINAL, STALE, UNREADABLE, events, flow_runs, task_runs
+from penstock.api.rows import names_of
 from penstock.engine.events import Event, unpack
 
 Step = dict[str, Any]
 
-_MANY = 500
 _LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
 _USAGE = ("started", "seconds", "nbytes", "peak", "worker")
 
@@ -40,7 +40,9 @@ def get_history(connection: sa.Connection, run: str) -> list[Step]:
     element = row is not None and row.map is not None
     for event, stale in _events_of(connection, [run, row.map] if row is not None and element else [run]):
         if event.kind == "state" and event.run == run:
-            found.append((_key(event, event.attempt), _step(event, event.body, event.attempt, event.time, stale)))
+            found.append(
+                (_key(event, event.attempt), _step(event, event.body, event.attempt, event.time, stale))
+            )
         elif event.kind == "states" and row is not None and element:
             found += _element_steps(event, row.element, stale)
     found.sort(key=lambda one: one[0])
@@ -98,7 +100,9 @@ def _with_running(steps: list[Step]) -> list[Step]:
 
 
 def _derived(kind: str, name: str, time: float, attempt: int, epoch: int) -> Step:
-    step = _step(Event("state", "", "", time, epoch=epoch), {"type": kind, "name": name}, attempt, time, False)
+    step = _step(
+        Event("state", "", "", time, epoch=epoch), {"type": kind, "name": name}, attempt, time, False
+    )
     return {**step, "derived": True}
 
 
@@ -135,7 +139,9 @@ def get_logs(
     if root is None:
         return {"lines": [], "dropped": 0}
     wanted = None if root == run else _within(connection, root, run)
-    query = sa.select(events.c.data).where(events.c.root == root, events.c.kind == "log", events.c.verdict != UNREADABLE)
+    query = sa.select(events.c.data).where(
+        events.c.root == root, events.c.kind == "log", events.c.verdict != UNREADABLE
+    )
     lines: list[dict[str, Any]] = []
     dropped = 0
     least = _LEVELS.get((level or "").upper(), 0)
@@ -178,14 +184,3 @@ def _within(connection: sa.Connection, root: str, run: str) -> set[str]:
                 found.add(child)
                 waiting.append(child)
     return found
-
-
-def names_of(connection: sa.Connection, runs: Sequence[str]) -> dict[str, str]:
-    """Return the names of flow and task runs by their ids."""
-    names: dict[str, str] = {}
-    for start in range(0, len(runs), _MANY):
-        some = runs[start : start + _MANY]
-        for table in (flow_runs, task_runs):
-            query = sa.select(table.c.id, table.c.name).where(table.c.id.in_(some))
-            names |= {run: name for run, name in connection.execute(query)}
-    return names

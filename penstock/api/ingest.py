@@ -28,6 +28,7 @@ _MANY = 500  # values in one IN list
 class _Writer:
     """What the store knows of a writer."""
 
+    name: str
     number: int
     acknowledged: int
     present: set[int] = field(default_factory=set)  # events beyond a gap
@@ -85,18 +86,21 @@ def _commit(
 ) -> dict[str, int]:
     known = _known(connection, batches)
     fresh = _fresh(batches, known)
-    readable = [(writer, read(payload) if trusted else None, payload) for writer, _, payload in fresh]
-    owners = _owners(connection, {event.root for _, event, _ in readable if event is not None})
+    events_of = [read(payload) if trusted else None for _, _, payload in fresh]
+    owners = _owners(connection, {event.root for event in events_of if event is not None})
     fold, rows = Fold(), []
-    for (writer, seq, payload), (_, event, _) in zip(fresh, readable, strict=True):
+    for (writer, seq, payload), event in zip(fresh, events_of, strict=True):
+        if event is None:
+            rows.append((writer.number, seq, "?", _NOBODY, _NOBODY, 0, 0, 0, 0, UNREADABLE, payload))
+            continue
         verdict = _fold(fold, event, writer, owners)
-        shown = event if event is not None else Event("?", _NOBODY, _NOBODY, 0.0)
-        order = (shown.epoch, shown.attempt, shown.rank, shown.rseq)
-        rows.append((known[writer].number, seq, shown.kind, shown.run, shown.root, *order, verdict, payload))
+        order = (event.epoch, event.attempt, event.rank, event.rseq)
+        rows.append((writer.number, seq, event.kind, event.run, event.root, *order, verdict, payload))
     database.upsert(connection, "events", _EVENTS, rows)
     for name, upsert in UPSERTS.items():
         database.upsert(connection, name, upsert, list(fold.rows[name].values()))
-    return _acknowledge(connection, known, fresh)
+    _acknowledge(connection, known)
+    return {name: writer.acknowledged for name, writer in known.items()}
 
 
 def acknowledged(connection: sa.Connection, names: Sequence[str]) -> dict[str, int]:
@@ -108,27 +112,27 @@ def read(payload: bytes) -> Event | None:
     """Unpack an event; None if it is not one."""
     try:
         event = unpack(payload)
-        order = (event.epoch, event.attempt, event.rank, event.rseq)
-        texts = (event.kind, event.run, event.root)
+        kind, run, root, epoch, attempt = event.kind, event.run, event.root, event.epoch, event.attempt
         sound = (
-            all(type(text) is str and len(text) <= 32 for text in texts)
-            and all(type(number) is int and 0 <= number < 1 << 31 for number in order[:3])
-            and type(event.rseq) is int
+            type(kind) is type(run) is type(root) is str
+            and len(kind) <= 32 >= len(run)
+            and len(root) <= 32
+            and 0 <= epoch < 1 << 22
+            and 0 <= attempt < 1 << 31
+            and 0 <= event.rank <= 2
             and 0 <= event.rseq < 1 << 40
-            and event.rank <= 2
-            and isinstance(event.time, (int, float))
-            and isinstance(event.body, dict)
+            and type(epoch) is type(attempt) is type(event.rank) is type(event.rseq) is int
+            and type(event.body) is dict
         )
+        float(event.time)
     except Exception:
         return None
     return event if sound else None
 
 
-def _fold(fold: Fold, event: Event | None, writer: str, owners: dict[str, tuple[int, str]]) -> int:
-    if event is None:
-        return UNREADABLE
+def _fold(fold: Fold, event: Event, writer: _Writer, owners: dict[str, tuple[int, str]]) -> int:
     owner = owners.get(event.root)
-    if owner is not None and event.epoch < owner[0] and writer != owner[1]:
+    if owner is not None and event.epoch < owner[0] and writer.name != owner[1]:
         return STALE
     try:
         fold.add(event)
@@ -163,18 +167,19 @@ def _writers(connection: sa.Connection, names: Sequence[str]) -> dict[str, _Writ
     found = {}
     for some in _chunks(names):
         for row in connection.execute(sa.select(writers).where(writers.c.writer.in_(some))):
-            found[row.writer] = _Writer(row.number, row.acknowledged)
+            found[row.writer] = _Writer(row.writer, row.number, row.acknowledged)
     return found
 
 
-def _fresh(batches: Sequence[Batch], known: dict[str, _Writer]) -> list[tuple[str, int, bytes]]:
+def _fresh(batches: Sequence[Batch], known: dict[str, _Writer]) -> list[tuple[_Writer, int, bytes]]:
     found = []
     for batch in batches:
         writer = known[batch.writer]
+        present, done = writer.present, writer.acknowledged
         for seq, payload in enumerate(batch.payloads, batch.first):
-            if seq > writer.acknowledged and seq not in writer.present:
-                writer.present.add(seq)
-                found.append((batch.writer, seq, payload))
+            if seq > done and seq not in present:
+                present.add(seq)
+                found.append((writer, seq, payload))
     return found
 
 
@@ -191,13 +196,9 @@ def _chunks(values: Sequence[str]) -> Iterable[Sequence[str]]:
     return (values[start : start + _MANY] for start in range(0, len(values), _MANY))
 
 
-def _acknowledge(
-    connection: sa.Connection, known: dict[str, _Writer], fresh: list[tuple[str, int, bytes]]
-) -> dict[str, int]:
-    changed = {writer for writer, _, _ in fresh}
+def _acknowledge(connection: sa.Connection, known: dict[str, _Writer]) -> None:
     updates: list[dict[str, Any]] = []
-    for name in changed:
-        writer = known[name]
+    for writer in known.values():
         number = _contiguous(connection, writer)
         if number > writer.acknowledged:
             writer.acknowledged = number
@@ -205,11 +206,12 @@ def _acknowledge(
     if updates:
         statement = writers.update().where(writers.c.number == sa.bindparam("n"))
         connection.execute(statement.values(acknowledged=sa.bindparam("a"), seen=sa.bindparam("s")), updates)
-    return {name: writer.acknowledged for name, writer in known.items()}
 
 
 def _contiguous(connection: sa.Connection, writer: _Writer) -> int:
     number = writer.acknowledged
+    if number + 1 not in writer.present:
+        return number
     while number + 1 in writer.present:
         number += 1
     later = sa.select(events.c.seq).where(events.c.writer == writer.number).order_by(events.c.seq)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import threading
 
+from penstock.engine import waiting
 from penstock.engine.context import Scope, current
 from penstock.engine.events import bus
 from penstock.engine.journal import Journal
@@ -69,7 +70,7 @@ def _end(runner: TaskRunner) -> None:
     with _lock:
         session = _loose.pop(id(runner), None)
     if session is not None:
-        session.wait(list(session.live))
+        waiting.wait(list(session.live))
         session.close()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from penstock.engine import events
+from penstock.engine import events, refs
 from penstock.engine.states import Position, StateType
 
 if TYPE_CHECKING:
@@ -35,6 +35,23 @@ class Source:
     run: TaskRun | None = None
     ref: Ref | None = None
     tolerant: bool = False
+
+
+class Bound:
+    """Arguments for a runner in this process: shares objects, fills the slots in when it is time."""
+
+    __slots__ = ("args", "kwargs", "slots")
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], slots: int) -> None:
+        self.args = args
+        self.kwargs = kwargs
+        self.slots = slots
+
+    def __call__(self, values: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments with the upstream values in place."""
+        if not self.slots:
+            return self.args, self.kwargs
+        return tuple(refs.fill(list(self.args), values)), refs.fill(self.kwargs, values)
 
 
 @dataclass(slots=True, eq=False)
@@ -168,6 +185,12 @@ class TaskRun:
         if not self._id:
             self._id = events.element_id(str(self.map_id), self.index)
         return self._id
+
+    @property
+    def carrier(self) -> Session:
+        """The session that carries the run."""
+        assert self.session is not None  # a future is made of a run that was submitted
+        return self.session
 
     @property
     def type(self) -> StateType:

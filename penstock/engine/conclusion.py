@@ -58,7 +58,11 @@ def _decides(item: Any) -> bool:
 
 def is_handmade(value: Any) -> bool:
     """Whether a flow returned one state that somebody wrote down."""
-    return isinstance(value, State) and "task_run_id" not in value.state_details and "flow_run_id" not in value.state_details
+    return (
+        isinstance(value, State)
+        and "task_run_id" not in value.state_details
+        and "flow_run_id" not in value.state_details
+    )
 
 
 def aggregate(states: Iterable[State]) -> State:

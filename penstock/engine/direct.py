@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from penstock.engine import invoke
-from penstock.engine.calls import Call, Source, TaskRun
-from penstock.engine.invoke import Bound
-from penstock.engine.session import HOP
+from penstock.engine import invoke, values
+from penstock.engine.calls import Bound, Call, Source, TaskRun
 from penstock.engine.states import StateType, advance
 from penstock.engine.steps import Invoke, Sleep, Steps, Wait
+from penstock.engine.waiting import HOP
 from penstock.runners import worker_runtime
 
 if TYPE_CHECKING:
@@ -39,18 +38,17 @@ def steps(run: TaskRun, scope: Scope, call: Call, return_state: bool) -> Steps:
     if dead is not None:
         session.never_direct(run, dead)
     else:
-        values = session.values_of(call.sources)
-        yield from _attempts(run, scope, call, values)
-    state = session.state_of(run)
+        yield from _attempts(run, scope, call, values.of_sources(session, call.sources))
+    state = values.state_of(run)
     if return_state:
         return state
-    error = session.exception_of(run)
+    error = values.exception_of(run)
     if error is not None:
         raise error
     return run.value
 
 
-def _attempts(run: TaskRun, scope: Scope, call: Call, values: list[Any]) -> Steps:
+def _attempts(run: TaskRun, scope: Scope, call: Call, inputs: list[Any]) -> Steps:
     session = scope.session
     options = run.task.options
     assert isinstance(call.arguments, Bound)
@@ -59,7 +57,7 @@ def _attempts(run: TaskRun, scope: Scope, call: Call, values: list[Any]) -> Step
         run.position = advance(run.position, StateType.RUNNING, None, run.failures + run.crashes + 1)
         order = invoke.work_order(run, call, session.prints_of(run))
         attempt = worker_runtime.Attempt(order, None, session.scope_of(run))
-        args, kwargs = call.arguments(worker_runtime.guarded_inputs(values, options.inputs))
+        args, kwargs = call.arguments(worker_runtime.guarded_inputs(inputs, options.inputs))
         if order["prints"]:
             worker_runtime.route_prints()
         with attempt:
@@ -78,5 +76,3 @@ def _attempts(run: TaskRun, scope: Scope, call: Call, values: list[Any]) -> Step
 def _blocks(source: Source) -> bool:
     run = source.run
     return run is not None and not run.completed and not source.tolerant
-
-

@@ -112,7 +112,9 @@ class Flow(Generic[P, R]):
     @overload
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
     @overload
-    def __call__(self, *args: Any, return_state: Literal[True], wait_for: Any = None, **kwargs: Any) -> State: ...
+    def __call__(
+        self, *args: Any, return_state: Literal[True], wait_for: Any = None, **kwargs: Any
+    ) -> State: ...
     def __call__(  # type: ignore[misc] # the user's signature stands in the overloads
         self, *args: Any, return_state: bool = False, wait_for: Any = None, **kwargs: Any
     ) -> Any:
@@ -149,7 +151,9 @@ class Flow(Generic[P, R]):
             errors.hide_frames(error)
             raise
 
-    def _steps(self, args: tuple[Any, ...], kwargs: dict[str, Any], return_state: bool, wait_for: Any) -> Steps:
+    def _steps(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], return_state: bool, wait_for: Any
+    ) -> Steps:
         outer = context.current()
         run = FlowRunScope(self, outer, args, kwargs)
         state: State | None = None

@@ -14,13 +14,13 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from penstock import errors
-from penstock.engine import conclusion, context, parameters, signals
+from penstock.engine import cancelling, conclusion, context, parameters, signals, values, waiting
 from penstock.engine.annotations import allow_failure, quote
+from penstock.engine.caller import wait_sources
 from penstock.engine.calls import FlowRun, TaskRun
 from penstock.engine.context import Scope, current_tags
 from penstock.engine.events import HOST, bus
 from penstock.engine.futures import run_of
-from penstock.engine.invoke import wait_sources
 from penstock.engine.journal import Journal
 from penstock.engine.names import new_name
 from penstock.engine.options import run_name
@@ -52,7 +52,9 @@ class FlowRunScope:
         As the user wrote them.
     """
 
-    def __init__(self, flow: Flow[..., Any], outer: Scope | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, flow: Flow[..., Any], outer: Scope | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         self.flow = flow
         self.outer = outer
         self.args = args
@@ -143,7 +145,11 @@ class FlowRunScope:
             tolerant = isinstance(value, allow_failure)
             plain = value.unwrap() if isinstance(value, (allow_failure, quote)) else value
             run = run_of(plain)
-            if run is None or isinstance(value, quote) or (not tolerant and parameters.takes_reference(hints.get(name))):
+            if (
+                run is None
+                or isinstance(value, quote)
+                or (not tolerant and parameters.takes_reference(hints.get(name)))
+            ):
                 self.arguments[name] = plain if not isinstance(plain, State) or run is None else value
                 continue
             yield Wait([run])
@@ -157,11 +163,10 @@ class FlowRunScope:
         self.args, self.kwargs = parameters.unbind(self.flow.signature, self.arguments)
 
     def _value_of(self, run: TaskRun, tolerant: bool) -> Any:
-        assert run.session is not None
         if run.done and not run.completed and not tolerant:
             message = f"Upstream task run '{run.id}' did not reach a 'COMPLETED' state."
-            raise errors.UnfinishedRun(message).of_run(self.flow_run.id) from run.session.exception_of(run)
-        return run.session.results([run], raise_on_failure=False)[0]
+            raise errors.UnfinishedRun(message).of_run(self.flow_run.id) from values.exception_of(run)
+        return values.results([run], raise_on_failure=False)[0]
 
     def start(self) -> None:
         """Open the runner (a nested flow uses its parent's) and enter RUNNING."""
@@ -175,8 +180,13 @@ class FlowRunScope:
             self.session = Session(self.runner, self.journal)
             self._ends.callback(self.session.close)
             info = self.runner.info
-            body = {name: getattr(info, name) for name in ("name", "address", "dashboard", "workers", "threads", "memory")}
-            self.journal.write("runner", self.flow_run.id, self.flow_run.root, {**body, "versions": dict(info.versions)})
+            body = {
+                name: getattr(info, name)
+                for name in ("name", "address", "dashboard", "workers", "threads", "memory")
+            }
+            self.journal.write(
+                "runner", self.flow_run.id, self.flow_run.root, {**body, "versions": dict(info.versions)}
+            )
         self._state(StateType.RUNNING, attempt=1)
         if self.flow_run.task_run is not None:
             self._row(StateType.RUNNING)
@@ -218,7 +228,7 @@ class FlowRunScope:
             state = value
         else:
             members = conclusion.members_of(value)
-            states = [run.session.state_of(run) for run in members.runs if run.session] + members.states
+            states = [values.state_of(run) for run in members.runs] + members.states
             state = conclusion.aggregate(states) if states else State(StateType.COMPLETED)
             if state.is_completed():
                 state.data = Returned(value, members.runs) if members.runs else value
@@ -240,13 +250,10 @@ class FlowRunScope:
         urgent = asked or not isinstance(error, Exception)
         if self.session is not None and self.flow_run.live:
             live = list(self.flow_run.live)
-            self.session.cancel_unstarted(live) if not urgent else self.session.cancel(live)
             if urgent:
-                self.session.wait(live, GRACE)
-                self.session.cancel([run for run in live if not run.done], force=True)
-                self.session.wait(live, GRACE)
-                self.session.abandon(live)
+                _stop(live)
             else:
+                cancelling.cancel_unstarted(live)
                 yield Wait(live)
         state = self._state_of_error(error, asked)
         self._finish(state)
@@ -291,7 +298,12 @@ class FlowRunScope:
             self._row(state.type, state.name, state.message, **details)
 
     def _state(
-        self, to: StateType, name: str | None = None, message: str = "", attempt: int | None = None, **details: Any
+        self,
+        to: StateType,
+        name: str | None = None,
+        message: str = "",
+        attempt: int | None = None,
+        **details: Any,
     ) -> None:
         if self.flow_run.position.type is not StateType.PENDING or to is not StateType.PENDING:
             self.flow_run.position = advance(self.flow_run.position, to, name, attempt)
@@ -328,6 +340,15 @@ class FlowRunScope:
         self._ends.close()
 
 
+def _stop(live: list[TaskRun]) -> None:
+    """Stop runs at once: ask, then force, then give up what cannot be interrupted."""
+    cancelling.cancel(live)
+    waiting.wait(live, GRACE)
+    cancelling.cancel(live, force=True)
+    waiting.wait(live, GRACE)
+    cancelling.abandon(live)
+
+
 class Returned(Stored):
     """A flow's return value that holds futures."""
 
@@ -337,14 +358,9 @@ class Returned(Stored):
 
     def load(self) -> Any:
         """Bring the values of the futures here and put them in their places."""
-        by_session: dict[Session, list[TaskRun]] = {}
-        for run in self.runs:
-            if run.session is not None and run.done and (run.completed or run.type is StateType.SKIPPED):
-                by_session.setdefault(run.session, []).append(run)
-        values: dict[TaskRun, Any] = {}
-        for session, runs in by_session.items():
-            values.update(zip(runs, session.results(runs), strict=True))
-        return conclusion.with_values(self.value, values)
+        ended = [run for run in self.runs if run.completed or (run.done and run.type is StateType.SKIPPED)]
+        found = dict(zip(ended, values.results(ended), strict=True))
+        return conclusion.with_values(self.value, found)
 
 
 @lru_cache

@@ -11,11 +11,11 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterat
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, SupportsIndex, TypeVar, overload
 
 from penstock import errors
+from penstock.engine import cancelling, values, waiting
 from penstock.engine.states import State, StateType
 
 if TYPE_CHECKING:
     from penstock.engine.calls import TaskRun
-    from penstock.engine.session import Session
 
 R = TypeVar("R")
 
@@ -46,9 +46,9 @@ class PenstockFuture(Generic[R]):
     @property
     def state(self) -> State:
         """The present state; read here, without a request and without bytes."""
-        session = _session(self._run)
+        session = self._run.carrier
         session.flush()
-        return session.state_of(self._run)
+        return values.state_of(self._run)
 
     @property
     def nbytes(self) -> int:
@@ -68,7 +68,7 @@ class PenstockFuture(Generic[R]):
     def done(self) -> bool:
         """Whether the run has ended, or can never start."""
         if not self._run.done:
-            _session(self._run).flush()
+            self._run.carrier.flush()
         return self._run.done
 
     def running(self) -> bool:
@@ -88,7 +88,7 @@ class PenstockFuture(Generic[R]):
         timeout : float, optional
             Seconds; None waits for ever.
         """
-        _session(self._run).wait([self._run], timeout)
+        waiting.wait([self._run], timeout)
 
     def result(self, timeout: float | None = None, raise_on_failure: bool = True) -> R:
         """Wait for the value and bring it here.
@@ -120,14 +120,13 @@ class PenstockFuture(Generic[R]):
 
     def _result(self, timeout: float | None, raise_on_failure: bool) -> R:
         run = self._run
-        session = _session(run)
         if not run.done:
             _warn_in_loop()
-            session.wait([run], timeout)
+            waiting.wait([run], timeout)
         if not run.done:
             message = f"Task run {run.id} did not complete within {timeout} seconds"
             raise TimeoutError(message)
-        value: R = session.results([run], raise_on_failure=raise_on_failure)[0]
+        value: R = values.results([run], raise_on_failure=raise_on_failure)[0]
         return value
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -137,7 +136,7 @@ class PenstockFuture(Generic[R]):
         if not run.done:
             message = f"Task run {run.id} did not complete within {timeout} seconds"
             raise TimeoutError(message)
-        return _session(run).exception_of(run)
+        return values.exception_of(run)
 
     def __await__(self) -> Generator[Any, None, R]:
         """Like `result`, without blocking the event loop."""
@@ -145,13 +144,12 @@ class PenstockFuture(Generic[R]):
 
     async def _await(self) -> R:
         loop = asyncio.get_running_loop()
-        session = _session(self._run)
         try:
             await self.settled()
-            if session.is_at_hand(self._run):
-                value: R = session.results([self._run])[0]
+            if values.is_at_hand(self._run):
+                value: R = values.results([self._run])[0]
             else:
-                value = (await loop.run_in_executor(None, session.results, [self._run]))[0]
+                value = (await loop.run_in_executor(None, values.results, [self._run]))[0]
         except BaseException as error:
             errors.hide_frames(error)
             raise
@@ -175,7 +173,7 @@ class PenstockFuture(Generic[R]):
             except RuntimeError:  # the loop has ended; nobody waits any more
                 return
 
-        session = _session(run)
+        session = run.carrier
         session.add_callback(run, wake)
         session.flush()
         await waiter
@@ -194,11 +192,11 @@ class PenstockFuture(Generic[R]):
         bool
             Whether the run will end CANCELLED; False if it has ended already.
         """
-        return _session(self._run).cancel([self._run], force=force)
+        return cancelling.cancel([self._run], force=force)
 
     def add_done_callback(self, fn: Callable[[PenstockFuture[R]], Any]) -> None:
         """Call ``fn(future)`` once when the run has ended, at once if it has."""
-        _session(self._run).add_callback(self._run, lambda run: fn(PenstockFuture(run)))
+        self._run.carrier.add_callback(self._run, lambda run: fn(PenstockFuture(run)))
 
     def __eq__(self, other: object) -> bool:
         """Two futures of one run are equal."""
@@ -261,25 +259,21 @@ class PenstockFutureList(list[PenstockFuture[R]], Generic[R]):
         if not self:
             return []
         runs = [future._run for future in self]
-        session = _session(runs[0])
         if not all(run.done for run in runs):
             _warn_in_loop()
-        session.wait(runs, timeout, until_failure=raise_on_failure)
+        waiting.wait(runs, timeout, until_failure=raise_on_failure)
         if raise_on_failure:
-            failed = next((run for run in runs if run.done and session.exception_of(run)), None)
+            failed = next((run for run in runs if values.has_failed(run)), None)
             if failed is not None:
-                session.results([failed])
+                values.results([failed])
         if not all(run.done for run in runs):
             message = f"Timed out waiting for all futures to complete within {timeout} seconds"
             raise TimeoutError(message)
-        return session.results(runs, raise_on_failure=raise_on_failure)
+        return values.results(runs, raise_on_failure=raise_on_failure)
 
     def cancel(self, force: bool = False) -> bool:
         """Ask all runs to stop; answer whether any of them will."""
-        if not self:
-            return False
-        runs = [future._run for future in self]
-        return _session(runs[0]).cancel(runs, force=force)
+        return cancelling.cancel([future._run for future in self], force=force)
 
     def reduce(
         self, op: Callable[[list[Any]], Any], fanin: int = 8, order: str = "index"
@@ -353,12 +347,7 @@ def wait(futures: Iterable[PenstockFuture[Any]], timeout: float | None = None) -
         ``(done, not_done)``, two sets.
     """
     unique = list(futures)
-    deadline = None if timeout is None else time.monotonic() + check_timeout(timeout)
-    by_session: dict[Any, list[TaskRun]] = {}
-    for future in unique:
-        by_session.setdefault(_session(future._run), []).append(future._run)
-    for session, runs in by_session.items():
-        session.wait(runs, None if deadline is None else max(0.0, deadline - time.monotonic()))
+    waiting.wait([future._run for future in unique], None if timeout is None else check_timeout(timeout))
     done = {future for future in unique if future._run.done}
     return DoneAndNotDoneFutures(done, {future for future in unique if not future._run.done} - done)
 
@@ -387,8 +376,8 @@ class as_completed:  # noqa: N801 - the standard library's name; an iterator, pl
         self._taken = 0
         self._wakers: list[Callable[[], Any]] = []
         for future in self._futures:
-            _session(future._run).add_callback(future._run, self._arrive(future))
-        for session in {_session(future._run) for future in self._futures}:
+            future._run.carrier.add_callback(future._run, self._arrive(future))
+        for session in {future._run.carrier for future in self._futures}:
             session.flush()
 
     def _arrive(self, future: PenstockFuture[Any]) -> Callable[[Any], None]:
@@ -425,7 +414,7 @@ class as_completed:  # noqa: N801 - the standard library's name; an iterator, pl
             return
         pending = [future._run for future in self._futures if not future._run.done]
         if pending:
-            _session(pending[0]).wait_any(pending, self._deadline)
+            waiting.do_one_here(pending)
 
     def _take(self) -> PenstockFuture[Any]:
         future = self._ended[self._taken]
@@ -481,11 +470,6 @@ def run_of(value: Any) -> TaskRun | None:
         run: TaskRun | None = getattr(value.data, "run", None)
         return run
     return None
-
-
-def _session(run: TaskRun) -> Session:
-    assert run.session is not None  # a future is made of a run that was submitted
-    return run.session
 
 
 _warned: set[int] = set()

@@ -15,7 +15,38 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NETWORK = frozenset(
-    ["9p", "afs", "afpfs", "beegfs", "ceph", "cifs", "cvmfs", "fuse.beegfs", "fuse.ceph", "fuse.glusterfs", "fuse.juicefs", "fuse.rclone", "fuse.s3fs", "fuse.sshfs", "fuse.weka", "gfs2", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "ocfs2", "orangefs", "panfs", "pvfs2", "smb3", "smbfs", "virtiofs", "wekafs"]
+    [
+        "9p",
+        "afs",
+        "afpfs",
+        "beegfs",
+        "ceph",
+        "cifs",
+        "cvmfs",
+        "fuse.beegfs",
+        "fuse.ceph",
+        "fuse.glusterfs",
+        "fuse.juicefs",
+        "fuse.rclone",
+        "fuse.s3fs",
+        "fuse.sshfs",
+        "fuse.weka",
+        "gfs2",
+        "glusterfs",
+        "gpfs",
+        "lustre",
+        "ncpfs",
+        "nfs",
+        "nfs4",
+        "ocfs2",
+        "orangefs",
+        "panfs",
+        "pvfs2",
+        "smb3",
+        "smbfs",
+        "virtiofs",
+        "wekafs",
+    ]
 )
 """Types of file systems that several machines share."""
 
@@ -101,7 +132,7 @@ def _stand_in(configured: Path) -> Path:
     digest = hashlib.sha256(os.fsencode(configured)).hexdigest()[:12]
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     bases = [
-        Path(f"/var/tmp/penstock-{os.getuid()}"),  # survives a reboot, unlike the others
+        Path(f"/var/tmp/penstock-{os.getuid()}"),  # noqa: S108 - survives a reboot; checked below
         *([Path(runtime) / "penstock"] if runtime else []),
         Path(tempfile.gettempdir()) / f"penstock-{os.getuid()}",
     ]

@@ -41,7 +41,9 @@ class Journal:
         """Publish an event under the next number of the session."""
         self._publish(replace(event, rseq=next(self._count)))
 
-    def write(self, kind: str, run: str, root: str, body: dict[str, Any], attempt: int = 0, rank: int = 0) -> None:
+    def write(
+        self, kind: str, run: str, root: str, body: dict[str, Any], attempt: int = 0, rank: int = 0
+    ) -> None:
         """Publish one event."""
         self._publish(Event(kind, run, root, time.time(), body, 1, attempt, rank, next(self._count)))
 
@@ -63,7 +65,13 @@ class Journal:
     def flow_state(self, flow_run: FlowRun, message: str = "", **details: Any) -> None:
         """A flow run is in a new state."""
         position = flow_run.position
-        body = {"of": "flow", "type": str(position.type), "name": position.name, "message": message, **details}
+        body = {
+            "of": "flow",
+            "type": str(position.type),
+            "name": position.name,
+            "message": message,
+            **details,
+        }
         rank = TERMINAL if flow_run.type.is_final else PRESENT
         self.write("state", flow_run.id, flow_run.root, body, position.attempt, rank)
 
@@ -120,6 +128,10 @@ class Journal:
         """A task run wrote log lines."""
         if lines or dropped:
             self.write("log", run.id, run.root, {"lines": lines, "dropped": dropped})
+
+    def flow_lines(self, run: FlowRun, lines: list[Any]) -> None:
+        """The code of a flow wrote log lines."""
+        self.write("log", run.id, run.root, {"lines": lines, "dropped": 0})
 
     def absorb(self, packed: bytes) -> None:
         """Publish the events of the runs that a task made, in their order."""

@@ -9,7 +9,6 @@ from typing import Any
 
 from penstock import errors
 from penstock.engine import context
-from penstock.engine.events import Event
 from penstock.runners import worker_runtime
 
 FLOW_LOGGER = "penstock.flow_runs"
@@ -34,12 +33,7 @@ def write_line(level: str, text: str) -> None:
     if running is not None and (scope is None or scope.running is running or scope.task_run is not None):
         running.log(level, text)
     elif scope is not None and scope.flow_run is not None:
-        publish_lines(scope.session.publish, scope.flow_run.id, scope.flow_run.root, [[time.time(), level, text]])
-
-
-def publish_lines(publish: Any, run: str, root: str, lines: list[Any], dropped: int = 0) -> None:
-    """Publish log lines of a run as one event."""
-    publish(Event("log", run, root, time.time(), {"lines": lines, "dropped": dropped}))
+        scope.session.journal.flow_lines(scope.flow_run, [[time.time(), level, text]])
 
 
 def route_flow_prints() -> None:

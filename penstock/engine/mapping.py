@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from penstock import errors
 from penstock.engine import events
 from penstock.engine.annotations import Annotation, allow_failure, quote, unmapped
+from penstock.engine.caller import Caller
 from penstock.engine.calls import Source, TaskRun
 from penstock.engine.context import Scope, current_tags
 from penstock.engine.futures import PenstockFuture, run_of
-from penstock.engine.invoke import Caller
 from penstock.engine.options import run_name
 
 if TYPE_CHECKING:
@@ -206,7 +206,9 @@ def helpers() -> list[Task[..., Any]]:
 def _edges(runs: list[TaskRun], parts: dict[Any, Part], after: tuple[Source, ...]) -> dict[str, Any]:
     """Describe the upstreams of a map: shared ones once, those of the elements as a range."""
     shared: dict[str, str] = {s.run.id: "wait_for" for s in after if s.run is not None and s.run.tracked}
-    of_elements = {id(item._run) for part in parts.values() for item in part.items if isinstance(item, PenstockFuture)}
+    of_elements = {
+        id(item._run) for part in parts.values() for item in part.items if isinstance(item, PenstockFuture)
+    }
     first = runs[0].call
     for source in first.sources if first is not None else ():
         if source.run is not None and source.run.tracked and id(source.run) not in of_elements:
@@ -225,7 +227,9 @@ def _edges(runs: list[TaskRun], parts: dict[Any, Part], after: tuple[Source, ...
         head = upstream[0]
         offset = head.index
         regular = head.map_id is not None and len(upstream) == len(runs)
-        if regular and all(run.map_id == head.map_id and run.index == i + offset for i, run in enumerate(upstream)):
+        if regular and all(
+            run.map_id == head.map_id and run.index == i + offset for i, run in enumerate(upstream)
+        ):
             maps.append([str(place), head.map_id, offset])
         else:
             singles.append([str(place), [run.id if (run := run_of(item)) else None for item in part.items]])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
-from penstock.engine import events, refs
+from penstock.engine import cancelling, events, refs, values, waiting
 from penstock.engine.calls import FlowRun, TaskRun
 from penstock.engine.context import Scope
 from penstock.engine.futures import run_of
@@ -43,8 +43,8 @@ class Children:
         """Wait for the children and put values in the place of futures in the result."""
         live = [run for run in list(self.runs) if not run.done]
         if error is not None:
-            self.session.cancel(live)
-        self.session.wait([run for run in live if not run.done])
+            cancelling.cancel(live)
+        waiting.wait([run for run in live if not run.done])
         if error is not None:
             return value
         return refs.replace(value, self._value)
@@ -53,9 +53,8 @@ class Children:
         run = run_of(leaf)
         if run is None:
             return leaf
-        assert run.session is not None
-        run.session.wait([run])
-        return run.session.results([run], raise_on_failure=not tolerant)[0]
+        waiting.wait([run])
+        return values.results([run], raise_on_failure=not tolerant)[0]
 
     def events(self) -> bytes:
         """Pack what happened to the children; empty where the driver has seen it itself."""

@@ -135,7 +135,9 @@ def run_name(template: RunName, default: str, parameters: Mapping[str, Any]) -> 
     if not callable(template):
         message = f"Expected string or callable for 'task_run_name'; got {type(template).__name__} instead."
         raise TypeError(message)
-    name = template(dict(parameters)) if "parameters" in inspect.signature(template).parameters else template()
+    name = (
+        template(dict(parameters)) if "parameters" in inspect.signature(template).parameters else template()
+    )
     if not isinstance(name, str):
         message = f"Callable {template} for 'task_run_name' returned type {type(name).__name__} but a string is required."
         raise TypeError(message)

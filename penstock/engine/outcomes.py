@@ -7,10 +7,11 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from penstock import errors
-from penstock.engine import invoke
 from penstock.engine.clock import clock
+from penstock.engine.failure import Failure
 from penstock.engine.states import State, StateType, advance
 from penstock.runners import worker_runtime
+from penstock.runners.base import UNSENT
 
 if TYPE_CHECKING:
     from penstock.engine.calls import TaskRun
@@ -37,10 +38,9 @@ def expired(session: Session, run: TaskRun, attempt: int) -> None:
         return
     ref = run.ref
     session.forget(run)
-    if ref is not None and ref.handle is not None:
-        session.later(lambda: _stop(session, ref))
+    if ref is not None and ref.handle is not UNSENT:
+        clock.call_later(0, lambda: _stop(session, ref))
     _timed_out(session, run, {"started": run.started})
-    session.wake()
 
 
 def _timed_out(session: Session, run: TaskRun, details: dict[str, Any]) -> None:
@@ -82,7 +82,9 @@ def ended(session: Session, run: TaskRun, record: dict[str, Any], nbytes: int, w
     elif status == "crashed":
         run.error = failure
         text = _ABORTED.get(described["type"], "Execution was aborted.")
-        session.settle(run, StateType.CRASHED, None, text, cause=described["type"], error=_shown(described), **details)
+        session.settle(
+            run, StateType.CRASHED, None, text, cause=described["type"], error=_shown(described), **details
+        )
     else:
         text = f"Task run encountered an exception: {described['type']}: {described['message']}"
         name = "TimedOut" if described["type"] == "TaskTimeout" else None
@@ -113,7 +115,7 @@ def _failure(run: TaskRun, described: dict[str, Any], record: dict[str, Any]) ->
     where = f"(task run {run.name!r}, attempt {record['attempt']}, on {run.worker})"
     handle = run.ref.handle if run.ref is not None else None
     own = handle.error if isinstance(handle, worker_runtime.Failed) else None
-    return own if own is not None else invoke.Failure(described, where)
+    return own if own is not None else Failure(described, where)
 
 
 def _shown(described: dict[str, Any]) -> dict[str, str]:
@@ -138,7 +140,7 @@ def _wants_retry(session: Session, run: TaskRun, name: str | None, message: str)
     condition = run.task.options.retry_condition_fn
     if condition is None:
         return True
-    error = run.error.exception(run.id) if isinstance(run.error, invoke.Failure) else run.error
+    error = run.error.exception(run.id) if isinstance(run.error, Failure) else run.error
     state = State(StateType.FAILED, name or "", message, error, {"task_run_id": run.id})
     try:
         return bool(condition(run.task, run, state))

@@ -13,7 +13,9 @@ from penstock.engine.futures import PenstockFuture, run_of
 _KINDS_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
-def bind(signature: inspect.Signature, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def bind(
+    signature: inspect.Signature, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
     """Return the arguments of a call by the names of the parameters, defaults included.
 
     Raises
@@ -36,7 +38,9 @@ def unbind(signature: inspect.Signature, arguments: dict[str, Any]) -> tuple[tup
     return bound.args, bound.kwargs
 
 
-def validate(function: Callable[..., Any], signature: inspect.Signature, arguments: dict[str, Any]) -> dict[str, Any]:
+def validate(
+    function: Callable[..., Any], signature: inspect.Signature, arguments: dict[str, Any]
+) -> dict[str, Any]:
     """Check and coerce arguments by the annotations of the function, values of any size.
 
     Parameters

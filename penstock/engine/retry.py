@@ -65,7 +65,9 @@ def read_delays(option: DelayOption, retries: int) -> tuple[float, ...]:
     if isinstance(values, (int, float)):
         values = [values]
     if not isinstance(values, (list, tuple)):
-        message = f"'retry_delay_seconds' must be a number, a list or a callable, got {type(option).__name__}."
+        message = (
+            f"'retry_delay_seconds' must be a number, a list or a callable, got {type(option).__name__}."
+        )
         raise TypeError(message)
     if len(values) > 50:
         message = "Can not configure more than 50 retry delays per task."

@@ -68,7 +68,10 @@ class Sender:
     """
 
     def __init__(
-        self, spool: Spool, opener: Callable[[], Store], successor: Callable[[int], Spool | None] | None = None
+        self,
+        spool: Spool,
+        opener: Callable[[], Store],
+        successor: Callable[[int], Spool | None] | None = None,
     ) -> None:
         self.spool = spool
         self.acknowledged = 0
@@ -187,7 +190,7 @@ class Sender:
             self._stop.wait(min(seconds, SHORTEST_PAUSE))
 
     def _back_off(self, longest: float) -> None:
-        self._rest(self._pause * random.uniform(0.5, 1))
+        self._rest(self._pause * random.uniform(0.5, 1))  # noqa: S311 - jitter
         self._pause = min(self._pause * 2, longest)
 
     def _acknowledge(self, number: int) -> None:

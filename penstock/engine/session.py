@@ -13,24 +13,23 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from penstock import errors
-from penstock.engine import invoke, nested, outcomes, payload
+from penstock.engine import invoke, nested, outcomes, payload, values
 from penstock.engine.buffer import Buffer
 from penstock.engine.calls import FlowRun, Source, TaskRun
 from penstock.engine.clock import clock
-from penstock.engine.context import Scope, current
+from penstock.engine.context import Scope
 from penstock.engine.graph import Graph, sources_of
 from penstock.engine.journal import Journal
 from penstock.engine.objects import Objects
-from penstock.engine.states import State, StateType, Stored, advance, failure_of
+from penstock.engine.states import StateType, advance
+from penstock.engine.waiting import surrounds
 from penstock.runners import worker_runtime
-from penstock.runners.base import Key, Ref, Report, TaskRunner, new_tag
+from penstock.runners.base import UNSENT, Key, Ref, Report, TaskRunner, new_tag
 from penstock.settings import settings
-
-HOP = 25  # task runs inside one another on one stack; deeper ones go on in a fresh thread
 
 
 class Session:
@@ -49,21 +48,22 @@ class Session:
         self.in_process = runner.in_process
         self.tag = new_tag()
         self.journal = journal
-        self.publish = journal.publish
         self.graph = Graph(native=runner.info.dependencies)
         self.objects = Objects(runner, settings().large_argument)
         self.lock = threading.RLock()
-        self._changed = threading.Condition(self.lock)
+        self.changed = threading.Condition(self.lock)
         self._working = threading.Lock()
         self._inbox: deque[list[Report]] = deque()
         self._sent: dict[Key, TaskRun] = {}
         self._scopes: dict[FlowRun | None, Scope] = {}
-        self._functions: dict[Any, Any] = {}
+        self._functions: dict[
+            int, tuple[Any, bytes]
+        ] = {}  # the function is kept, so that its id stays its own
         self._counter = itertools.count()
         self._calls_due: deque[Callable[[], None]] = deque()
         self.buffer = Buffer(self._pump)
         self.bytes_fetched = 0
-        self._failures = 0
+        self.failures = 0
         self.live: dict[TaskRun, None] = {}
         runner.listen(self.tag, self._receive)
 
@@ -89,10 +89,10 @@ class Session:
         """Return a task's function as the runner needs it; pickled once per session."""
         if self.in_process:
             return task.fn
-        found = self._functions.get(task.fn)
+        found = self._functions.get(id(task.fn))
         if found is None:
-            found = self._functions[task.fn] = payload.pack_function(task.fn)
-        return found
+            found = self._functions[id(task.fn)] = (task.fn, payload.pack_function(task.fn))
+        return found[1]
 
     def prints_of(self, run: TaskRun) -> bool:
         """Whether the prints of a run go to its log."""
@@ -110,10 +110,10 @@ class Session:
         run = source.run
         assert run is not None
         if run.session is not self:
-            source.ref = self.runner.put([self._foreign_value(run)])[0]
+            source.ref = self.runner.put(values.results([run], raise_on_failure=False))[0]
             return source.ref
-        if run.done and not run.completed:
-            source.ref = self.runner.put([None if run.type is StateType.SKIPPED else self.exception_of(run)])[0]
+        if run.done and not run.completed:  # `allow_failure`: the exception is the value
+            source.ref = self.runner.put([values.exception_of(run)])[0]
             return source.ref
         if run.ref is None:
             run.ref = self.runner.put([run.value])[0]
@@ -123,11 +123,6 @@ class Session:
         """Whether an edge of ``wait_for`` has to be known to the backend."""
         run = source.run
         return run is not None and not run.done and run.session is self and self.graph.native
-
-    @staticmethod
-    def _foreign_value(run: TaskRun) -> Any:
-        assert run.session is not None
-        return run.session.results([run], raise_on_failure=False)[0]
 
     # -- calls --------------------------------------------------------------------------------
     def submit(self, runs: Sequence[TaskRun], scope: Scope) -> None:
@@ -193,7 +188,7 @@ class Session:
             )
             raise errors.NestingTooDeep(message)
         for source in sources_of(run):
-            if source.run is not None and not source.run.done and _surrounds(source.run, scope.task_run):
+            if source.run is not None and not source.run.done and surrounds(source.run, scope.task_run):
                 message = (
                     f"deadlock: {run.name!r} would wait for {source.run.name!r}, "
                     "whose own code submits it and cannot end before it."
@@ -247,7 +242,7 @@ class Session:
                 if self._inbox:
                     self._read(self._inbox.popleft())
                 elif self._calls_due:
-                    with self.lock:
+                    with self.changing():
                         self._calls_due.popleft()()
                 else:
                     self._send()
@@ -261,7 +256,7 @@ class Session:
                 attempt = run.failures + run.crashes + 1
                 run.position = advance(run.position, StateType.PENDING, "Submitting", max(attempt, 1))
                 run.key = (f"{run.task.name}-{self.tag}", next(self._counter))
-                run.ref = Ref(run.key, None)
+                run.ref = Ref(run.key, UNSENT)
                 self._sent[run.key] = run
             submissions = []
             for run in batch:
@@ -275,19 +270,26 @@ class Session:
             sent = self.runner.send(submissions)
         except Exception as error:  # the backend is gone, or refuses: nothing was started
             self._inbox.append(
-                [Report(s.key, "lost", cause=errors.CrashedRun(f"could not be sent: {error}")) for s in submissions]
+                [
+                    Report(s.key, "lost", cause=errors.CrashedRun(f"could not be sent: {error}"))
+                    for s in submissions
+                ]
             )
             return
+        unwanted = []
         with self.lock:
             for ref in sent:
                 owner = self._sent.get(ref.key)
                 if owner is not None:
                     owner.ref = ref
+                else:  # cancelled while it was on its way
+                    unwanted.append(ref)
+        if unwanted:
+            self.runner.cancel(unwanted)
 
     # -- reports ------------------------------------------------------------------------------
     def _read(self, reports: list[Report]) -> None:
-        callbacks: list[Callable[[], None]] = []
-        with self.lock:
+        with self.changing():
             for report in reports:
                 run = self._sent.get(report.key)
                 if run is None or run.done or run.key != report.key:
@@ -299,17 +301,31 @@ class Session:
                 elif report.kind == "lost":
                     outcomes.lost(self, run, report)
                 # "upstream": the upstream's own report decides, by `Graph.ended`
-            callbacks = self._wake()
-        for call in callbacks:
-            call()
 
-    def _wake(self) -> list[Callable[[], None]]:
-        """Publish what has gathered, wake who waits; answer the callbacks that are due."""
-        self.journal.write_out()
-        self._changed.notify_all()
-        self.buffer.flush()
-        due, self.journal.callbacks = self.journal.callbacks, []
-        return due
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Change states in a block: then write them down, wake who waits, call back, send what is ready."""
+        with self.lock:
+            try:
+                yield
+            finally:
+                self.journal.write_out()
+                self.changed.notify_all()
+                self.buffer.flush()
+                due, self.journal.callbacks = self.journal.callbacks, []
+        for call in due:
+            call()
+        self._pump()
+
+    def ended_here(self, run: TaskRun, value: Any, record: bytes) -> None:
+        """Take the end of an attempt that was made in the calling thread."""
+        with self.changing():
+            read = invoke.read_record(record)
+            if isinstance(value, worker_runtime.Failed):
+                run.ref = Ref(("", 0), value)
+            else:
+                run.value = value
+            outcomes.ended(self, run, read, read["nbytes"], read["worker"])
 
     def settle(
         self,
@@ -345,7 +361,7 @@ class Session:
             run.alarm = None
         if not run.completed:
             run.ref = None
-            self._failures += 1
+            self.failures += 1
         self.live.pop(run, None)
         if run.flow_run is not None:
             run.flow_run.live.pop(run, None)
@@ -372,7 +388,7 @@ class Session:
             return
         message = f"Upstream task run '{upstream.id}' did not reach a 'COMPLETED' state."
         unfinished = errors.UnfinishedRun(message).of_run(run.id)
-        unfinished.__cause__ = self.exception_of(upstream)
+        unfinished.__cause__ = values.exception_of(upstream)
         run.error = unfinished
         self.settle(run, StateType.PENDING, "NotReady", message, upstream=upstream.id)
 
@@ -382,7 +398,7 @@ class Session:
         self.buffer.discard(run)
         if run.key is not None and self._sent.pop(run.key, None) is not None and run.ref is not None:
             ref, run.ref, run.key = run.ref, None, None
-            if ref.handle is not None:
+            if ref.handle is not UNSENT:
                 self.runner.release([ref])
 
     def forget(self, run: TaskRun) -> None:
@@ -390,11 +406,6 @@ class Session:
         if run.key is not None:
             self._sent.pop(run.key, None)
         run.key, run.ref = None, None
-
-    def wake(self) -> None:
-        """Tell the world what has changed; for work that came in by `later`."""
-        for call in self._wake():
-            self._calls_due.append(call)
 
     def again(self, run: TaskRun, delay: float) -> None:
         """Start another attempt after a delay; dependants that were sent ahead are held back."""
@@ -418,193 +429,6 @@ class Session:
         run.error = error
         self.settle(run, StateType.FAILED, None, str(error), error=worker_runtime.describe(error))
 
-    # -- waiting ------------------------------------------------------------------------------
-    def wait(self, runs: Sequence[TaskRun], timeout: float | None = None, *, until_failure: bool = False) -> None:
-        """Wait until runs have ended, or one has failed; no bytes move.
-
-        Inside a task the runs that have not been sent are done here, one after the other, and
-        while there is nothing to do the slot of the task is given back.
-        """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        running = worker_runtime.current()
-        if running is not None:
-            self._check_wait(runs)
-            self._do_here(runs)
-        self.flush()
-        position, failures = 0, -1
-        with contextlib.ExitStack() as stack:
-            if running is not None and not all(run.done for run in runs):
-                pending = [run.ref for run in runs if not run.done and run.ref is not None and run.ref.handle]
-                stack.enter_context(self.runner.blocked(pending))
-            with self._changed:
-                while True:
-                    while position < len(runs) and runs[position].done:
-                        if until_failure and _has_failed(runs[position]):
-                            return
-                        position += 1
-                    if position == len(runs):
-                        return
-                    if until_failure and self._failures != failures:
-                        failures = self._failures
-                        if any(_has_failed(run) for run in runs[position:]):
-                            return
-                    left = None if deadline is None else deadline - time.monotonic()
-                    if left is not None and left <= 0:
-                        return
-                    self._changed.wait(left)
-
-    def wait_any(self, runs: Sequence[TaskRun], deadline: float | None) -> None:
-        """Inside a task, do one of the runs here if it has not been sent."""
-        del deadline
-        if worker_runtime.current() is not None:
-            self._do_here(runs[:1])
-
-    def _check_wait(self, runs: Iterable[TaskRun]) -> None:
-        scope = current()
-        around = scope.task_run if scope is not None else None
-        for run in runs:
-            if not run.done and _surrounds(run, around):
-                message = f"deadlock: {run.name!r} waits for itself."
-                raise ValueError(message)
-
-    def _do_here(self, runs: Sequence[TaskRun]) -> None:
-        """Run in place what is not on its way yet; all but the last may go to others first."""
-        mine = [run for run in runs if not run.done and run.session is self]
-        if not mine:
-            return
-        if len(mine) > 1 and self.runner.info.threads > 1:
-            with self.lock:
-                kept = self.buffer.discard(mine[-1])
-            self.flush()
-            mine = mine[-1:] if kept else []
-        for run in mine:
-            self._run_here(run)
-
-    def _run_here(self, run: TaskRun) -> None:
-        for source in (*run.call.sources, *run.call.after) if run.call else ():
-            if source.run is not None and not source.run.done:
-                self.wait([source.run])
-        with self.lock:
-            if run.done or run.waiting or run.call is None:
-                return
-            if run.key is not None:
-                if run.ref is None or run.ref.handle is None or not self.runner.take_back(run.ref):
-                    return  # it is on its way: wait for it
-                self._sent.pop(run.key, None)
-            self.buffer.discard(run)
-            run.released = True
-            attempt = run.failures + run.crashes + 1
-            run.position = advance(run.position, StateType.RUNNING, None, attempt)
-            run.key, run.ref = None, None
-            call = run.call
-            order = invoke.work_order(run, call, self.prints_of(run))
-            order["scope"] = self.scope_of(run)
-        values = self.values_of(call.sources)
-        attempt_of = (order, call.function, call.arguments, values)
-        if run.inside % HOP == HOP - 1:  # a fresh thread has a fresh stack
-            value, record = worker_runtime.in_thread(worker_runtime.run, *attempt_of)
-        else:
-            value, record = worker_runtime.run(*attempt_of)
-        self.ended_here(run, value, record)
-        outer = worker_runtime.current()
-        if outer is not None and outer.cancelled:
-            raise worker_runtime.Cancelled
-
-    def ended_here(self, run: TaskRun, value: Any, record: bytes) -> None:
-        """Take the end of a run that was done in the calling thread."""
-        with self.lock:
-            read = invoke.read_record(record)
-            if isinstance(value, worker_runtime.Failed):
-                run.ref = Ref(("", 0), value)
-            else:
-                run.value = value
-            outcomes.ended(self, run, read, read["nbytes"], read["worker"])
-            callbacks = self._wake()
-        for call in callbacks:
-            call()
-        self._pump()
-
-    def values_of(self, sources: Sequence[Source]) -> list[Any]:
-        """Return the values behind slots, here."""
-        values = []
-        for source in sources:
-            if source.run is None:
-                values.append(self.runner.fetch([source.ref])[0])  # type: ignore[list-item]
-            elif source.run.completed:
-                values.append(self.results([source.run])[0])
-            else:
-                values.append(self.exception_of(source.run))
-        return values
-
-    # -- values and states --------------------------------------------------------------------
-    def is_at_hand(self, run: TaskRun) -> bool:
-        """Whether the value of a run is in this process already."""
-        return not run.completed or run.value is not None or run.ref is None or self.in_process
-
-    def results(self, runs: Sequence[TaskRun], *, raise_on_failure: bool = True) -> list[Any]:
-        """Return the values of runs that have ended, all fetched in one request."""
-        wanted = {run: run.ref for run in runs if run.completed and run.value is None and run.ref is not None}
-        if wanted:
-            values = self.runner.fetch(list(wanted.values()))
-            for run, value in zip(wanted, values, strict=True):
-                run.value = value
-                if not self.in_process:
-                    self.bytes_fetched += run.nbytes
-        found = []
-        for run in runs:
-            error = self.exception_of(run)
-            if error is not None and raise_on_failure:
-                raise error
-            found.append(run.value if error is None else error)
-        return found
-
-    def exception_of(self, run: TaskRun) -> BaseException | None:
-        """Return the exception of a run that has ended, None if it completed or was skipped."""
-        if run.completed or run.type is StateType.SKIPPED:
-            return None
-        if isinstance(run.error, invoke.Failure):
-            run.error = run.error.exception(run.id)
-        if run.error is None:
-            run.error = failure_of(State(run.type, run.state_name, run.message, None, {"task_run_id": run.id}))
-        return run.error
-
-    def state_of(self, run: TaskRun) -> State:
-        """Make the state that users see; its data stays where it is."""
-        data: Any = None
-        if run.completed:
-            data = Value(run)
-        elif run.done and run.type is not StateType.SKIPPED:
-            data = self.exception_of(run)
-        details: dict[str, Any] = {"task_run_id": run.id, "attempt": run.attempt}
-        if run.flow_run is not None:
-            details["flow_run_id"] = run.flow_run.id
-        if run.child_flow_run is not None:
-            details["child_flow_run_id"] = run.child_flow_run
-        return State(run.type, run.state_name, run.message, data, details, run.ended or time.time())
-
-    def add_callback(self, run: TaskRun, call: Callable[[TaskRun], None]) -> None:
-        """Call once when the run has ended, at once if it has."""
-        with self.lock:
-            if not run.done:
-                run.callbacks = [*(run.callbacks or ()), call]
-                return
-        _call_back(call, run)
-
-    def cancel_unstarted(self, runs: Sequence[TaskRun]) -> None:
-        """Cancel what has not been sent; leave the rest alone."""
-        self.cancel([run for run in runs if run.key is None])
-
-    def abandon(self, runs: Sequence[TaskRun]) -> None:
-        """Give runs up that were asked to stop and do not: they are CANCELLED for us."""
-        with self.lock:
-            for run in runs:
-                if not run.done:
-                    self.forget(run)
-                    self.settle(run, StateType.CANCELLED, None, "Cancelled; its code could not be interrupted.")
-            callbacks = self._wake()
-        for call in callbacks:
-            call()
-
     def begin_direct(self, run: TaskRun, scope: Scope) -> None:
         """Take over a run that its caller executes."""
         with self.lock:
@@ -613,65 +437,16 @@ class Session:
 
     def never_direct(self, run: TaskRun, upstream: TaskRun) -> None:
         """An upstream of a direct call ended without a value."""
-        with self.lock:
+        with self.changing():
             self._never(run, upstream)
-            callbacks = self._wake()
-        for call in callbacks:
-            call()
 
-    def cancel(self, runs: Sequence[TaskRun], *, force: bool = False) -> bool:
-        """Ask runs to stop; answer whether any of them will end CANCELLED."""
+    def add_callback(self, run: TaskRun, call: Callable[[TaskRun], None]) -> None:
+        """Call once when the run has ended, at once if it has."""
         with self.lock:
-            sent = []
-            hit = False
-            for run in runs:
-                if run.done:
-                    continue
-                hit = True
-                if run.key is None or run.ref is None or run.ref.handle is None:
-                    self.withdraw(run)
-                    self.settle(run, StateType.CANCELLED, None, "Cancelled before it was sent.")
-                    continue
-                run.cancelling = True
-                run.position = advance(run.position, StateType.CANCELLING)
-                sent.append(run)
-            callbacks = self._wake()
-        for call in callbacks:
-            call()
-        if sent:
-            stopped = set(self.runner.cancel([run.ref for run in sent if run.ref is not None], force=force))
-            with self.lock:
-                for run in sent:
-                    if run.key in stopped and not run.done:
-                        self.settle(run, StateType.CANCELLED, None, "Cancelled before it started.")
-                callbacks = self._wake()
-            for call in callbacks:
-                call()
-        return hit
-
-
-class Value(Stored):
-    """The value of a task run, wherever it lies."""
-
-    def __init__(self, run: TaskRun) -> None:
-        self.run = run
-
-    def load(self) -> Any:
-        """Bring the value here."""
-        assert self.run.session is not None
-        return self.run.session.results([self.run])[0]
-
-
-def _has_failed(run: TaskRun) -> bool:
-    return run.done and not run.completed and run.type is not StateType.SKIPPED
-
-
-def _surrounds(run: TaskRun, around: TaskRun | None) -> bool:
-    while around is not None:
-        if around is run:
-            return True
-        around = around.surrounding
-    return False
+            if not run.done:
+                run.callbacks = [*(run.callbacks or ()), call]
+                return
+        _call_back(call, run)
 
 
 def _call_back(call: Callable[[TaskRun], None], run: TaskRun) -> None:

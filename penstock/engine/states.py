@@ -134,7 +134,9 @@ class IllegalTransition(errors.PenstockError):
     """A run was told to enter a state that cannot follow the one it is in."""
 
 
-def advance(position: Position, to: StateType, name: str | None = None, attempt: int | None = None) -> Position:
+def advance(
+    position: Position, to: StateType, name: str | None = None, attempt: int | None = None
+) -> Position:
     """Take one step.
 
     Parameters

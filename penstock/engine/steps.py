@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from penstock import errors
+from penstock.engine import waiting
 from penstock.engine.futures import PenstockFuture
 from penstock.runners import worker_runtime
 
@@ -87,14 +88,16 @@ def _loop(steps: Steps, carry_out: Callable[[Any], Any]) -> Any:
 
 def _carry_out(step: Any) -> Any:
     if isinstance(step, Wait):
-        _wait(step.runs)
+        waiting.wait(step.runs)
         return None
     if isinstance(step, Sleep):
         time.sleep(step.seconds)
         return None
     call = step.function
     if step.fresh_stack:
-        value = worker_runtime.in_thread(contextvars.copy_context().run, _called(call), step.args, step.kwargs)
+        value = worker_runtime.in_thread(
+            contextvars.copy_context().run, _called(call), step.args, step.kwargs
+        )
     else:
         begun = time.monotonic()
         try:
@@ -111,14 +114,6 @@ def _carry_out(step: Any) -> Any:
 
 def _called(call: Callable[..., Any]) -> Callable[[Any, Any], Any]:
     return lambda args, kwargs: call(*args, **kwargs)
-
-
-def _wait(runs: Sequence[TaskRun]) -> None:
-    by_session: dict[Any, list[TaskRun]] = {}
-    for run in runs:
-        by_session.setdefault(run.session, []).append(run)
-    for session, members in by_session.items():
-        session.wait(members)
 
 
 async def drive_awaiting(steps: Steps) -> Any:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cas
 
 from penstock import errors
 from penstock.engine import ambient, direct, mapping
-from penstock.engine.calls import Call, TaskRun
+from penstock.engine.caller import Caller, wait_sources
+from penstock.engine.calls import Bound, Call, TaskRun
 from penstock.engine.context import Scope, current_tags
 from penstock.engine.futures import PenstockFuture, PenstockFutureList
-from penstock.engine.invoke import Bound, Caller, wait_sources
 from penstock.engine.options import (
     NOT_GIVEN,
     RunName,
@@ -122,7 +122,7 @@ class Task(Generic[P, R]):
             raise TypeError(message)
         check_choices(inputs, chunk_size, timeout_seconds)
         self.fn = fn
-        self.isasync = inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(type(fn), "__call__", None))
+        self.isasync = inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(type(fn).__call__)
         functools.update_wrapper(self, fn, updated=())
         self.signature = check_signature(fn)
         own = getattr(fn, "__name__", None) or type(fn).__name__
@@ -196,9 +196,13 @@ class Task(Generic[P, R]):
     @overload
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
     @overload
-    def __call__(self, *args: Any, return_state: Literal[True], wait_for: Any = None, **kwargs: Any) -> State: ...
+    def __call__(
+        self, *args: Any, return_state: Literal[True], wait_for: Any = None, **kwargs: Any
+    ) -> State: ...
     @overload
-    def __call__(self, *args: Any, wait_for: Any, return_state: Literal[False] = False, **kwargs: Any) -> R: ...
+    def __call__(
+        self, *args: Any, wait_for: Any, return_state: Literal[False] = False, **kwargs: Any
+    ) -> R: ...
     def __call__(  # type: ignore[misc] # the user's signature stands in the overloads
         self, *args: Any, return_state: bool = False, wait_for: Any = None, **kwargs: Any
     ) -> Any:
@@ -243,15 +247,19 @@ class Task(Generic[P, R]):
 
     # -- submit ---------------------------------------------------------------------------------
     @overload
-    def submit(
+    def submit(  # type: ignore[overload-overlap] # return_state= changes the answer
         self: Task[P, Coroutine[Any, Any, S]], *args: P.args, **kwargs: P.kwargs
     ) -> PenstockFuture[S]: ...
     @overload
     def submit(self: Task[P, R], *args: P.args, **kwargs: P.kwargs) -> PenstockFuture[R]: ...
     @overload
-    def submit(self: Task[P, Coroutine[Any, Any, S]], *args: Any, wait_for: Any, **kwargs: Any) -> PenstockFuture[S]: ...
+    def submit(
+        self: Task[P, Coroutine[Any, Any, S]], *args: Any, wait_for: Any, **kwargs: Any
+    ) -> PenstockFuture[S]: ...
     @overload
-    def submit(self, *args: Any, return_state: Literal[True], wait_for: Any = None, **kwargs: Any) -> State: ...
+    def submit(
+        self, *args: Any, return_state: Literal[True], wait_for: Any = None, **kwargs: Any
+    ) -> State: ...
     @overload
     def submit(self: Task[P, Coroutine[Any, Any, S]], *args: Any, **kwargs: Any) -> PenstockFuture[S]: ...
     @overload
@@ -307,7 +315,9 @@ class Task(Generic[P, R]):
             root=scope.flow_run.root if scope.flow_run else "",
             flow_run=scope.flow_run,
             surrounding=scope.task_run,
-            tags=self.options.tags | current_tags() | (scope.flow_run.tags if scope.flow_run else frozenset()),
+            tags=self.options.tags
+            | current_tags()
+            | (scope.flow_run.tags if scope.flow_run else frozenset()),
         )
 
     # -- map ------------------------------------------------------------------------------------

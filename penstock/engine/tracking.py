@@ -74,7 +74,9 @@ class Tracker:
         Events with log lines that were given up for the sake of transitions.
     """
 
-    def __init__(self, home: Home, opener: Callable[[Home], Store] = open_store, *, durable: bool = False) -> None:
+    def __init__(
+        self, home: Home, opener: Callable[[Home], Store] = open_store, *, durable: bool = False
+    ) -> None:
         self.home = home
         self.lost = 0
         self.dropped_logs = 0
@@ -119,7 +121,9 @@ class Tracker:
             self._spool.append(payload)
         except OSError as error:
             if not self._retry_at:
-                logger.warning("%s takes no events (%s); they are kept in memory for now.", self.home.spool, error)
+                logger.warning(
+                    "%s takes no events (%s); they are kept in memory for now.", self.home.spool, error
+                )
             self._retry_at = time.monotonic() + DISK_RETRY
             return False
         self._retry_at = 0.0

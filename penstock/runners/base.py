@@ -103,6 +103,9 @@ class Options:
 
 NO_OPTIONS = Options()
 
+UNSENT: Any = object()
+"""Handle of a reference whose work is not in the backend's hands yet."""
+
 
 @dataclass(slots=True)
 class Report:

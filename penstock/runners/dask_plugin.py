@@ -36,7 +36,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from mmap import mmap
 
 from dask._task_spec import Task, TaskRef
@@ -45,6 +45,8 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.protocol.serialize import deserialize
 
 runtime = importlib.import_module(f"{__package__}.worker_runtime")  # has another name when shipped
+
+sys.modules["_penstock_running"].__dict__.setdefault("dask_plugin", __name__)  # for tasks that submit tasks
 
 MARK = "penstock"  # our entry in the metadata of a task
 REASON = "penstock: withdrawn"  # why a client's future was cancelled by us
@@ -326,7 +328,7 @@ class Tracker(SchedulerPlugin):
         self._counts = defaultdict(int)
         self._pause = SHORTEST
         self._flush_due = False
-        self._displaced = []  # keys taken off a worker since the last removal of one
+        self._displaced = ("", [])  # stimulus, and the keys that it took off a worker
         self._blamed = {}  # key → times that a worker died under it
         self._doomed = {}  # worker → resident bytes when its nanny ended it
         self._restarting = set()
@@ -342,10 +344,10 @@ class Tracker(SchedulerPlugin):
             elif finish == "erred":
                 topic = topic_of(key)
                 if topic:
-                    self._erred(topic, key, details)
+                    self._erred(topic, key, stimulus_id, details)
             elif start == "processing":
                 if topic_of(key):
-                    self._displaced.append(key)
+                    self._displace(key, stimulus_id, given_up=False)
             elif finish == "no-worker":
                 topic = topic_of(key)
                 if topic:
@@ -365,25 +367,25 @@ class Tracker(SchedulerPlugin):
         Runs before anything that Dask has decided leaves the scheduler, so that a task dropped
         here is not started elsewhere.
         """
-        keys, self._displaced = self._displaced, []
-        known = self._workers.pop(worker, {"worker": worker, "pid": 0})
-        began = Marks.read(known["pid"], worker)
-        expected = worker in self._restarting
+        stimulus, displaced = self._displaced
+        self._displaced = ("", [])
+        known = self._workers.pop(worker, {"worker": worker, "pid": 0, "limit": 0})
+        known["silent"] = "ttl" in stimulus_id  # the process may live, but does not answer
+        marked = Marks.read(known["pid"], worker)
+        restarted = worker in self._restarting
         self._restarting.discard(worker)
-        lost = []
-        for key in keys:
+        lost = {}
+        for key, given_up in displaced if stimulus == stimulus_id else ():
             task = scheduler.tasks.get(key)
-            if task is None or not task.suspicious or task.suspicious <= self._blamed.get(key, 0):
+            if task is None or task.suspicious <= self._blamed.get(key, 0):
                 continue  # retired in good order: Dask moves the task
             self._blamed[key] = task.suspicious
-            if expected or (began is not None and f"{key[0].rpartition('-')[2]}:{key[1]}" not in began):
-                continue
-            lost.append(key)
-        details = {**known, "began": None if began is None else True, "shared": len(lost)}
-        details["silent"] = "ttl" in stimulus_id
+            began = None if marked is None else f"{key[0].rpartition('-')[2]}:{key[1]}" in marked
+            if given_up or not (restarted or began is False):
+                lost[key] = began
         if lost:
-            self.drop(lost)
-            scheduler.loop.call_later(PATIENCE, self._announce_loss, lost, details)
+            self.drop([key for key in lost if scheduler.tasks[key].state != "erred"])
+            scheduler.loop.call_later(PATIENCE, self._announce_loss, lost, known)
 
     def log_event(self, topic, msg):
         """Hear of workers that use too much memory."""
@@ -396,7 +398,6 @@ class Tracker(SchedulerPlugin):
 
     def restart(self, scheduler):
         """Everything is forgotten, by somebody's wish."""
-        self._displaced.clear()
         self._blamed.clear()
 
     # -- what the hooks do ------------------------------------------------------------------
@@ -409,7 +410,12 @@ class Tracker(SchedulerPlugin):
             worker, nbytes = details.get("worker") or "", details.get("nbytes") or 0
             self._add(topic_of(key), ("ended", key, record, nbytes, worker, None))
 
-    def _erred(self, topic, key, details):
+    def _displace(self, key, stimulus_id, *, given_up):
+        if self._displaced[0] != stimulus_id:
+            self._displaced = (stimulus_id, [])
+        self._displaced[1].append((key, given_up))
+
+    def _erred(self, topic, key, stimulus_id, details):
         exception, worker = details.get("exception"), details.get("worker") or ""
         if exception is None:
             task = self.scheduler.tasks.get(key)
@@ -427,17 +433,16 @@ class Tracker(SchedulerPlugin):
         if isinstance(error, TaskFailure):
             self._add(topic, ("ended", key, error.record, 0, worker, None))
         elif type(error).__name__ == "KilledWorker":
-            known = self._workers.get(worker) or {"worker": worker, "pid": 0}
-            lost = {**known, "began": None, "shared": 0, "silent": False}
-            self.scheduler.loop.call_later(PATIENCE, self._announce_loss, [key], lost)
+            self._displace(key, stimulus_id, given_up=True)  # more deaths than the cluster allows
         else:
             text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
             self._add(topic, ("broken", key, b"", 0, worker, {"error": text[:2000]}))
 
-    def _announce_loss(self, keys, details):
-        details["rss"] = self._doomed.pop(details["worker"], 0)
-        for key in keys:
-            self._add(topic_of(key), ("lost", key, b"", 0, details["worker"], details))
+    def _announce_loss(self, lost, known):
+        known["rss"] = self._doomed.pop(known["worker"], 0)
+        for key, began in lost.items():
+            details = {**known, "began": began, "shared": len(lost) - 1}
+            self._add(topic_of(key), ("lost", key, b"", 0, known["worker"], details))
 
     def drop(self, keys):
         """Take tasks and all that waits for them back from their clients.
@@ -511,12 +516,7 @@ class Tracker(SchedulerPlugin):
 
 
 def _known(state):
-    return {
-        "worker": state.address,
-        "pid": state.pid,
-        "limit": state.memory_limit or 0,
-        "host": state.host if hasattr(state, "host") else "",
-    }
+    return {"worker": state.address, "pid": state.pid, "limit": state.memory_limit or 0}
 
 
 # -- what a client asks the scheduler -------------------------------------------------------
@@ -587,7 +587,8 @@ def withdraw(name, keys, restarting, dask_scheduler):
 class LocalNanny(Nanny):
     """Watches a worker process of a cluster of ours and remembers how it ended."""
 
-    ends = {}  # process id → exit code, negative for a signal; the last few hundred
+    ends = OrderedDict()  # process id → exit code, negative for a signal
+    worker_pid = None
 
     async def instantiate(self):
         """Start the worker process without running the user's script in it once more.
@@ -600,13 +601,14 @@ class LocalNanny(Nanny):
         main.__dict__.pop("__file__", None)
         main.__spec__ = None
         try:
-            return await super().instantiate()
+            status = await super().instantiate()
         finally:
             main.__dict__.update(kept)
+        self.worker_pid = self.pid
+        return status
 
     def _on_worker_exit_sync(self, exitcode):
-        process = self.process
-        pid = getattr(process, "last_pid", None) if process is not None else None
-        if pid is not None:
-            self.ends[pid] = exitcode
+        self.ends[self.worker_pid] = exitcode
+        while len(self.ends) > 1000:
+            self.ends.popitem(last=False)
         super()._on_worker_exit_sync(exitcode)

@@ -7,6 +7,7 @@ others. The worker's end blocks, since the driver always reads.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import socket
 import struct
@@ -98,16 +99,30 @@ class Channel:
         EOFError
             If the other side is gone.
         """
+        self._read()
+        return self._messages()
+
+    def drain(self) -> list[Message]:
+        """Return what a worker that has died had still sent (driver's end)."""
+        with contextlib.suppress(EOFError):
+            while self._read():
+                pass
+        return self._messages()
+
+    def _read(self) -> bool:
         try:
             data = self._socket.recv(_READ)
         except BlockingIOError:
-            return []
+            return False
         except OSError as error:
             raise EOFError from error
         if not data:
             raise EOFError
+        self._received += data
+        return True
+
+    def _messages(self) -> list[Message]:
         buffer = self._received
-        buffer += data
         messages: list[Message] = []
         position = 0
         with memoryview(buffer) as view:

@@ -42,6 +42,15 @@ def environment(threads: int) -> dict[str, str]:
     return {**dict.fromkeys(_THREADS, str(threads)), **os.environ}
 
 
+def oom_kills() -> int:
+    """How many processes the kernel has killed for lack of memory, since this host has started."""
+    with contextlib.suppress(OSError), open("/proc/vmstat", "rb") as file:
+        for line in file:
+            if line.startswith(b"oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
 class Child:
     """A worker process.
 
@@ -49,8 +58,8 @@ class Child:
     ----------
     number : int
         Its name in the pool; begins the names of the files it writes.
-    is_ready, is_leaving, is_blocked : bool
-        It can take work; it was told to end; its task waits for other work.
+    is_alive, is_ready, is_leaving, is_blocked : bool
+        It has said something; it can take work; it was told to end; its task waits for other work.
     was_asked : bool
         To hand work back, and has not answered.
     running : dict
@@ -73,7 +82,7 @@ class Child:
         self.channel = channel
         self.born = time.monotonic()
         self.idle_since = self.born
-        self.is_ready = self.is_leaving = self.is_blocked = self.was_asked = False
+        self.is_alive = self.is_ready = self.is_leaving = self.is_blocked = self.was_asked = False
         self.running: dict[Key, Work] = {}
         self.seconds = 0.0  # what is running is expected to take
         self.sent: dict[Key, Work] = {}

@@ -16,12 +16,12 @@ from typing import Any
 from penstock import errors
 from penstock.runners.base import Key, Report
 from penstock.runners.process_channel import Message
-from penstock.runners.process_child import Child
+from penstock.runners.process_child import Child, oom_kills
 from penstock.runners.process_schedule import Schedule
 from penstock.runners.process_work import Handle, Value, Work
 from penstock.runners.shared_memory import SharedMemory
 
-_START_SECONDS = 60.0  # until a worker is ready: it may import from a slow file system
+_START_SECONDS = 60.0  # until a worker is alive: it may import from a slow file system
 _FAILED_STARTS = 3  # in a row, until the pool gives up
 _GRACE_SECONDS = 1.0  # for workers that are told to end
 _LINGER_SECONDS = 2.0  # until an idle process beyond the full number ends
@@ -66,6 +66,7 @@ class Pool:
         self._lock = threading.RLock()
         self._numbers = 0
         self._failed_starts = 0
+        self._oom_kills = oom_kills()
         self._broken = ""  # why there will be no more workers
         self._opened = threading.Event()  # the first worker is ready, or there will be none
         self._deadline: float | None = None  # set when the pool closes: then workers are killed
@@ -110,6 +111,10 @@ class Pool:
             self._wake()
             self._thread.join(_GRACE_SECONDS)
             raise
+        finally:
+            if self._thread.is_alive():  # held up by a session that does not take its reports
+                for child in list(self._schedule.children.values()):
+                    child.kill()
 
     def send(self, works: Sequence[tuple[Work, Sequence[Handle | None]]]) -> None:
         """Queue work."""
@@ -136,13 +141,15 @@ class Pool:
     def take_back(self, key: Key) -> bool:
         """See `TaskRunner.take_back`."""
         with self._lock:
-            return self._schedule.take_back(key)
+            taken = self._schedule.take_back(key)
+            self._settle()
+        return taken
 
     def _settle(self) -> None:
         """Send what can be sent from here; call the thread for everything else."""
         schedule = self._schedule
         schedule.settle()
-        if schedule.reports or schedule.clogged or schedule.missing_workers():
+        if schedule.reports or schedule.dropped or schedule.clogged or schedule.missing_workers():
             self._wake()
 
     def _wake(self) -> None:
@@ -231,8 +238,10 @@ class Pool:
         elif kind == "blocked":
             child.is_blocked = details[0]
             schedule.returned(child, details[1])
+        elif kind == "alive":
+            child.is_alive = True
         elif kind == "ready":
-            child.is_ready = True
+            child.is_alive = child.is_ready = True
             child.idle_since = time.monotonic()
             self._failed_starts = 0
             self._opened.set()
@@ -291,8 +300,8 @@ class Pool:
             handle=handle,
             priority=priority,
             announce=announce,
-            origin=child,
             parent=child.current,
+            origin=child,
         )
         self._schedule.admit(work, [child.owned.get(one) for one in upstream])
 
@@ -301,7 +310,7 @@ class Pool:
         now = time.monotonic()
         schedule = self._schedule
         for child in list(schedule.children.values()):
-            if not child.is_ready and now - child.born > _START_SECONDS:
+            if not child.is_alive and now - child.born > _START_SECONDS:
                 child.kill()
         if self._deadline is not None:
             if now > self._deadline:
@@ -332,15 +341,15 @@ class Pool:
             self._selector.register(child.death, selectors.EVENT_READ, child)
 
     def _bury(self, child: Child) -> None:
-        with contextlib.suppress(EOFError):  # what it said before it died
-            while messages := child.channel.receive():
-                for message in messages:
-                    self._hear(child, message)
+        for message in child.channel.drain():
+            self._hear(child, message)
         self._selector.unregister(child.channel)
         if child.death is not None:
             self._selector.unregister(child.death)
         end = child.bury()
-        self._schedule.lost(child, end)
+        kills = oom_kills()
+        self._schedule.lost(child, end, by_oom=end.endswith("SIGKILL") and kills > self._oom_kills)
+        self._oom_kills = kills
         self._memory.sweep(str(child.number), self.files)
         if not child.is_ready and self._deadline is None:
             self._failed_starts += 1

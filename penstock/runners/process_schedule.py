@@ -178,7 +178,7 @@ class Schedule:
             if work is not None:
                 self._requeue(work)
 
-    def lost(self, child: Child, end: str) -> None:
+    def lost(self, child: Child, end: str, *, by_oom: bool = False) -> None:
         """A worker has died: the work that it ran is lost, and nothing else.
 
         Parameters
@@ -187,6 +187,8 @@ class Schedule:
             The worker.
         end : str
             How it ended, in words.
+        by_oom : bool
+            The kernel has killed a process for lack of memory meanwhile.
         """
         del self.children[child.number]
         self._touched.discard(child)
@@ -194,9 +196,10 @@ class Schedule:
         work = child.current
         if work is not None:
             child.take(work.key)
-            cause: Exception = errors.WorkerLost(
-                f"worker process pid {child.pid} {end} while running {work.task!r}"
-            )
+            message = f"worker process pid {child.pid} {end} while running {work.task!r}"
+            cause: Exception = errors.WorkerLost(message)
+            if by_oom:
+                cause = errors.OutOfMemory(f"{message}: the host had run out of memory")
             if child.victim is work:
                 cause = _cancelled(work)
             elif child.victim is not None:  # it had ended when we killed its process

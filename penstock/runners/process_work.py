@@ -92,10 +92,10 @@ class Work:
         Where the value goes.
     values : tuple of Value
         The upstream values.
-    origin : Child or None
-        The worker that submitted it; None for the driver.
     parent : Work or None
         The work in which it was submitted.
+    origin : Child or None
+        The worker that submitted it; None for the driver.
     """
 
     __slots__ = (
@@ -108,6 +108,7 @@ class Work:
         "is_orphan",
         "is_pending",
         "key",
+        "level",
         "order",
         "origin",
         "parent",
@@ -127,8 +128,8 @@ class Work:
         values: tuple[Value, ...] = (),
         priority: int = 0,
         announce: bool = False,
-        origin: Child | None = None,
         parent: Work | None = None,
+        origin: Child | None = None,
     ) -> None:
         self.key = key
         self.order = order
@@ -139,7 +140,10 @@ class Work:
         self.announce = announce
         self.origin = origin
         self.parent = parent
-        self.rank = (-priority, next(_sequence))
+        # What a task in a slot waits for goes before what could be started besides: otherwise
+        # all parents would be started, each in a process of its own, before the first child.
+        self.level: int = 0 if origin is None else 1 if parent is None else parent.level + 1
+        self.rank = (-self.level, -priority, next(_sequence))
         self.child: Child | None = None  # who has it
         self.seconds = 0.0  # how long it is expected to take
         self.is_pending = False
@@ -156,10 +160,10 @@ _sequence = itertools.count()
 
 
 class Backlog:
-    """Work that no worker has yet: higher priority first, then first come, first served."""
+    """Work that no worker has yet: by level and priority, then first come, first served."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[tuple[int, int], Work]] = []
+        self._heap: list[tuple[tuple[int, int, int], Work]] = []
         self._withdrawn = 0
 
     def __len__(self) -> int:

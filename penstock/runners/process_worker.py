@@ -105,12 +105,15 @@ class Worker:
         """Run tasks until there are no more to come."""
         try:
             if self.settings["initializer"] is not None:
+                self.send(("alive",))  # from here on it takes as long as it takes
                 function, args = pickle.loads(self.settings["initializer"])
                 function(*args)
         except BaseException:
             self.send(("unready", traceback.format_exc()))
             raise SystemExit(1) from None
-        receiver = threading.Thread(target=self._receive, args=(messages,), name="penstock-receiver", daemon=True)
+        receiver = threading.Thread(
+            target=self._receive, args=(messages,), name="penstock-receiver", daemon=True
+        )
         receiver.start()
         self.send(("ready",))
         while (job := self._jobs.get()) is not None:

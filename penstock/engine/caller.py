@@ -1,0 +1,96 @@
+"""From what a user writes to a call: futures become slots, large arguments references."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from penstock.engine import payload, refs
+from penstock.engine.calls import Bound, Call, Source, TaskRun
+from penstock.engine.futures import PenstockFuture, run_of
+from penstock.engine.refs import Slot
+
+if TYPE_CHECKING:
+    from penstock.engine.context import Scope
+    from penstock.engine.session import Session
+    from penstock.engine.task import Task
+
+
+class Caller:
+    """Makes the calls of one submit or one map; large arguments are placed once for all of them.
+
+    Parameters
+    ----------
+    session : Session
+        Who will carry them.
+    task : Task
+        What is called.
+    scope : Scope
+        What surrounds the caller.
+    local : bool
+        The call will not leave this process.
+    """
+
+    def __init__(self, session: Session, task: Task[..., Any], scope: Scope, *, local: bool = False) -> None:
+        self.session = session
+        self.task = task
+        self.local = local or session.in_process
+        self.context = session.context_of(scope)
+        self.function = task.fn if self.local else session.function(task)
+        self._placed: dict[int, Source] = {}
+        self._kept: list[Any] = []  # an id is only good while its object lives
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], after: tuple[Source, ...] = ()) -> Call:
+        """Capture one invocation: small arguments are pickled now, large ones placed.
+
+        Raises
+        ------
+        UnserializableArgument
+            Naming the parameter.
+        """
+        sources: list[Source] = []
+        positions: dict[int, Slot] = {}
+        session = self.session
+
+        def leaf(value: Any, tolerant: bool) -> Any:
+            run = run_of(value)
+            if run is not None:
+                return self._slot(id(run) * 2 + tolerant, positions, sources, Source(run, None, tolerant))
+            if not self.local and session.objects.is_large(value):
+                self._kept.append(value)
+                source = session.objects.place(value, self._placed)
+                return self._slot(id(source), positions, sources, source)
+            return value
+
+        new_args = tuple(refs.replace(list(args), leaf))
+        new_kwargs = refs.replace(kwargs, leaf)
+        arguments: Any
+        if self.local:
+            arguments = Bound(new_args, new_kwargs, len(sources))
+        else:
+            arguments = payload.pack_arguments(new_args, new_kwargs, len(sources), self.task.name)
+        return Call(self.task, self.function, arguments, tuple(sources), after, self.context)
+
+    @staticmethod
+    def _slot(key: int, positions: dict[int, Slot], sources: list[Source], source: Source) -> Slot:
+        slot = positions.get(key)
+        if slot is None:
+            slot = positions[key] = Slot(len(sources))
+            sources.append(source)
+        return slot
+
+
+def wait_sources(wait_for: Iterable[Any] | None) -> tuple[Source, ...]:
+    """Turn ``wait_for`` into edges; plain values in it are ignored."""
+    found: dict[TaskRun, Source] = {}
+
+    def leaf(value: Any, tolerant: bool) -> Any:
+        run = run_of(value)
+        if run is not None:
+            found[run] = Source(run, None, tolerant)
+        return value
+
+    if wait_for is not None:
+        single = isinstance(wait_for, PenstockFuture)
+        refs.replace([wait_for] if single else list(wait_for), leaf)
+    return tuple(found.values())

@@ -1,0 +1,99 @@
+"""Values, exceptions and states of runs, for whoever asks; the only place that fetches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from penstock.engine.calls import Source, TaskRun
+from penstock.engine.failure import Failure
+from penstock.engine.states import State, StateType, Stored, failure_of
+
+
+def is_at_hand(run: TaskRun) -> bool:
+    """Whether the value of a run is in this process already."""
+    return not run.completed or run.value is not None or run.ref is None or run.carrier.in_process
+
+
+def results(runs: Sequence[TaskRun], *, raise_on_failure: bool = True) -> list[Any]:
+    """Return the values of runs that have ended, all of a session fetched in one request.
+
+    Parameters
+    ----------
+    runs : sequence of TaskRun
+        All done.
+    raise_on_failure : bool
+        False puts exceptions in the place of values.
+    """
+    wanted: dict[Any, dict[TaskRun, Any]] = {}
+    for run in runs:
+        if run.completed and run.value is None and run.ref is not None:
+            wanted.setdefault(run.carrier, {})[run] = run.ref
+    for session, refs in wanted.items():
+        for run, value in zip(refs, session.runner.fetch(list(refs.values())), strict=True):
+            run.value = value
+            if not session.in_process:
+                session.bytes_fetched += run.nbytes
+    found = []
+    for run in runs:
+        error = exception_of(run)
+        if error is not None and raise_on_failure:
+            raise error
+        found.append(run.value if error is None else error)
+    return found
+
+
+def exception_of(run: TaskRun) -> BaseException | None:
+    """Return the exception of a run that has ended, None if it completed or was skipped."""
+    if run.completed or run.type is StateType.SKIPPED:
+        return None
+    if isinstance(run.error, Failure):
+        run.error = run.error.exception(run.id)
+    if run.error is None:
+        run.error = failure_of(State(run.type, run.state_name, run.message, None, {"task_run_id": run.id}))
+    return run.error
+
+
+def has_failed(run: TaskRun) -> bool:
+    """Whether a run has ended without a value, and was not skipped."""
+    return run.done and not run.completed and run.type is not StateType.SKIPPED
+
+
+def state_of(run: TaskRun) -> State:
+    """Make the state that users see; its data stays where it is."""
+    data: Any = None
+    if run.completed:
+        data = Value(run)
+    elif has_failed(run):
+        data = exception_of(run)
+    details: dict[str, Any] = {"task_run_id": run.id, "attempt": run.attempt}
+    if run.flow_run is not None:
+        details["flow_run_id"] = run.flow_run.id
+    if run.child_flow_run is not None:
+        details["child_flow_run_id"] = run.child_flow_run
+    return State(run.type, run.state_name, run.message, data, details, run.ended or time.time())
+
+
+def of_sources(session: Any, sources: Sequence[Source]) -> list[Any]:
+    """Return the values behind the slots of a call, here."""
+    found = []
+    for source in sources:
+        if source.run is None:
+            found.append(session.runner.fetch([source.ref])[0])
+        elif source.run.completed:
+            found.append(results([source.run])[0])
+        else:
+            found.append(exception_of(source.run))
+    return found
+
+
+class Value(Stored):
+    """The value of a task run, wherever it lies."""
+
+    def __init__(self, run: TaskRun) -> None:
+        self.run = run
+
+    def load(self) -> Any:
+        """Bring the value here."""
+        return results([self.run])[0]

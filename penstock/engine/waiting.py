@@ -1,0 +1,149 @@
+"""Wait for runs; inside a task, do here what has not been sent, so that depth never deadlocks.
+
+A task that waits for its child holds a slot. If the child has not left the buffer, the task
+takes it back and runs it in place, with its own id, states and record; else the slot is given
+back while it waits. So 1,000 levels of nested submits need one worker and no further slot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from penstock.engine import context, invoke, values
+from penstock.engine.calls import TaskRun
+from penstock.engine.states import StateType, advance
+from penstock.runners import worker_runtime
+from penstock.runners.base import UNSENT
+
+if TYPE_CHECKING:
+    from penstock.engine.session import Session
+
+HOP = 25  # task runs inside one another on one stack; deeper ones go on in a fresh thread
+
+
+def wait(runs: Sequence[TaskRun], timeout: float | None = None, *, until_failure: bool = False) -> None:
+    """Wait until runs have ended, or one has failed; no bytes move.
+
+    Parameters
+    ----------
+    runs : sequence of TaskRun
+        Of any sessions.
+    timeout : float, optional
+        Seconds for all of them together.
+    until_failure : bool
+        Return as soon as one has failed.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    by_session: dict[Session, list[TaskRun]] = {}
+    for run in runs:
+        by_session.setdefault(run.carrier, []).append(run)
+    for session, members in by_session.items():
+        _wait(session, members, deadline, until_failure)
+        if until_failure and any(values.has_failed(run) for run in members):
+            return
+
+
+def _wait(session: Session, runs: list[TaskRun], deadline: float | None, until_failure: bool) -> None:
+    running = worker_runtime.current()
+    if running is not None:
+        _check(runs)
+        _do_here(session, runs)
+    session.flush()
+    with contextlib.ExitStack() as stack:
+        if running is not None and not all(run.done for run in runs):
+            pending = [run.ref for run in runs if not run.done and run.ref is not None]
+            stack.enter_context(session.runner.blocked([ref for ref in pending if ref.handle is not UNSENT]))
+        _wait_here(session, runs, deadline, until_failure)
+
+
+def _wait_here(session: Session, runs: list[TaskRun], deadline: float | None, until_failure: bool) -> None:
+    position, failures = 0, -1
+    with session.changed:
+        while True:
+            while position < len(runs) and runs[position].done:
+                position += 1
+            if position == len(runs):
+                return
+            if until_failure and session.failures != failures:  # looks at all of them only if any failed
+                failures = session.failures
+                if any(values.has_failed(run) for run in runs):
+                    return
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                return
+            session.changed.wait(left)
+
+
+def do_one_here(runs: Sequence[TaskRun]) -> None:
+    """Inside a task, do the first of the runs here if it has not been sent."""
+    if worker_runtime.current() is not None:
+        _do_here(runs[0].carrier, runs[:1])
+
+
+def surrounds(run: TaskRun, around: TaskRun | None) -> bool:
+    """Whether `around`, or a run around it, is `run`."""
+    while around is not None:
+        if around is run:
+            return True
+        around = around.surrounding
+    return False
+
+
+def _check(runs: Iterable[TaskRun]) -> None:
+    scope = context.current()
+    around = scope.task_run if scope is not None else None
+    for run in runs:
+        if not run.done and surrounds(run, around):
+            message = f"deadlock: {run.name!r} waits for itself."
+            raise ValueError(message)
+
+
+def _do_here(session: Session, runs: Sequence[TaskRun]) -> None:
+    """Run in place what is not on its way yet; all but the last may go to others first."""
+    mine = [run for run in runs if not run.done]
+    if len(mine) > 1 and session.runner.info.threads > 1:
+        with session.lock:
+            kept = session.buffer.discard(mine[-1])
+        session.flush()
+        mine = mine[-1:] if kept else []
+    for run in mine:
+        _run_here(session, run)
+
+
+def _run_here(session: Session, run: TaskRun) -> None:
+    for source in (*run.call.sources, *run.call.after) if run.call else ():
+        if source.run is not None and not source.run.done:
+            wait([source.run])
+    order = _claim(session, run)
+    if order is None:
+        return  # it has ended, or is on its way
+    call = run.call
+    assert call is not None  # a run that was claimed has not ended
+    attempt = (order, call.function, call.arguments, values.of_sources(session, call.sources))
+    if run.inside % HOP == HOP - 1:  # a fresh thread has a fresh stack
+        value, record = worker_runtime.in_thread(worker_runtime.run, *attempt)
+    else:
+        value, record = worker_runtime.run(*attempt)
+    session.ended_here(run, value, record)
+    outer = worker_runtime.current()
+    if outer is not None and outer.cancelled:  # the request to stop went to the code in place
+        raise worker_runtime.Cancelled
+
+
+def _claim(session: Session, run: TaskRun) -> dict[str, object] | None:
+    with session.lock:
+        if run.done or run.waiting or run.call is None:
+            return None
+        if run.key is not None:
+            if run.ref is None or run.ref.handle is UNSENT or not session.runner.take_back(run.ref):
+                return None
+            session.forget(run)
+        session.buffer.discard(run)
+        run.released = True
+        run.position = advance(run.position, StateType.RUNNING, None, run.failures + run.crashes + 1)
+        order = invoke.work_order(run, run.call, session.prints_of(run))
+        order["scope"] = session.scope_of(run)
+        return order

@@ -1,0 +1,193 @@
+"""Submissions become messages to a Dask scheduler; with `dask_plugin` the only user of its private surface.
+
+One message carries a batch, whatever its tasks ask for: options travel as annotations per key.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from penstock.runners.base import Key, Submission
+
+TASKS = 5_000  # in one message: a cancel waits behind the graph that is before it
+BYTES = 8_000_000  # Dask warns at 10 MB
+
+_names = itertools.count()
+
+
+def batches(submissions: Sequence[Submission]) -> Iterator[Sequence[Submission]]:
+    """Split what is to be sent into messages of a bearable size, in order."""
+    start = size = 0
+    for number, one in enumerate(submissions):
+        added = len(one.arguments) + len(one.order)  # type: ignore[arg-type]
+        if number > start and (size + added > BYTES or number - start >= TASKS):
+            yield submissions[start:number]
+            start, size = number, 0
+        size += added
+    if start < len(submissions):
+        yield submissions[start:] if start else submissions
+
+
+def columns(submissions: Sequence[Submission], tag: str) -> tuple[Any, ...]:
+    """Arrange a batch as `dask_plugin.Batch` wants it.
+
+    Parameters
+    ----------
+    submissions : sequence of Submission
+        In topological order.
+    tag : str
+        Makes the name of the batch unique in the cluster.
+
+    Returns
+    -------
+    tuple
+        The columns.
+    """
+    uses = [tuple([ref.handle.key if ref.handle is not None else ref.key for ref in one.refs]) for one in submissions]
+    waits = [tuple(dict.fromkeys(ref.key for ref in one.after)) for one in submissions]
+    return (
+        f"{tag}-{next(_names)}",
+        [one.key for one in submissions],
+        [len(wait) * 2 + one.announce for one, wait in zip(submissions, waits, strict=True)],
+        [one.order for one in submissions],
+        [one.function for one in submissions],
+        [one.arguments for one in submissions],
+        uses if any(uses) else None,
+        waits if any(waits) else None,
+        _annotations(submissions),
+    )
+
+
+def _annotations(submissions: Sequence[Submission]) -> dict[str, dict[Key, Any]]:
+    found: dict[str, dict[Key, Any]] = {}
+    for one in submissions:
+        if one.priority:
+            found.setdefault("priority", {})[one.key] = one.priority
+        options = one.options
+        if options.resources:
+            found.setdefault("resources", {})[one.key] = dict(options.resources)
+        if options.workers:
+            found.setdefault("workers", {})[one.key] = list(options.workers)
+            found.setdefault("allow_other_workers", {})[one.key] = False
+    return found
+
+
+def send(client: Any, batch: Any, keys: Sequence[Key], *, public: bool = False) -> dict[Key, Any]:
+    """Send a batch and return a future for each key.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Connected.
+    batch : dask_plugin.Batch
+        The tasks.
+    keys : sequence of tuple
+        Those whose values are wanted; all of them.
+    public : bool
+        Use `Client.get` even if the shorter way exists. It lets the scheduler order the graph,
+        which takes longer than anything else there.
+    """
+    # Annotations that the user's code has set around some call are not for this batch.
+    context = contextvars.Context()
+    if not public and _takes_priorities(client):
+        order = {key: number for number, key in enumerate(keys)}
+        futures: dict[Key, Any] = context.run(
+            client._graph_to_futures, batch, keys, None, internal_priority=order, fifo_timeout=0
+        )
+        return futures
+    listed = context.run(client.get, batch, list(keys), sync=False, fifo_timeout=0)
+    return dict(zip(keys, listed, strict=True))
+
+
+_ways: dict[type, bool] = {}
+
+
+def _takes_priorities(client: Any) -> bool:
+    """Whether this release of distributed has the function that skips ordering, as we know it."""
+    kind = type(client)
+    if kind not in _ways:
+        try:
+            parameters = list(inspect.signature(kind._graph_to_futures).parameters)
+        except (AttributeError, ValueError, TypeError):
+            parameters = []
+        wanted = ["expr", "keys", "span_metadata"]
+        _ways[kind] = parameters[1:4] == wanted and {"internal_priority", "fifo_timeout"} <= set(parameters)
+    return _ways[kind]
+
+
+def release(client: Any, futures: Iterable[Any]) -> None:
+    """Give futures back with one message for all; Dask itself sends one for each."""
+    keys = []
+    for future in futures:
+        if not hasattr(future, "_cleared"):
+            future.release()
+        elif not future._cleared and future._generation == client.generation:
+            future._cleared = True
+            keys.append(future.key)
+    if keys:
+        client.loop.add_callback(_release, client, keys)
+
+
+def _release(client: Any, keys: list[Key]) -> None:
+    gone = []
+    with client._refcount_lock:
+        for key in keys:
+            client.refcount[key] -= 1
+            if client.refcount[key] <= 0:
+                del client.refcount[key]
+                gone.append(key)
+    for key in gone:
+        state = client.futures.pop(key, None)
+        if state is not None:
+            state.cancel()
+    if gone and client.status == "running":
+        client._send_to_scheduler_safe({"op": "client-releases-keys", "keys": gone, "client": client.id})
+
+
+def subscribe(client: Any, topic: str, receive: Callable[[Any], None]) -> None:
+    """Hear the messages of a topic; `receive` runs on the client's own thread."""
+
+    def handler(event: tuple[float, Any]) -> None:
+        receive(event[1])
+
+    client.subscribe_topic(topic, handler)
+
+
+def unsubscribe(client: Any, topic: str) -> None:
+    """Hear no more of a topic."""
+    client.unsubscribe_topic(topic)
+    client._event_handlers.pop(topic, None)  # Dask keeps the handler, and what it refers to
+
+
+def connection(client: Any) -> Any:
+    """Return an object that is another one after the client has lost its scheduler."""
+    return client.scheduler_comm if client.status in {"running", "newly-created"} else None
+
+
+def fate(future: Any) -> tuple[str, str, Any]:
+    """Return what a client knows of a key: status, reason of a cancellation, exception."""
+    state = future._state
+    if state is None:
+        return "cancelled", "", None
+    return state.status, getattr(state.exception, "reason", None) or "", state.exception
+
+
+def ask(client: Any, function: Callable[..., Any], *args: Any, timeout: float = 20.0) -> Any:
+    """Call a function on the scheduler; raise `TimeoutError` if it does not answer."""
+    return client.sync(client._run_on_scheduler, function, *args, callback_timeout=timeout)
+
+
+def ask_workers(
+    client: Any, function: Callable[..., Any], *args: Any, workers: list[str], timeout: float = 5.0
+) -> dict[str, Any]:
+    """Call a function on some workers; those that do not answer are left out."""
+    coroutine = client._run
+    try:
+        found = client.sync(coroutine, function, *args, workers=workers, on_error="ignore", callback_timeout=timeout)
+    except TimeoutError:
+        return {}
+    return dict(found or {})
