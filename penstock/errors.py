@@ -38,6 +38,7 @@ Errors cross machines, so each one survives pickling with its message and its at
 
 from __future__ import annotations
 
+import sysconfig
 from pathlib import Path
 from types import TracebackType
 
@@ -205,6 +206,7 @@ class TerminationSignal(BaseException):
 
 _PACKAGE = str(Path(__file__).parent) + "/"
 _DEMO = str(Path(__file__).parent / "demo") + "/"
+_LIBRARIES = tuple({path for name in ("stdlib", "purelib", "platlib") if (path := sysconfig.get_path(name))})
 
 
 def hide_frames(error: BaseException) -> None:
@@ -229,10 +231,14 @@ def hide_frames(error: BaseException) -> None:
 
 def _users_frames(traceback: TracebackType | None) -> TracebackType | None:
     kept: list[TracebackType] = []
+    ours = False  # libraries that penstock calls are as little the user's as penstock itself
     step = traceback
     while step is not None:
         filename = step.tb_frame.f_code.co_filename
-        if not filename.startswith(_PACKAGE) or filename.startswith(_DEMO):
+        if filename.startswith(_PACKAGE) and not filename.startswith(_DEMO):
+            ours = True
+        elif not (ours and filename.startswith(_LIBRARIES)):
+            ours = False
             kept.append(step)
         step = step.tb_next
     head: TracebackType | None = None

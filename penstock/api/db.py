@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import NullPool
 
@@ -152,13 +152,13 @@ class Upsert:
         self.update = list(update)
         self.order = list(order)
 
-    def build(self, dialect: str) -> sa.Insert:
+    def build(self, dialect: str) -> Any:
         """Return the statement for a dialect."""
         table, keys = self.table, list(self.table.primary_key.columns)
-        make = sqlite.insert if dialect == "sqlite" else postgresql.insert
-        statement: Any = make(table).values({name: sa.bindparam(name) for name in self.columns})
+        insert = importlib.import_module(f"sqlalchemy.dialects.{dialect}").insert  # only the one that is used
+        statement: Any = insert(table).values({name: sa.bindparam(name) for name in self.columns})
         if not self.update:
-            return statement.on_conflict_do_nothing(index_elements=keys)  # type: ignore[no-any-return]
+            return statement.on_conflict_do_nothing(index_elements=keys)
         new = statement.excluded
         if len(self.order) == 1:
             old = table.c[self.order[0]]
@@ -168,7 +168,7 @@ class Upsert:
                 *(table.c[name] for name in self.order)
             )
         changes = {name: new[name] for name in self.update}
-        return statement.on_conflict_do_update(index_elements=keys, set_=changes, where=later)  # type: ignore[no-any-return]
+        return statement.on_conflict_do_update(index_elements=keys, set_=changes, where=later)
 
 
 def _options(url: sa.URL) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def _options(url: sa.URL) -> dict[str, Any]:
 
 
 def _configure_sqlite(connection: DBAPIConnection, record: object) -> None:
-    connection.isolation_level = None  # type: ignore[attr-defined] # the driver's own BEGIN comes too late
+    connection.isolation_level = None  # the driver's own BEGIN comes too late
     cursor = connection.cursor()
     cursor.execute("PRAGMA synchronous = FULL")
     cursor.execute("PRAGMA temp_store = MEMORY")

@@ -175,15 +175,13 @@ class Fold:
             _json(body.get("upstream_maps")),
         )
         made = (event.time, _order(event))
-        before, after = (root, flow_run, parent, run), (tags, None, None, None, *made, *_PENDING)
-        labels = (
-            [str(label) for label in names]
-            if names
-            else [f"{name}-{index}" for index in range(start, start + count)]
-        )
+        indices = range(start, start + count)
+        labels = [f"{name}-{index}" for index in indices] if not names else [str(label) for label in names]
+        own = _element_edges(body.get("upstream_elements"), count)
+        before, after = (root, flow_run, parent, run), (None, *made, *_PENDING)
         rows = [
-            (element_id(run, index), *before, index, task, label, *after)
-            for index, label in zip(range(start, start + count), labels, strict=True)
+            (element_id(run, index), *before, index, task, label, tags, None, upstream, *after)
+            for index, label, upstream in zip(indices, labels, own, strict=True)
         ]
         shared = (root, flow_run, parent, task, name, tags)
         self._make("maps", (run, start), (run, start, count, *shared, *edges, *made))
@@ -297,6 +295,18 @@ def _json(value: Any) -> str | None:
 
 def _tags(value: Any) -> str | None:
     return _json(sorted(str(tag) for tag in value)) if value else None
+
+
+def _element_edges(parts: Any, count: int) -> list[str | None]:
+    """Return for each element the edges that only it has."""
+    if not parts:
+        return [None] * count
+    edges: list[list[Any]] = [[] for _ in range(count)]
+    for parameter, runs in parts:
+        for own, run in zip(edges, runs, strict=True):
+            if run is not None:
+                own.append([parameter, run])
+    return [_json(own) for own in edges]
 
 
 def _limited(parameters: Any) -> str | None:

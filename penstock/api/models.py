@@ -144,7 +144,7 @@ task_runs = Table(
     Column("name", Text),
     Column("tags", Text),
     Column("parameters", Text),  # of an element: in `maps`
-    Column("upstream", Text),  # JSON list of [parameter, run id]; of an element: in `maps`
+    Column("upstream", Text),  # JSON list of [parameter, run id]; what all elements share: in `maps`
     Column("child_flow_run", RUN_ID),
     Column("created", Float),
     Column("made", BigInteger),

@@ -150,10 +150,11 @@ def find_runs(connection: sa.Connection, text: str, *, limit: int = 20) -> list[
     """
     wanted = text.strip().replace("-", "").lower()
     if re.fullmatch(r"[0-9a-f]{4,32}", wanted):
-        for fits in (lambda ids: ids.between(wanted, f"{wanted}g"), lambda ids: ids.endswith(wanted)):
-            found = _search(connection, limit, fits(flow_runs.c.id), fits(task_runs.c.id))
-            if found:
-                return found
+        first = [ids.between(wanted, f"{wanted}g") for ids in (flow_runs.c.id, task_runs.c.id)]
+        last = [ids.endswith(wanted) for ids in (flow_runs.c.id, task_runs.c.id)]
+        found = _search(connection, limit, *first) or _search(connection, limit, *last)
+        if found:
+            return found
     found = _search(connection, limit, flow_runs.c.name == text, task_runs.c.name == text)
     return found or _search(connection, limit, flow_runs.c.flow == text, None)
 

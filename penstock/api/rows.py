@@ -81,10 +81,12 @@ def show(kind: str, row: Row) -> Shown:
         raw.pop(column, None)
     seconds, started = raw["seconds"], raw["started"]
     ended = state["time"] if state["type"] in FINAL else None
-    if seconds is None and ended is not None and started is not None:
+    if ended is not None and seconds is None and started is not None:
         seconds = max(0.0, ended - started)
+    if ended is not None and started is None and seconds is not None:
+        started = ended - seconds
     known = {"state": state, "error": error if error["type"] or error["message"] else None}
-    return {"kind": kind, **raw, **known, "ended": ended, "seconds": seconds}
+    return {"kind": kind, **raw, **known, "started": started, "ended": ended, "seconds": seconds}
 
 
 def edge(parameter: str, run: str) -> Shown:

@@ -17,7 +17,9 @@ Kinds and their bodies
     ``count`` task runs exist; the ids follow from the id of the map (`element_id`). ``flow_run,
     parent, task, name, tags, parameters, upstream, start, count``: elements ``start`` to
     ``start + count - 1``, named ``"<name>-<index>"``; ``upstream_maps`` is a list of
-    ``[parameter, map id, offset]``: element i depends on element i + offset of that map.
+    ``[parameter, map id, offset]``: element i depends on element i + offset of that map;
+    ``upstream_elements`` a list of ``[parameter, run ids]``: element start + j depends on the
+    j-th of them, which may be None.
     ``names`` (optional) is a list with a name for each element.
 ``state``
     A run reached a state. ``of`` ("flow" or "task"), ``type, name, message, cause, worker,

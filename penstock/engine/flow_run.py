@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import platform
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace as changed_copy
@@ -19,17 +17,19 @@ from penstock.engine.annotations import allow_failure, quote
 from penstock.engine.caller import wait_sources
 from penstock.engine.calls import FlowRun, TaskRun
 from penstock.engine.context import Scope, current_tags
-from penstock.engine.events import HOST, bus
+from penstock.engine.events import bus
 from penstock.engine.futures import run_of
 from penstock.engine.journal import Journal
 from penstock.engine.names import new_name
 from penstock.engine.options import run_name
+from penstock.engine.reservation import reserved, whereabouts
 from penstock.engine.session import Session
 from penstock.engine.states import State, StateType, Stored, advance, failure_of
 from penstock.engine.steps import Steps, Wait
 from penstock.engine.summary import describe_all
-from penstock.engine.tracking import start_tracking
+from penstock.engine.tracking import start_tracking, stop_tracking
 from penstock.runners import worker_runtime
+from penstock.runners.base import shutdown_all
 from penstock.settings import settings
 
 if TYPE_CHECKING:
@@ -64,7 +64,11 @@ class FlowRunScope:
         self.arguments: dict[str, Any] = {}
         self._ends = contextlib.ExitStack()
         self._interrupts = signals.Interrupts()
-        if outer is None:
+        self._reservation = reserved() if outer is None else None
+        self._problem: Exception | None = None  # why the run cannot even begin
+        if self._reservation is not None:
+            self.journal = self._reservation.journal
+        elif outer is None:
             start_tracking()
             self.journal = Journal(bus.publish)
         else:
@@ -88,25 +92,24 @@ class FlowRunScope:
                 surrounding=outer.task_run,
                 tags=tags,
             )
+        row = self._reservation
         self.flow_run = FlowRun(
             flow,
-            new_name(),
+            row.name if row is not None else new_name(),
+            run_id=row.id if row is not None else "",
             parent=outer.flow_run if outer else None,
             task_run=around,
             root=outer.flow_run.root if outer and outer.flow_run else "",
             tags=tags | (outer.flow_run.tags if outer and outer.flow_run else frozenset()),
         )
         described: dict[str, str] = {}
-        problem: BaseException | None = None
         try:
             self.arguments = parameters.bind(flow.signature, flow.name, self.args, self.kwargs)
             described = describe_all(self.arguments)
             self.flow_run.name = run_name(flow.options.flow_run_name, self.flow_run.name, self.arguments)
         except Exception as error:
-            problem = error
+            self._problem = error
         self._write_row(described, around)
-        if problem is not None:
-            raise problem
 
     def _write_row(self, described: dict[str, str], around: TaskRun | None) -> None:
         run = self.flow_run
@@ -126,19 +129,19 @@ class FlowRunScope:
                 "tags": sorted(run.tags),
                 "parameters": described,
                 "runner": self.outer.session.runner.name if self.outer else "",
-                "host": HOST,
-                "pid": os.getpid(),
-                "python": platform.python_version(),
-                "penstock": own_version(),
+                **whereabouts(),
             },
         )
-        self._state(StateType.PENDING)
+        if self._reservation is None:  # else it has been PENDING for a while
+            self._state(StateType.PENDING)
 
     def _futures(self) -> list[TaskRun]:
         return conclusion.members_of([*self.args, *self.kwargs.values()]).runs
 
     def arguments_steps(self, wait_for: Any) -> Steps:
         """Bring futures among the arguments to the form that each parameter asks for, and validate."""
+        if self._problem is not None:
+            raise self._problem
         hints = parameters.type_hints(self.flow.fn) if self._futures() else {}
         yield Wait([source.run for source in wait_sources(wait_for) if source.run is not None])
         for name, value in list(self.arguments.items()):
@@ -278,7 +281,8 @@ class FlowRunScope:
             message = f"Flow run exceeded timeout of {seconds} second(s)"
             return State(StateType.FAILED, "TimedOut", message, error)
         started = self.flow_run.type is StateType.RUNNING
-        if not started and not isinstance(error, errors.ParameterTypeError):
+        unfit = isinstance(error, (errors.ParameterBindError, errors.ParameterTypeError))
+        if not started and not unfit:
             return State(StateType.FAILED, "StartError", f"{type(error).__name__}: {error}", error)
         if not started:
             return State(StateType.FAILED, message=str(error), data=error)
@@ -338,6 +342,11 @@ class FlowRunScope:
     def close(self) -> None:
         """Leave the runner."""
         self._ends.close()
+        if self._interrupts.received is not None:
+            # Now and not at exit: code that is compiled there makes Python forget the signal,
+            # and the exit code of the process would be 1 instead of 130.
+            shutdown_all()
+            stop_tracking()
 
 
 def _stop(live: list[TaskRun]) -> None:

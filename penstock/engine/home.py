@@ -51,6 +51,7 @@ NETWORK = frozenset(
 """Types of file systems that several machines share."""
 
 MOUNTS = Path("/proc/self/mountinfo")
+LOCAL = Path("/var/tmp")  # noqa: S108 - survives a reboot; what lies there is checked before use
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ def _stand_in(configured: Path) -> Path:
     digest = hashlib.sha256(os.fsencode(configured)).hexdigest()[:12]
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     bases = [
-        Path(f"/var/tmp/penstock-{os.getuid()}"),  # noqa: S108 - survives a reboot; checked below
+        LOCAL / f"penstock-{os.getuid()}",
         *([Path(runtime) / "penstock"] if runtime else []),
         Path(tempfile.gettempdir()) / f"penstock-{os.getuid()}",
     ]

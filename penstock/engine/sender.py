@@ -61,10 +61,10 @@ class Sender:
 
     Attributes
     ----------
-    acknowledged : int
-        Up to which event of `spool` the store has committed.
     loading : bool
         The store is open, or being opened.
+    usable : bool
+        The store has not refused for good.
     """
 
     def __init__(
@@ -73,8 +73,9 @@ class Sender:
         opener: Callable[[], Store],
         successor: Callable[[int], Spool | None] | None = None,
     ) -> None:
-        self.spool = spool
-        self.acknowledged = 0
+        self._spool = spool
+        self._acknowledged = 0
+        self._finished: set[str] = set()
         self.loading = False
         self.usable = True
         self._opener = opener
@@ -96,15 +97,14 @@ class Sender:
         if not self._wake.is_set():
             self._wake.set()
 
-    def flush(self, target: int, timeout: float) -> bool:
-        """Wait until the store has committed up to `target`; False if it has not in time."""
+    def flush(self, spool: Spool, target: int, timeout: float) -> bool:
+        """Wait until the store has committed a spool up to `target`; False if it has not in time."""
         deadline = time.monotonic() + timeout
-        spool = self.spool
         self._hurry.set()
         self._wake.set()
         try:
             with self._progress:
-                while self.spool is spool and self.acknowledged < target:
+                while self.committed(spool) < target:
                     remaining = deadline - time.monotonic()
                     if remaining <= 0 or not self.usable or not self._thread.is_alive():
                         return False
@@ -112,6 +112,12 @@ class Sender:
             return True
         finally:
             self._hurry.clear()
+
+    def committed(self, spool: Spool) -> int:
+        """Return up to which event of a spool the store has committed."""
+        if spool.writer in self._finished:
+            return spool.last
+        return self._acknowledged if spool is self._spool else 0  # 0: it is the next one
 
     def stop(self, timeout: float) -> None:
         """End the thread; a store that is being loaded or is busy is not waited for any longer."""
@@ -131,7 +137,7 @@ class Sender:
                 self._round()
         except StoreUnusable as error:
             self.usable = False
-            logger.warning("%s Runs are kept in %s until then.", error, self.spool.path.parent)
+            logger.warning("%s Runs are kept in %s until then.", error, self._spool.path.parent)
         finally:
             if self._reader is not None:
                 self._reader.close()
@@ -147,10 +153,10 @@ class Sender:
         except Exception as error:  # whatever happens to the store must not reach the run
             if not self._complained:
                 self._complained = True
-                where = self.spool.path.parent
+                where = self._spool.path.parent
                 logger.warning("The store does not take events now (%s); they wait in %s.", error, where)
             if self._reader is not None:
-                self._reader.seek(self.acknowledged)
+                self._reader.seek(self._acknowledged)
             complete = False
             self._back_off(LONGEST_PAUSE)
         if complete:
@@ -161,15 +167,12 @@ class Sender:
     def _ship(self) -> bool:
         """Send one batch; return whether nothing is left to send."""
         reader = self._reader
-        if reader is None or reader.writer != self.spool.writer:
+        if reader is None or reader.writer != self._spool.writer:
             if reader is not None:
                 reader.close()
-            reader = self._reader = SpoolReader(self.spool.path)
+            reader = self._reader = SpoolReader(self._spool.path)
         batch = reader.read()
-        if not batch.payloads:
-            self._rotate()
-            return True
-        if self._stop.is_set():
+        if not batch.payloads or self._stop.is_set():
             return True
         if self._store is None:
             self.loading = True
@@ -183,7 +186,10 @@ class Sender:
             self._back_off(ELSEWHERE_PAUSE)
             return False
         self._pause = SHORTEST_PAUSE
-        return reader.read_to >= self.spool.last
+        if reader.read_to < self._spool.last:
+            return False
+        self._rotate()
+        return True
 
     def _rest(self, seconds: float) -> None:
         if self._hurry.wait(seconds):  # somebody waits; still no busy loop
@@ -195,18 +201,19 @@ class Sender:
 
     def _acknowledge(self, number: int) -> None:
         with self._progress:
-            if number > self.acknowledged:
-                self.acknowledged = number
+            if number > self._acknowledged:
+                self._acknowledged = number
                 self._progress.notify_all()
         now = time.monotonic()
         if now - self._ack_written >= ACK_INTERVAL:
             self._ack_written = now
             with contextlib.suppress(OSError):
-                write_ack(self.spool.path, number)
+                write_ack(self._spool.path, number)
 
     def _rotate(self) -> None:
-        following = self._successor(self.acknowledged) if self._successor is not None else None
+        following = self._successor(self._acknowledged) if self._successor is not None else None
         if following is not None:
             with self._progress:
-                self.spool, self.acknowledged = following, 0
+                self._finished.add(self._spool.writer)
+                self._spool, self._acknowledged = following, 0
                 self._progress.notify_all()

@@ -89,6 +89,7 @@ class Tracker:
     def _begin(self) -> None:
         self._ring: deque[tuple[str, bytes]] = deque()
         self._retry_at = 0.0
+        self._complained = False
         self._spool: Spool | None = None
         self._sender: Sender | None = None
 
@@ -120,13 +121,14 @@ class Tracker:
                 self._start_threads(self._spool)
             self._spool.append(payload)
         except OSError as error:
-            if not self._retry_at:
+            if not self._complained:
+                self._complained = True
                 logger.warning(
                     "%s takes no events (%s); they are kept in memory for now.", self.home.spool, error
                 )
             self._retry_at = time.monotonic() + DISK_RETRY
             return False
-        self._retry_at = 0.0
+        self._complained = False
         return True
 
     def _start_threads(self, spool: Spool) -> None:
@@ -173,9 +175,9 @@ class Tracker:
             self._empty_ring()
             spool, sender, complete = self._spool, self._sender, not self._ring
             target = spool.last if spool is not None else 0
-        if sender is None:
+        if spool is None or sender is None:
             return complete and spool is None
-        return sender.flush(target, timeout) and complete
+        return sender.flush(spool, target, timeout) and complete
 
     def close(self, timeout: float = EXIT_PATIENCE) -> bool:
         """Send what there is and let go of the spool; an event that comes later opens a new one.
@@ -202,7 +204,7 @@ class Tracker:
         self._report(len(ring))
         if spool is None:
             return not ring
-        acknowledged = sender.acknowledged if sender is not None else 0
+        acknowledged = sender.committed(spool) if sender is not None else 0
         spool.close(acknowledged)
         return acknowledged >= spool.last and not ring
 

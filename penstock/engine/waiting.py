@@ -128,6 +128,9 @@ def _run_here(session: Session, run: TaskRun) -> None:
     else:
         value, record = worker_runtime.run(*attempt)
     session.ended_here(run, value, record)
+    error = value.error if isinstance(value, worker_runtime.Failed) else None
+    if error is not None and worker_runtime.is_signal(error):
+        raise error
     outer = worker_runtime.current()
     if outer is not None and outer.cancelled:  # the request to stop went to the code in place
         raise worker_runtime.Cancelled

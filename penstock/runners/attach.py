@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import inspect
 import logging
 import os
@@ -232,7 +231,7 @@ def _local_cluster(kwargs: dict[str, Any]) -> Any:
     from distributed import LocalCluster
 
     options: dict[str, Any] = {
-        "dashboard_address": "127.0.0.1:0" if importlib.util.find_spec("bokeh") else None,
+        "dashboard_address": "127.0.0.1:0",  # None means port 8787, and a warning if it is taken
         "silence_logs": logging.CRITICAL,
         "host": "127.0.0.1",
     }

@@ -5,6 +5,7 @@ One message carries a batch, whatever its tasks ask for: options travel as annot
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import inspect
 import itertools
@@ -94,9 +95,8 @@ def send(client: Any, batch: Any, keys: Sequence[Key], *, public: bool = False) 
     # Annotations that the user's code has set around some call are not for this batch.
     context = contextvars.Context()
     if not public and _takes_priorities(client):
-        order = {key: number for number, key in enumerate(keys)}
         futures: dict[Key, Any] = context.run(
-            client._graph_to_futures, batch, keys, None, internal_priority=order, fifo_timeout=0
+            client._graph_to_futures, batch, keys, None, internal_priority=batch.order(), fifo_timeout=0
         )
         return futures
     listed = context.run(client.get, batch, list(keys), sync=False, fifo_timeout=0)
@@ -182,12 +182,20 @@ def ask(client: Any, function: Callable[..., Any], *args: Any, timeout: float = 
 
 
 def ask_workers(
-    client: Any, function: Callable[..., Any], *args: Any, workers: list[str], timeout: float = 5.0
+    client: Any, function: Callable[..., Any], *args: Any, workers: Sequence[str], timeout: float = 5.0
 ) -> dict[str, Any]:
-    """Call a function on some workers; those that do not answer are left out."""
-    coroutine = client._run
-    try:
-        found = client.sync(coroutine, function, *args, workers=workers, on_error="ignore", callback_timeout=timeout)
-    except TimeoutError:
-        return {}
-    return dict(found or {})
+    """Call a function on some workers; those that do not answer in time are left out."""
+
+    async def ask_one(address: str) -> dict[str, Any]:
+        call = client._run(function, *args, workers=[address], on_error="ignore")
+        try:
+            return dict(await asyncio.wait_for(call, timeout) or {})
+        except (TimeoutError, OSError):
+            return {}
+
+    async def ask_all() -> dict[str, Any]:
+        answers = await asyncio.gather(*map(ask_one, workers))
+        return {address: answer for one in answers for address, answer in one.items()}
+
+    found: dict[str, Any] = client.sync(ask_all)
+    return found

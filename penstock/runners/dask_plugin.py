@@ -8,7 +8,8 @@ How a record travels
 `run_one` puts the packed record into the metadata of its task; Dask sends these with the message
 that commits the result. The `Tracker` on the scheduler takes them out again and publishes them,
 many at a time, under the topic of the session (`topic_of`). A failed task raises `TaskFailure`,
-which carries the record. A message is ``{"seq": n, "events": [event, …]}``; an event is
+which carries the record. A message is ``{"events": [event, …]}``; it is neither numbered nor
+acknowledged, since a client that loses its connection loses all its tasks with it. An event is
 ``(kind, key, record, nbytes, worker, details)`` with one of the kinds
 
 ``ended``
@@ -30,6 +31,7 @@ which carries the record. A message is ``{"seq": n, "events": [event, …]}``; a
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import pickle
 import signal
@@ -108,7 +110,7 @@ def run_one(flags, order, function, arguments, *values):
 
             def announce():
                 event = ("started", key, b"", 0, worker.address, None)
-                worker.log_event(topic_of(key), {"seq": 0, "events": [event]})
+                worker.log_event(topic_of(key), {"events": [event]})
 
         value, record = runtime.run(order, function, arguments, values, key, announce)
         if not isinstance(value, runtime.Failed):
@@ -166,6 +168,11 @@ def cancel_keys(wanted, dask_worker):
         Keys by address of the worker.
     """
     return runtime.cancel(wanted.get(dask_worker.address, []))
+
+
+def end_process():
+    """End this worker process at once; its nanny starts another."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def dask_setup(worker):
@@ -266,6 +273,11 @@ _marks = Marks()
 # -- a batch of tasks ---------------------------------------------------------------------
 
 
+def marker_of(name, key):
+    """Return the key of the task that stands between `key` and what waits for it in a batch."""
+    return ("penstock-after", name, key)
+
+
 class Batch:
     """What the driver sends: columns of bytes that become tasks on the scheduler.
 
@@ -295,7 +307,7 @@ class Batch:
         for number, key in enumerate(keys):
             upstream = [TaskRef(one) for one in uses[number]] if uses else []
             for one in waits[number] if waits else ():
-                marker = ("penstock-after", name, one)
+                marker = marker_of(name, one)
                 graph[marker] = Task(marker, ended, TaskRef(one))
                 upstream.append(TaskRef(marker))
             payload = (flags[number], orders[number], functions[number], arguments[number])
@@ -304,6 +316,14 @@ class Batch:
 
     def __dask_annotations__(self):
         return self.columns[-1]
+
+    def order(self):
+        """Return a place for each key of the graph; Dask fails on a key that has none."""
+        name, keys, waits = self.columns[0], self.columns[1], self.columns[7]
+        places = {key: number for number, key in enumerate(keys)}
+        for number, some in enumerate(waits or ()):
+            places.update((marker_of(name, one), number) for one in some)
+        return places
 
 
 # -- on the scheduler ---------------------------------------------------------------------
@@ -325,7 +345,6 @@ class Tracker(SchedulerPlugin):
         self.scheduler = scheduler
         self.users = set()  # clients; the plugin leaves with the last
         self._events = defaultdict(list)
-        self._counts = defaultdict(int)
         self._pause = SHORTEST
         self._flush_due = False
         self._displaced = ("", [])  # stimulus, and the keys that it took off a worker
@@ -424,10 +443,9 @@ class Tracker(SchedulerPlugin):
             self._add(topic, ("orphaned" if again else "upstream", key, b"", 0, worker, None))
             return
         try:
-            if isinstance(exception, bytes):
-                error = pickle.loads(exception)
-            else:
-                error = deserialize(exception.header, exception.frames)
+            error = exception if isinstance(exception, bytes) else deserialize(exception.header, exception.frames)
+            if isinstance(error, bytes):
+                error = pickle.loads(error)
         except Exception:
             error = details.get("exception_text") or "an error that cannot be read"
         if isinstance(error, TaskFailure):
@@ -488,8 +506,7 @@ class Tracker(SchedulerPlugin):
         most = max(map(len, events.values()), default=0)
         self._pause = min(LONGEST, self._pause * 2) if most > 16 else SHORTEST
         for topic, batch in events.items():
-            self._counts[topic] += 1
-            self.scheduler.log_event(topic, {"seq": self._counts[topic], "events": batch})
+            self.scheduler.log_event(topic, {"events": batch})
             self._tidy(topic)
 
     def _tidy(self, topic):
@@ -499,7 +516,6 @@ class Tracker(SchedulerPlugin):
             broker.truncate(topic)
             if not broker._topics[topic].subscribers:
                 broker._topics.pop(topic)
-                self._counts.pop(topic)
         except (AttributeError, KeyError):
             pass
 
@@ -547,6 +563,7 @@ def summary(dask_scheduler):
         "threads": sum(state.nthreads for state in workers),
         "memory": sum(state.memory_limit or 0 for state in workers),
         "addresses": [state.address for state in workers[:100]],
+        "dashboard": importlib.util.find_spec("bokeh") is not None,
     }
 
 
@@ -574,11 +591,21 @@ def stop(name, keys, dask_scheduler):
     return idle, dict(placed)
 
 
-def withdraw(name, keys, restarting, dask_scheduler):
-    """Withdraw tasks wherever they are; a restart of their workers may follow."""
-    tracker = dask_scheduler.plugins[name]
-    tracker._restarting.update(restarting)
-    tracker.drop([key for key in keys if key in dask_scheduler.tasks])
+def withdraw(name, keys, dask_scheduler):
+    """Withdraw tasks wherever they are."""
+    dask_scheduler.plugins[name].drop([key for key in keys if key in dask_scheduler.tasks])
+
+
+def condemn(name, workers, dask_scheduler):
+    """Answer which workers may be ended since a nanny replaces them; their tasks go elsewhere."""
+    found = [address for address in workers if getattr(dask_scheduler.workers.get(address), "nanny", None)]
+    dask_scheduler.plugins[name]._restarting.update(found)
+    return found
+
+
+def alive(workers, dask_scheduler):
+    """Return those of the workers that the scheduler still knows."""
+    return [address for address in workers if address in dask_scheduler.workers]
 
 
 # -- in the driver, for clusters that it starts ------------------------------------------------
@@ -588,7 +615,13 @@ class LocalNanny(Nanny):
     """Watches a worker process of a cluster of ours and remembers how it ended."""
 
     ends = OrderedDict()  # process id → exit code, negative for a signal
+    started = OrderedDict()  # process id → True
     worker_pid = None
+
+    @classmethod
+    def known(cls, pid):
+        """Whether a process is or was a worker of ours."""
+        return pid in cls.started
 
     async def instantiate(self):
         """Start the worker process without running the user's script in it once more.
@@ -605,10 +638,15 @@ class LocalNanny(Nanny):
         finally:
             main.__dict__.update(kept)
         self.worker_pid = self.pid
+        self.ends.pop(self.pid, None)  # an earlier process with the same number
+        self._note(self.started, True)
         return status
 
     def _on_worker_exit_sync(self, exitcode):
-        self.ends[self.worker_pid] = exitcode
-        while len(self.ends) > 1000:
-            self.ends.popitem(last=False)
+        self._note(self.ends, exitcode)
         super()._on_worker_exit_sync(exitcode)
+
+    def _note(self, table, value):
+        table[self.worker_pid] = value
+        while len(table) > 1000:
+            table.popitem(last=False)

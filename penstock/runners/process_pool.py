@@ -22,7 +22,8 @@ from penstock.runners.process_work import Handle, Value, Work
 from penstock.runners.shared_memory import SharedMemory
 
 _START_SECONDS = 60.0  # until a worker is alive: it may import from a slow file system
-_FAILED_STARTS = 3  # in a row, until the pool gives up
+_FAILED_STARTS = 5  # in a row, until the pool gives up
+_PAUSE_SECONDS = 0.05  # after a failed start; doubles each time
 _GRACE_SECONDS = 1.0  # for workers that are told to end
 _LINGER_SECONDS = 2.0  # until an idle process beyond the full number ends
 _LOOK_SECONDS = 0.05  # how often to look at the clock while one of these runs
@@ -66,6 +67,7 @@ class Pool:
         self._lock = threading.RLock()
         self._numbers = 0
         self._failed_starts = 0
+        self._pause_until = 0.0  # no process is started before
         self._oom_kills = oom_kills()
         self._broken = ""  # why there will be no more workers
         self._opened = threading.Event()  # the first worker is ready, or there will be none
@@ -202,7 +204,7 @@ class Pool:
     def _patience(self) -> float | None:
         with self._lock:
             children = self._schedule.children.values()
-            hurry = self._deadline is not None or len(children) > self._schedule.workers
+            hurry = self._deadline is not None or len(children) != self._schedule.workers
             return _LOOK_SECONDS if hurry or not all(child.is_ready for child in children) else None
 
     def _watch(self, child: Child, events: int) -> None:
@@ -229,8 +231,11 @@ class Pool:
         kind, *details = message
         schedule = self._schedule
         if kind == "ended":
+            *details, was_interrupted = details
             schedule.ended(child, *details)
             child.idle_since = time.monotonic()
+            if was_interrupted and not child.is_leaving:
+                self._dismiss(child)
         elif kind == "started":
             schedule.started(child, *details)
         elif kind == "returned":
@@ -323,17 +328,16 @@ class Pool:
         for child in schedule.spare_workers():
             if now - child.idle_since > _LINGER_SECONDS:
                 self._dismiss(child)
-        for _ in range(0 if self._broken else schedule.missing_workers()):
-            self._start()
+        if not self._broken and now >= self._pause_until:
+            for _ in range(schedule.missing_workers()):
+                self._start()
 
     def _start(self) -> None:
         self._numbers += 1
         try:
             child = Child.start(self._numbers, self._settings, self._environment)
         except OSError as error:
-            # As long as somebody works, somebody will be free; the next turn tries again.
-            if not any(one.is_ready and not one.is_blocked for one in self._schedule.children.values()):
-                self._break(f"no worker process can be started: {error}")
+            self._start_failed(f"no worker process can be started: {error}")
             return
         self._schedule.children[child.number] = child
         self._selector.register(child.channel, selectors.EVENT_READ | selectors.EVENT_WRITE, child)
@@ -352,9 +356,17 @@ class Pool:
         self._oom_kills = kills
         self._memory.sweep(str(child.number), self.files)
         if not child.is_ready and self._deadline is None:
-            self._failed_starts += 1
-            if self._failed_starts >= _FAILED_STARTS or not self._opened.is_set():
-                self._break(f"a worker process {end} before it was ready; it may have said why on stderr")
+            self._start_failed(f"a worker process {end} before it was ready; it may have said why on stderr")
+
+    def _start_failed(self, reason: str) -> None:
+        """Try again, a little later; give up if that goes on and nobody is left to work."""
+        self._pause_until = time.monotonic() + _PAUSE_SECONDS * 2 ** min(self._failed_starts, 7)
+        self._failed_starts += 1
+        children = self._schedule.children.values()
+        if self._failed_starts >= _FAILED_STARTS and not any(
+            child.is_ready and not child.is_blocked for child in children
+        ):
+            self._break(reason)
 
     def _break(self, reason: str) -> None:
         with self._lock:

@@ -94,6 +94,7 @@ class Worker:
         self._jobs: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._queued: dict[Any, bool] = {}  # keys of the jobs that can still be handed back
         self._blocked = 0
+        self._interrupted = False
         self._lock = threading.Lock()
         self._answers: dict[int, queue.SimpleQueue[Any]] = {}
         self._questions = itertools.count()
@@ -141,7 +142,8 @@ class Worker:
         if kind == "run":
             self._accept(message)
         elif kind == "cancel":
-            worker_runtime.cancel(message[1])
+            if worker_runtime.cancel(message[1]):
+                self._interrupted = True
         elif kind == "return":
             self.send(("returned", self._hand_back(message[1])))
         elif kind == "reports":
@@ -185,17 +187,24 @@ class Worker:
         value, record = worker_runtime.run(order, function, arguments, values, key, on_start)
         del values
         packed, nbytes = None, 0
-        if not isinstance(value, worker_runtime.Failed):
+        if isinstance(value, worker_runtime.Failed):
+            self._interrupted |= isinstance(value.error, worker_runtime.TimedOut)
+        else:
             try:
                 packed, nbytes = self.memory.export(value)
             except BaseException as error:
                 _, record = worker_runtime.refuse(record, value, error)
         del value
-        with self._lock:
-            self._blocked = 0  # whatever a request to stop has cut short
         with contextlib.suppress(Exception):  # what was printed must not wait for the next task
             sys.stdout.flush()
-        self.send(("ended", key, record, packed, nbytes, time.perf_counter() - clock))
+        with self._lock:
+            # An exception from outside may have struck in an import, or between a lock and its
+            # release: after that the process takes nothing new, and the driver replaces it.
+            self._blocked = int(self._interrupted)
+        if self._interrupted:
+            self.send(("returned", self._hand_back(len(self._queued))))
+        seconds = time.perf_counter() - clock
+        self.send(("ended", key, record, packed, nbytes, seconds, self._interrupted))
 
     # -- for the nested runner ------------------------------------------------------------
     def runner(self) -> WorkerProcessRunner:

@@ -268,12 +268,24 @@ def interrupted_after(seconds: float | None, name: Any) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def is_signal(error: BaseException) -> bool:
+    """Whether an exception came from a signal to the driver, in whose main thread a task ran.
+
+    The engine's handler has an attribute ``received`` that notes a signal; where none was
+    noted, a KeyboardInterrupt is the task's own.
+    """
+    if isinstance(error, Exception) or threading.current_thread() is not threading.main_thread():
+        return False
+    handlers = (signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM))
+    return any(getattr(handler, "received", None) is not None for handler in handlers)
+
+
 def _status(error: BaseException, running: Running) -> str:
     if isinstance(error, Cancelled):
         return "cancelled"
     if isinstance(error, KeyboardInterrupt) and running.cancelled:
         return "cancelled"
-    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+    if not isinstance(error, Exception):
         return "crashed"
     if type(error).__name__ == "Skip" and type(error).__module__ == "penstock.errors":
         return "skipped"
@@ -313,7 +325,7 @@ def _record(
     return pickle.dumps(record, 4)
 
 
-def refuse(record, value, error):
+def refuse(record: bytes, value: Any, error: BaseException) -> tuple[Any, bytes]:
     """Turn the record of a completed attempt into a failed one: its value cannot travel.
 
     Parameters
@@ -687,7 +699,7 @@ def size(value: Any) -> int:
     return sys.getsizeof(value, 0)
 
 
-def _size_or_nothing(value):
+def _size_or_nothing(value: Any) -> int:
     """A user's class may compute its `nbytes` or its length, and fail; that is no failed task."""
     try:
         return size(value)

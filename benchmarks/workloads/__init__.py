@@ -1,0 +1,1 @@
+"""One module per case: the plain functions it runs, and what one sample of it is."""

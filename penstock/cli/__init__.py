@@ -1,0 +1,56 @@
+"""The command line: parse, call one function, print. One file for each noun.
+
+Nothing heavy is imported before a command needs it: help and errors have to come at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from penstock import errors
+from penstock.cli import config, demo, doctor, run, runs
+from penstock.cli.layout import clean
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="penstock",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command("demo")(demo.demo)
+app.command("run")(run.run)
+app.add_typer(runs.app, name="runs")
+app.command("doctor")(doctor.doctor)
+app.add_typer(config.app, name="config")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import penstock
+
+        print(f"penstock {penstock.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def penstock_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Flows over large data on threads, processes, Dask and Ray, with a record of every run."""
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one sentence, and never a traceback."""
+    try:
+        app()
+    except errors.PenstockError as error:
+        print(f"penstock: {clean(error)}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, errors.ConfigurationError) else 1)

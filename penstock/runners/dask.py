@@ -1,0 +1,521 @@
+"""Work on a Dask cluster: one that runs, or one of this machine that comes and goes with the flow."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
+from pathlib import Path
+from typing import Any, Self
+
+from penstock import errors
+from penstock.runners import attach, dask_graph, dask_runtime
+from penstock.runners.base import Key, OnReports, Ref, Report, RunnerInfo, Submission, TaskRunner, new_tag
+from penstock.runners.dask_watch import Watch
+
+log = logging.getLogger("penstock.runners.dask")
+
+
+class DaskTaskRunner(TaskRunner):
+    """Runs tasks on a Dask cluster; values stay on the workers that made them.
+
+    Without arguments a cluster of this machine is started, and closed after the flow. What the
+    runner did not open it never closes.
+
+    Parameters
+    ----------
+    cluster : distributed.deploy.Cluster or callable, optional
+        A running cluster, which stays open; or something that makes one, which is closed.
+    address : str, optional
+        Of a running scheduler: ``tcp://host:8786``.
+    cluster_class : str or callable, optional
+        What makes the cluster, `distributed.LocalCluster` by default; a dotted name is imported.
+    cluster_kwargs : dict, optional
+        Arguments for it.
+    adapt_kwargs : dict, optional
+        Arguments for its ``adapt``: the cluster then grows and shrinks with the work.
+    client_kwargs : dict, optional
+        Arguments for `distributed.Client`: ``security``, ``timeout``.
+    performance_report_path : str, optional
+        Where to write Dask's own HTML report when the runner stops (needs bokeh).
+    client : distributed.Client, optional
+        A client of yours, used as it is.
+    scheduler_file : str, optional
+        File that a scheduler has written (``dask scheduler --scheduler-file``).
+    strict : bool
+        Refuse clusters whose versions do not fit.
+    max_in_flight : int
+        Tasks that are with the cluster at a time.
+
+    Examples
+    --------
+    >>> @flow(task_runner=DaskTaskRunner(cluster_kwargs={"n_workers": 4}))
+    ... def pipeline(): ...
+    >>> DaskTaskRunner("tcp://10.0.0.1:8786")  # doctest: +SKIP
+    """
+
+    name = "dask"
+
+    def __init__(
+        self,
+        cluster: Any = None,
+        address: str | None = None,
+        cluster_class: Any = None,
+        cluster_kwargs: Mapping[str, Any] | None = None,
+        adapt_kwargs: Mapping[str, Any] | None = None,
+        client_kwargs: Mapping[str, Any] | None = None,
+        performance_report_path: str | None = None,
+        *,
+        client: Any = None,
+        scheduler_file: str | None = None,
+        strict: bool = True,
+        max_in_flight: int = 50_000,
+    ) -> None:
+        super().__init__()
+        if isinstance(cluster, str):
+            cluster, address = None, address or cluster
+        self._wish = attach.Wish(
+            cluster, address, cluster_class, cluster_kwargs, adapt_kwargs, client_kwargs, client, scheduler_file, strict
+        )
+        if max_in_flight < 1:
+            message = f"'max_in_flight' must be at least 1, got {max_in_flight}."
+            raise ValueError(message)
+        self.performance_report_path = performance_report_path
+        self.max_in_flight = max_in_flight
+        self._attachment: attach.Attachment | None = None
+        self._runtime: dask_runtime.Runtime | None = None
+        self._watch: Watch | None = None
+        self._report: Any = None
+        self._tag = new_tag()
+        self._puts = itertools.count()
+        self._direct: bool | None = None
+        self._summary: tuple[float, dict[str, Any]] = (0.0, {})
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """Make a runner from a YAML file that holds its arguments.
+
+        Parameters
+        ----------
+        path : str
+            A mapping: ``cluster_class: …``, ``cluster_kwargs: {…}``, ``address: …``.
+        """
+        import yaml
+
+        found = yaml.safe_load(Path(path).read_text())
+        if not isinstance(found, dict):
+            message = f"{str(path)!r} must hold a mapping of the arguments of DaskTaskRunner."
+            raise errors.ConfigurationError(message)
+        try:
+            return cls(**found)
+        except TypeError as error:
+            message = f"{str(path)!r}: {error}"
+            raise errors.ConfigurationError(message) from error
+
+    # -- identity ---------------------------------------------------------------------------
+    def __eq__(self, other: object) -> bool:
+        """Compare settings; a cluster or client equals itself only."""
+        return type(other) is type(self) and self._identity() == other._identity()  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        """Hash by what names the cluster."""
+        return hash((type(self), self._wish.address, self._wish.scheduler_file, id(self._wish.cluster)))
+
+    def _identity(self) -> tuple[Any, ...]:
+        wish = self._wish
+        plain = dataclasses.replace(wish, cluster=None, client=None)
+        return id(wish.cluster), id(wish.client), plain, self.performance_report_path, self.max_in_flight
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel as an address, or as settings where there is none yet; never with a cluster inside."""
+        address = self._address()
+        if address:
+            return functools.partial(type(self), address=address, max_in_flight=self.max_in_flight), ()
+        if self._wish.cluster is not None or self._wish.client is not None:
+            message = "a DaskTaskRunner with a cluster or client inside cannot be pickled before it is open."
+            raise TypeError(message)
+        names = ("cluster_class", "cluster_kwargs", "adapt_kwargs", "client_kwargs", "scheduler_file", "strict")
+        kwargs = {name: getattr(self._wish, name) for name in names}
+        return functools.partial(type(self), max_in_flight=self.max_in_flight, **kwargs), ()
+
+    def __repr__(self) -> str:
+        """Show what names the cluster."""
+        where = self._address() or self._wish.scheduler_file or self._wish.cluster_class or "local"
+        return f"DaskTaskRunner({where})"
+
+    def _address(self) -> str:
+        if self._attachment is not None:
+            return str(self._attachment.client.scheduler.address)
+        named = self._wish.cluster if self._wish.cluster is not None else None
+        return self._wish.address or str(getattr(named, "scheduler_address", "") or "")
+
+    def duplicate(self) -> Self:
+        """Return the runner itself: it is counted, and one cluster serves all flows that use it."""
+        return self
+
+    # -- life -------------------------------------------------------------------------------
+    def start(self) -> None:
+        """Connect to the cluster or start it.
+
+        Raises
+        ------
+        RunnerUnavailable
+            If it does not answer, does not fit, or does not let its tasks be followed.
+        """
+        attachment = attach.attach(self._wish)
+        try:
+            self._runtime = dask_runtime.local() if attachment.local else dask_runtime.ship(attachment.client)
+            self._follow(attachment)
+            if self.performance_report_path is not None:
+                self._report = _performance_report(attachment.client, self.performance_report_path)
+        except BaseException:
+            self._let_go(attachment)
+            raise
+
+    def _follow(self, attachment: attach.Attachment) -> None:
+        assert self._runtime is not None
+        self._summary = (time.monotonic(), self._runtime.join(attachment.client))
+        self._attachment = attachment
+        self._watch = Watch(attachment.client, self._runtime.plugin, self.deliver, self._return)
+        for tag in list(self._listeners):
+            self._subscribe(tag)
+
+    def _return(self) -> None:
+        """The client has found its scheduler again, or another one at the same address."""
+        assert self._attachment is not None
+        if not self._attachment.local:
+            self._runtime = dask_runtime.ship(self._attachment.client)
+        assert self._runtime is not None
+        self._runtime.join(self._attachment.client)
+        for tag in list(self._listeners):
+            self._subscribe(tag)
+
+    def stop(self) -> None:
+        """Leave the cluster; close it if the runner started it."""
+        attachment, report = self._attachment, self._report
+        self._report = None
+        if attachment is None:
+            return
+        if report is not None:
+            with contextlib.suppress(Exception), attachment.client.as_current():
+                report.__exit__(None, None, None)
+        self._let_go(attachment)
+
+    def _let_go(self, attachment: attach.Attachment) -> None:
+        watch, runtime = self._watch, self._runtime
+        self._watch = self._runtime = self._attachment = None
+        if watch is not None:
+            left = [ref.handle for ref in watch.outstanding.values() if ref.handle is not None]
+            watch.close()
+            with contextlib.suppress(Exception):
+                dask_graph.release(attachment.client, left)
+        if runtime is not None and not attachment.local and attachment.client.status == "running":
+            with contextlib.suppress(Exception):
+                runtime.leave(attachment.client)
+        attachment.close()
+
+    @classmethod
+    def _from_worker(cls) -> DaskTaskRunner:
+        """Return the runner for tasks that a task submits: it uses the worker's own connection."""
+        from distributed import get_client
+
+        client = get_client()
+        with _inside_lock:
+            runner = getattr(client, "_penstock_runner", None)
+            if runner is None:
+                runner = client._penstock_runner = _InsideRunner(client)
+        return runner  # type: ignore[no-any-return]
+
+    def inside(self) -> str:
+        """Return the name by which a task finds this runner."""
+        return "dask"
+
+    @property
+    def client(self) -> Any:
+        """The `distributed.Client` of the open runner.
+
+        Raises
+        ------
+        RuntimeError
+            If the runner is not open.
+        """
+        if self._attachment is None:
+            message = "The task runner must be started before submitting work."
+            raise RuntimeError(message)
+        return self._attachment.client
+
+    @property
+    def info(self) -> RunnerInfo:
+        """What the cluster has to offer, at most two seconds old."""
+        attachment = self._attachment
+        if attachment is None or self._runtime is None:
+            return RunnerInfo("dask", address=self._address(), dependencies=True, interrupts=True)
+        taken, summary = self._summary
+        if time.monotonic() - taken > 2:
+            with contextlib.suppress(Exception):
+                summary = dask_graph.ask(attachment.client, self._runtime.plugin.summary, timeout=2)
+            self._summary = (time.monotonic(), summary)
+        return RunnerInfo(
+            "dask",
+            address=self._address(),
+            dashboard=str(attachment.client.dashboard_link) if summary["dashboard"] else "",
+            workers=max(summary["workers"], 1),
+            threads=max(summary["threads"], 1),
+            memory=summary["memory"],
+            dependencies=True,
+            interrupts=True,
+            versions=_library_versions(),
+        )
+
+    # -- reports ----------------------------------------------------------------------------
+    def listen(self, tag: str, on_reports: OnReports) -> None:
+        """Deliver the reports of a session, and hear its topic."""
+        super().listen(tag, on_reports)
+        if self._attachment is not None:
+            self._subscribe(tag)
+
+    def unlisten(self, tag: str) -> None:
+        """Stop delivering the reports of a session; what it has left is withdrawn."""
+        super().unlisten(tag)
+        watch, attachment = self._watch, self._attachment
+        if watch is None or attachment is None:
+            return
+        ending = f"-{tag}"
+        left = [ref for key, ref in list(watch.outstanding.items()) if key[0].endswith(ending)]
+        self.release(left)
+        with contextlib.suppress(Exception):  # the connection may be gone
+            dask_graph.unsubscribe(attachment.client, f"penstock-{tag}")
+
+    def _subscribe(self, tag: str) -> None:
+        assert self._attachment is not None and self._watch is not None  # noqa: PT018 - it is open
+        dask_graph.subscribe(self._attachment.client, f"penstock-{tag}", self._watch.hear)
+
+    # -- values -----------------------------------------------------------------------------
+    def put(self, values: Sequence[Any]) -> list[Ref]:
+        """Place each value once on a worker.
+
+        Raises
+        ------
+        UnserializableArgument
+            If a value cannot be pickled.
+        """
+        client = self.client
+        names: list[Key] = [(f"put-{self._tag}", next(self._puts)) for _ in values]
+        try:
+            futures = client.scatter(dict(zip(names, values, strict=True)), direct=self._is_near(), hash=False)
+        except TypeError as error:
+            message = f"an argument cannot be sent to another process: {str(error).splitlines()[0]}"
+            raise errors.UnserializableArgument(message) from error
+        except (OSError, TimeoutError, CancelledError) as error:
+            message = f"no worker of the Dask cluster took the data: {type(error).__name__}: {error}"
+            raise errors.BackendStalled(message) from error
+        return [Ref(name, futures[name]) for name in names]
+
+    def fetch(self, refs: Sequence[Ref]) -> list[Any]:
+        """Bring values here, from the workers that hold them.
+
+        Raises
+        ------
+        ResultLost
+            If a value no longer exists.
+        """
+        client = self.client
+        for ref in refs:
+            if ref.handle is None or ref.handle.status in {"cancelled", "lost", "error"}:
+                raise errors.ResultLost(f"the value of task {ref.key[0].rpartition('-')[0]!r} no longer exists")
+        try:
+            return list(client.gather([ref.handle for ref in refs], direct=self._is_near()))
+        except (CancelledError, KeyError) as error:
+            raise errors.ResultLost(f"a value was lost on its way: {type(error).__name__}: {error}") from error
+        except Exception as error:
+            if type(error).__name__ in {"TaskFailure", "KilledWorker", "ClosedClientError"}:
+                raise errors.ResultLost(f"a value could not be made again: {error}") from error
+            raise
+
+    def release(self, refs: Sequence[Ref]) -> None:
+        """Free values; work that has not started is withdrawn."""
+        watch, attachment = self._watch, self._attachment
+        futures = []
+        for ref in refs:
+            if watch is not None:
+                watch.outstanding.pop(ref.key, None)
+            if ref.handle is not None:
+                futures.append(ref.handle)
+                ref.handle = None
+        if attachment is not None and futures:
+            dask_graph.release(attachment.client, futures)
+
+    def _is_near(self) -> bool | None:
+        """Whether data go to workers directly; asked once, since a gateway lets nobody through."""
+        if self._direct is None:
+            assert self._attachment is not None
+            near = self._attachment.local or attach.reaches(self._summary[1].get("addresses", []))
+            if not near and not self._summary[1].get("addresses"):
+                return None  # nobody there yet: Dask waits for a worker
+            self._direct = near
+        return self._direct
+
+    # -- work -------------------------------------------------------------------------------
+    def send(self, submissions: Sequence[Submission]) -> list[Ref]:
+        """Send one message for each batch, and return references."""
+        client, watch, runtime = self.client, self._watch, self._runtime
+        assert watch is not None and runtime is not None  # noqa: PT018 - it is open
+        refs = {one.key: Ref(one.key, None) for one in submissions}
+        dead = self._without_input(submissions, refs)
+        if dead:
+            watch.tell([Report(key, "lost", cause=cause) for key, cause in dead.items()])
+            submissions = [one for one in submissions if one.key not in dead]
+        for batch in dask_graph.batches(submissions):
+            keys = [one.key for one in batch]
+            watch.outstanding.update((key, refs[key]) for key in keys)
+            try:
+                futures = dask_graph.send(client, runtime.plugin.Batch(*dask_graph.columns(batch, self._tag)), keys)
+            except Exception as error:
+                if client.status == "running":
+                    raise
+                for key in keys:
+                    watch.outstanding.pop(key, None)
+                cause = errors.SchedulerLost(f"the Dask scheduler is gone: {type(error).__name__}: {error}")
+                watch.tell([Report(key, "lost", cause=cause) for key in keys])
+                continue
+            for key, future in futures.items():
+                refs[key].handle = future
+        return list(refs.values())
+
+    def _without_input(self, submissions: Sequence[Submission], refs: Mapping[Key, Ref]) -> dict[Key, Exception]:
+        """Find what depends on a value that is gone: Dask would cancel the whole batch for it."""
+        dead: dict[Key, Exception] = {}
+        held = self.client.futures
+        for one in submissions:
+            for ref in (*one.refs, *one.after):
+                handle = ref.handle
+                if handle is not None:
+                    gone = handle.status in {"cancelled", "lost"}
+                else:
+                    gone = ref.key in dead or (ref.key not in refs and ref.key not in held)
+                if gone:
+                    name = ref.key[0].rpartition("-")[0]
+                    dead[one.key] = errors.ResultLost(f"the value of {name!r} is gone, with the worker that held it")
+                    break
+        return dead
+
+    def cancel(self, refs: Sequence[Ref], *, force: bool = False) -> list[Key]:
+        """Withdraw what does not run, ask what runs to stop.
+
+        With `force` the workers that run it are restarted; their other tasks start anew.
+        """
+        client, watch, runtime = self.client, self._watch, self._runtime
+        assert watch is not None and runtime is not None  # noqa: PT018 - it is open
+        keys = [ref.key for ref in refs if ref.key in watch.outstanding]
+        if not keys:
+            return []
+        plugin = runtime.plugin
+        stopped, placed = dask_graph.ask(client, plugin.stop, runtime.name, keys)
+        running: dict[str, list[Key]] = {}
+        if placed:
+            answers = dask_graph.ask_workers(client, plugin.cancel_keys, placed, workers=list(placed))
+            for address, some in placed.items():
+                busy = set(answers.get(address, some))  # one that does not answer is taken to be at work
+                running[address] = [key for key in some if key in busy]
+                stopped += [key for key in some if key not in busy]
+            condemned = self._condemn([address for address, some in running.items() if some]) if force else []
+            stopped += [key for address in condemned for key in running[address]]
+            dask_graph.ask(client, plugin.withdraw, runtime.name, stopped)  # first, or it starts elsewhere
+            self._end(condemned)
+        for key in stopped:
+            watch.outstanding.pop(key, None)
+        return list(stopped)
+
+    def _condemn(self, workers: list[str]) -> list[str]:
+        """Return the workers that may be ended, since others come in their place."""
+        runtime = self._runtime
+        assert runtime is not None
+        condemned: list[str] = dask_graph.ask(self.client, runtime.plugin.condemn, runtime.name, workers)
+        for address in set(workers) - set(condemned):
+            log.warning("worker %s cannot be ended to stop a task: it has no nanny that would replace it", address)
+        if condemned:
+            log.warning("ending %d worker(s) to stop a task; what else runs there starts anew", len(condemned))
+        return condemned
+
+    def _end(self, workers: list[str]) -> None:
+        """End worker processes, and wait until the scheduler has noticed."""
+        client, runtime = self.client, self._runtime
+        if not workers or runtime is None:
+            return
+        dask_graph.ask_workers(client, runtime.plugin.end_process, workers=workers, timeout=1.0)
+        left = workers
+        for _ in range(50):
+            left = dask_graph.ask(client, runtime.plugin.alive, workers)
+            if not left:
+                return
+            time.sleep(0.02)
+        with contextlib.suppress(Exception):  # a worker whose loop is stuck: its nanny does it, patiently
+            client.restart_workers(left, timeout=15, raise_for_error=False)
+
+    @contextlib.contextmanager
+    def blocked(self, refs: Sequence[Ref]) -> Iterator[None]:
+        """Give the slot of the current task back while the body waits."""
+        from distributed import rejoin, secede
+        from distributed.worker import thread_state
+
+        del refs
+        # The thread of a task, and one that has not given its slot back already.
+        mine = getattr(thread_state, "key", None) is not None and getattr(thread_state, "proceed", False)
+        if not mine:
+            yield
+            return
+        secede()
+        try:
+            yield
+        finally:
+            rejoin()
+
+
+_inside_lock = threading.Lock()
+
+
+class _InsideRunner(DaskTaskRunner):
+    """Of a worker's own client: opens nothing, closes nothing, lives as long as the worker."""
+
+    def __init__(self, client: Any) -> None:
+        super().__init__(client=client)
+
+    def start(self) -> None:
+        if self._attachment is None:
+            self._runtime = dask_runtime.of_worker()
+            self._direct = True
+            self._follow(attach.Attachment(self._wish.client, own_client=False, local=True))
+
+    def stop(self) -> None:
+        """Stay: the next task on this worker that submits tasks needs it again."""
+
+
+@functools.cache
+def _library_versions() -> tuple[tuple[str, str], ...]:
+    import dask
+    import distributed
+
+    return ("dask", dask.__version__), ("distributed", distributed.__version__)
+
+
+def _performance_report(client: Any, path: str) -> Any:
+    import importlib.util
+
+    if importlib.util.find_spec("bokeh") is None:
+        message = "'performance_report_path' needs bokeh, which is not installed: pip install bokeh"
+        raise errors.MissingExtra(message)
+    from distributed import performance_report
+
+    report = performance_report(filename=path)
+    with client.as_current():
+        report.__enter__()
+    return report
+
+
+__all__ = ["DaskTaskRunner"]

@@ -1,0 +1,314 @@
+"""Hears how tasks on a Dask cluster end, and makes sure that the end of each is heard.
+
+The tracker's messages are the rule. Everything else here answers the question what if one does
+not come: a scheduler that dies, a message that is lost, a task that Dask gives up.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from penstock import errors
+from penstock.runners import dask_graph
+from penstock.runners.base import Key, Ref, Report
+
+log = logging.getLogger("penstock.runners.dask")
+
+LOOK_SECONDS = 0.5  # between two looks at what the client knows by itself
+QUIET_SECONDS = 10.0  # without any message, until the scheduler is asked
+STALLED_SECONDS = 60.0  # without an answer
+WAITING_SECONDS = 10.0  # for a worker that may run a task, until the user is told
+
+
+class Watch:
+    """Follows the tasks of one client.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Connected.
+    plugin : module
+        `dask_plugin` as the cluster knows it.
+    deliver : callable
+        Takes reports; called from this object's own thread.
+    reconnected : callable
+        Called after the client has found a scheduler again.
+    """
+
+    def __init__(
+        self,
+        client: Any,
+        plugin: Any,
+        deliver: Callable[[Sequence[Report]], None],
+        reconnected: Callable[[], None],
+    ) -> None:
+        self.outstanding: dict[Key, Ref] = {}
+        self._client = client
+        self._plugin = plugin
+        self._deliver = deliver
+        self._reconnected = reconnected
+        self._connection = dask_graph.connection(client)
+        self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._odd: set[Key] = set()  # seemed to be over at the last look
+        self._waiting: dict[Key, float] = {}
+        self._told: set[str] = set()
+        self._recomputed = 0
+        self._heard = self._answered = time.monotonic()
+        self._thread = threading.Thread(target=self._serve, name="penstock-dask", daemon=True)
+        self._thread.start()
+
+    def hear(self, message: Any) -> None:
+        """Take a message of the tracker; returns at once."""
+        self._messages.put(message)
+
+    def tell(self, reports: Sequence[Report]) -> None:
+        """Deliver reports from the watch's own thread."""
+        self._messages.put(list(reports))
+
+    def close(self) -> None:
+        """Hear no more."""
+        self._messages.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(5)
+        self.outstanding.clear()
+
+    # -- the thread -------------------------------------------------------------------------
+    def _serve(self) -> None:
+        next_look = time.monotonic() + LOOK_SECONDS
+        while True:
+            messages = self._wait(max(next_look - time.monotonic(), 0.0))
+            reports: list[Report] = []
+            for message in messages:
+                if message is None:
+                    return
+                reports.extend(message if isinstance(message, list) else self._read(message))
+            if time.monotonic() >= next_look:
+                reports.extend(self._look())
+                next_look = time.monotonic() + LOOK_SECONDS
+            if reports:
+                try:
+                    self._deliver(reports)
+                except Exception:
+                    log.exception("a listener failed")
+
+    def _wait(self, seconds: float) -> list[Any]:
+        try:
+            messages = [self._messages.get(timeout=seconds)]
+        except queue.Empty:
+            return []
+        while True:
+            try:
+                messages.append(self._messages.get_nowait())
+            except queue.Empty:
+                return messages
+
+    def _read(self, message: dict[str, Any]) -> list[Report]:
+        self._heard = self._answered = time.monotonic()
+        reports = []
+        for kind, key, record, nbytes, worker, details in message["events"]:
+            if kind == "started":
+                if key in self.outstanding:
+                    reports.append(Report(key, "started", worker=worker))
+                continue
+            if kind == "waiting":
+                self._waiting.setdefault(key, time.monotonic())
+                continue
+            ref = self.outstanding.pop(key, None)
+            if ref is None:
+                self._recomputed += kind == "ended"
+                continue
+            if kind == "ended":
+                ref.nbytes, ref.worker = nbytes, worker
+                reports.append(Report(key, "ended", record, None, nbytes, worker))
+            elif kind == "lost":
+                reports.append(Report(key, "lost", cause=loss(key, details), worker=worker))
+            elif kind == "upstream":
+                reports.append(Report(key, "upstream"))
+            elif kind == "orphaned":
+                reports.append(Report(key, "lost", cause=_gone(key)))
+            else:
+                text = f"the Dask cluster could not run task {_name(key)!r}: {details['error']}"
+                reports.append(Report(key, "lost", cause=errors.CrashedRun(text), worker=worker))
+        return reports
+
+    # -- what if no message comes -----------------------------------------------------------
+    def _look(self) -> list[Report]:
+        reports = self._look_at_connection()
+        if not self.outstanding:
+            self._heard = self._answered = time.monotonic()
+            self._waiting.clear()
+            self._odd.clear()
+            return reports
+        reports += self._look_at_futures()
+        if time.monotonic() - self._heard > QUIET_SECONDS:
+            reports += self._ask_scheduler()
+        self._mention()
+        return reports
+
+    def _look_at_connection(self) -> list[Report]:
+        connection = dask_graph.connection(self._client)
+        if connection is self._connection:
+            return []
+        self._connection = connection
+        lost = list(self.outstanding)
+        self.outstanding.clear()
+        if connection is not None:
+            try:
+                self._reconnected()
+            except Exception as error:
+                log.warning("the Dask scheduler came back, but cannot be used: %s", error)
+        text = "the connection to the Dask scheduler was lost, and with it task {!r}"
+        return [Report(key, "lost", cause=errors.SchedulerLost(text.format(_name(key)))) for key in lost]
+
+    def _look_at_futures(self) -> list[Report]:
+        """Report what the client knows to be over since the last look, and the tracker never said."""
+        reports, odd = [], set()
+        for key, ref in list(self.outstanding.items()):
+            if ref.handle is None or ref.handle.status == "pending":
+                continue
+            if key not in self._odd:
+                odd.add(key)
+            elif self.outstanding.pop(key, None) is not None:
+                reports.append(self._by_future(key, ref))
+        self._odd = odd
+        return reports
+
+    def _by_future(self, key: Key, ref: Ref) -> Report:
+        status, reason, exception = dask_graph.fate(ref.handle)
+        cause: Exception
+        if status == "finished":
+            return Report(key, "ended", _made_up_record())
+        if status == "error":
+            record = getattr(exception, "record", None)
+            if isinstance(record, bytes):
+                return Report(key, "ended", record)
+            if type(exception).__name__ == "KilledWorker":
+                cause = errors.WorkerLost(f"the workers that ran task {_name(key)!r} died")
+            else:
+                shown = f"{type(exception).__name__}: {exception}"[:2000]
+                cause = errors.CrashedRun(f"the Dask cluster could not run task {_name(key)!r}: {shown}")
+        elif reason == self._plugin.REASON:
+            return Report(key, "upstream")
+        elif reason.startswith("scheduler"):
+            cause = errors.SchedulerLost(f"the Dask cluster was restarted ({reason}) under task {_name(key)!r}")
+        else:
+            cause = _gone(key)
+        return Report(key, "lost", cause=cause)
+
+    def _ask_scheduler(self) -> list[Report]:
+        keys = list(self.outstanding)[:5_000]
+        try:
+            unknown = dask_graph.ask(self._client, self._plugin.unknown, keys, timeout=5.0)
+        except Exception as error:
+            if time.monotonic() - self._answered < STALLED_SECONDS:
+                return []
+            text = f"the Dask scheduler has not answered for {STALLED_SECONDS:.0f} s ({type(error).__name__})"
+            keys = list(self.outstanding)
+            self.outstanding.clear()
+            return [Report(key, "lost", cause=errors.BackendStalled(text)) for key in keys]
+        self._heard = self._answered = time.monotonic()
+        text = "the Dask scheduler does not know task {!r} any more"
+        found = [key for key in unknown if self.outstanding.pop(key, None) is not None]
+        return [Report(key, "lost", cause=errors.CrashedRun(text.format(_name(key)))) for key in found]
+
+    def _mention(self) -> None:
+        """Tell the user what only waiting would not reveal."""
+        if self._recomputed:
+            log.warning("%d finished results were lost with their worker and made again", self._recomputed)
+            self._recomputed = 0
+        if self._waiting:
+            now = time.monotonic()
+            for key, since in list(self._waiting.items()):
+                if key not in self.outstanding:
+                    del self._waiting[key]
+                elif now - since > WAITING_SECONDS:
+                    del self._waiting[key]
+                    name = _name(key)
+                    if name not in self._told:
+                        self._told.add(name)
+                        log.warning("task %r waits for a worker: none has the resources or the name it asks for", name)
+
+
+def loss(key: Key, details: dict[str, Any]) -> Exception:
+    """Say how a task was lost with its worker.
+
+    Parameters
+    ----------
+    key : tuple
+        The attempt.
+    details : dict
+        ``worker, pid, limit, rss, silent, began, shared`` as the tracker found them.
+
+    Returns
+    -------
+    WorkerLost or OutOfMemory
+        With attributes ``began`` (whether user code had begun: True, False, or None if nobody
+        knows) and ``shared`` (how many other tasks were lost with it).
+    """
+    worker, pid = details["worker"], details["pid"]
+    began = details["began"]
+    when = {True: "while it ran", False: "before it began", None: "while it had"}[began]
+    name = _name(key)
+    cause: errors.CrashedRun
+    if details.get("rss"):
+        cause = errors.OutOfMemory(
+            f"worker {worker} (pid {pid}) was ended {when} task {name!r}: it used {_megabytes(details['rss'])} "
+            f"of the {_megabytes(details['limit'])} it may"
+        )
+    elif details.get("silent"):
+        cause = errors.WorkerLost(f"worker {worker} (pid {pid}) no longer answered {when} task {name!r}")
+    else:
+        cause = errors.WorkerLost(f"worker {worker} (pid {pid}) {_death(pid)} {when} task {name!r}")
+    cause.began = began  # type: ignore[attr-defined]
+    cause.shared = details["shared"]  # type: ignore[attr-defined]
+    return cause
+
+
+def _death(pid: int) -> str:
+    """Say how a process ended, which is known of workers that this process started."""
+    plugin = sys.modules.get("penstock.runners.dask_plugin")
+    ends = plugin.LocalNanny.ends if plugin is not None and plugin.LocalNanny.known(pid) else None
+    if ends is None:
+        return "died"
+    deadline = time.monotonic() + 1.0
+    while pid not in ends and time.monotonic() < deadline:
+        time.sleep(0.01)
+    code = ends.get(pid)
+    if code is None:
+        return "died"
+    if code >= 0:
+        return f"exited with code {code}"
+    try:
+        return f"died by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"died by signal {-code}"
+
+
+def _made_up_record() -> bytes:
+    """Stand in for the record of a task that is known to have completed, and no more than that."""
+    now = time.time()
+    record: dict[str, Any] = {"status": "completed", "attempt": 1, "started": now, "ended": now, "seconds": 0.0}
+    record.update(nbytes=0, peak=0, host=socket.gethostname(), pid=os.getpid(), worker="", thread=0)
+    return pickle.dumps(record, 4)
+
+
+def _gone(key: Key) -> errors.ResultLost:
+    return errors.ResultLost(f"a value that task {_name(key)!r} needs is gone, with the worker that held it")
+
+
+def _name(key: Key) -> str:
+    return key[0].rpartition("-")[0]
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.0f} MB"

@@ -1,0 +1,351 @@
+"""The thread that hears from Ray how tasks ended, and what its errors mean in our words."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import pickle
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import exceptions
+from ray.experimental import internal_kv
+
+from penstock import errors
+from penstock.runners import ray_tasks, worker_runtime
+from penstock.runners.base import Key, Report
+
+WINDOW = 1_000  # notes in one question to Ray: it takes time by their number
+LOOK_SECONDS = 0.02  # a new task is not in the question that is being asked
+GATHER_SECONDS = 0.004  # with many tasks in flight, let some more of them end
+STARTS_SECONDS = 0.1
+
+log = logging.getLogger("penstock.runners.ray")
+
+
+@dataclass(slots=True, eq=False)
+class Handle:
+    """A value in Ray's hands.
+
+    Attributes
+    ----------
+    key : Key
+        The attempt that makes it.
+    value : ObjectRef
+        Ray's own reference; None once it was released.
+    note : ObjectRef or None
+        The record beside it; None for a value that was put, and once the task has completed.
+    """
+
+    key: Key
+    value: Any
+    note: Any
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """A task from `send` to its end.
+
+    Attributes
+    ----------
+    handle : Handle
+        What the engine holds.
+    value, note : ObjectRef
+        Held here too: an error that nobody looked at is printed by Ray when its reference goes.
+    upstream : tuple of Handle
+        The values it depends on.
+    announce : bool
+        The engine waits for the news that it has started.
+    """
+
+    handle: Handle
+    value: Any
+    note: Any
+    upstream: tuple[Handle, ...]
+    announce: bool
+
+
+class Pump:
+    """Waits for notes in a thread of its own and delivers reports in batches.
+
+    Parameters
+    ----------
+    deliver : callable
+        Takes a list of `Report`.
+    starts : bytes
+        Prefix of the keys under which workers say what they have begun.
+    """
+
+    def __init__(self, deliver: Callable[[list[Report]], None], starts: bytes) -> None:
+        self.has_announced = False
+        self._deliver = deliver
+        self._starts = starts
+        self._flying: dict[Any, Flight] = {}  # by note, oldest first
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._closing = False
+        self._unstarted: set[Key] = set()
+        self._looked = 0.0
+        self._slices: list[list[Any]] = []
+        self._thread = threading.Thread(target=self._run, name="penstock-ray-pump", daemon=True)
+
+    # -- for the runner -------------------------------------------------------------------
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def close(self) -> list[Flight]:
+        """End the thread; return what is still in flight."""
+        self._closing = True
+        self._wake.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=5)
+        with self._lock:
+            left = list(self._flying.values())
+            self._flying.clear()
+        return left
+
+    def add(self, flights: Sequence[Flight]) -> None:
+        """Wait for these, too."""
+        if not flights:
+            return
+        with self._lock:
+            self._flying.update((flight.note, flight) for flight in flights)
+            announced = [flight.handle.key for flight in flights if flight.announce]
+            self._unstarted.update(announced)
+        if announced:
+            self.has_announced = True
+        self._wake.set()
+
+    def find(self, notes: Iterable[Any]) -> list[Flight]:
+        """Return the tasks behind notes that have not ended."""
+        with self._lock:
+            return [flight for note in notes if (flight := self._flying.get(note)) is not None]
+
+    def take_cancelled(self, notes: Sequence[Any]) -> list[Key]:
+        """Forget those of these ended tasks that never ran; return their keys."""
+        keys = []
+        for note, answer in zip(notes, _read(notes), strict=True):
+            if isinstance(answer, exceptions.TaskCancelledError) and not _is_propagated(answer):
+                with self._lock:
+                    flight = self._flying.pop(note, None)
+                if flight is not None:  # else the thread was faster and reports it
+                    _look_at(flight)
+                    self._unstarted.discard(flight.handle.key)
+                    keys.append(flight.handle.key)
+        return keys
+
+    def unfinished(self) -> list[Any]:
+        """Return some notes of tasks that have not ended.
+
+        Called from a signal handler, so it must not take the lock; copying a dict's keys is one
+        step for Python.
+        """
+        return list(self._flying)[:100]
+
+    # -- the thread -----------------------------------------------------------------------
+    def _run(self) -> None:
+        while not self._closing:
+            if not self._flying:
+                self._wake.wait()
+                self._wake.clear()
+                continue
+            try:
+                ready = self._ready()
+                reports = self._started() if self._unstarted else []
+                reports.extend(self._ended(ready))
+            except Exception as error:  # Ray is gone; user errors do not come this way
+                if self._closing:
+                    return
+                reports = self._all_lost(error)
+            if reports and not self._closing:
+                try:
+                    self._deliver(reports)
+                except Exception:  # a listener's fault must not end the thread for all others
+                    log.exception("reports could not be delivered")
+
+    def _ready(self) -> list[Any]:
+        """Wait a little for notes; return those that are there."""
+        with self._lock:
+            window = list(itertools.islice(self._flying, WINDOW))
+            count = len(self._flying)
+        if not window:
+            return []
+        patience = LOOK_SECONDS if count <= WINDOW else GATHER_SECONDS
+        ready, _ = ray.wait(window, num_returns=1, timeout=patience, fetch_local=False)
+        if ready:
+            if count > 100:
+                time.sleep(GATHER_SECONDS)
+            ready, _ = ray.wait(window, num_returns=len(window), timeout=0, fetch_local=False)
+        if count > WINDOW:
+            ready.extend(self._ready_behind(set(ready)))
+        found: list[Any] = ready
+        return found
+
+    def _ready_behind(self, known: set[Any]) -> list[Any]:
+        """Look at another slice of the tasks behind the window, in turn."""
+        if not self._slices:
+            with self._lock:
+                behind = list(itertools.islice(self._flying, WINDOW, None))
+            self._slices = [behind[at : at + WINDOW] for at in range(0, len(behind), WINDOW)]
+        if not self._slices:
+            return []
+        looked = [note for note in self._slices.pop() if note in self._flying and note not in known]
+        if not looked:
+            return []
+        ready, _ = ray.wait(looked, num_returns=len(looked), timeout=0, fetch_local=False)
+        found: list[Any] = ready
+        return found
+
+    def _ended(self, notes: Sequence[Any]) -> list[Report]:
+        reports: list[Report] = []
+        for note, answer in zip(notes, _read(notes), strict=True):
+            with self._lock:
+                flight = self._flying.pop(note, None)
+            if flight is None:
+                continue
+            self._unstarted.discard(flight.handle.key)
+            if isinstance(answer, bytes):
+                reports.append(_written(flight, answer))
+            else:
+                _look_at(flight)
+                reports.extend(_unwritten(flight, answer))
+        return reports
+
+    def _started(self) -> list[Report]:
+        """Ask which tasks have begun; each worker process has one key for its present task."""
+        if time.monotonic() - self._looked < STARTS_SECONDS:
+            return []
+        self._looked = time.monotonic()
+        reports = []
+        for name in internal_kv._internal_kv_list(self._starts, namespace=ray_tasks.STORE):
+            key = pickle.loads(internal_kv._internal_kv_get(name, namespace=ray_tasks.STORE) or _NOTHING)
+            if key in self._unstarted:
+                self._unstarted.discard(key)
+                worker = name.removeprefix(self._starts).decode()
+                reports.append(Report(key, "started", worker=worker))
+        return reports
+
+    def _all_lost(self, error: Exception) -> list[Report]:
+        with self._lock:
+            left = list(self._flying.values())
+            self._flying.clear()
+        cause = errors.SchedulerLost(f"Ray no longer answers: {first_line(error)}")
+        return [Report(flight.handle.key, "lost", cause=cause) for flight in left]
+
+
+_NOTHING = pickle.dumps(None)
+
+
+def _read(notes: Sequence[Any]) -> list[Any]:
+    """Return the contents of notes that are there; an error of Ray stands for itself."""
+    if not notes:
+        return []
+    try:
+        found: list[Any] = ray.get(list(notes))
+    except exceptions.RayError:
+        found = []
+        for note in notes:
+            try:
+                found.append(ray.get(note))
+            except exceptions.RayError as error:
+                found.append(error)
+    return found
+
+
+def _look_at(flight: Flight) -> None:
+    """Look at the error in place of the value, or Ray prints it as one that nobody handled."""
+    with contextlib.suppress(Exception):
+        ray.get(flight.value, timeout=0)
+
+
+def _written(flight: Flight, note: bytes) -> Report:
+    flag, nbytes, worker, record = ray_tasks.read_note(note)
+    key = flight.handle.key
+    if flag == ray_tasks.COMPLETED:
+        flight.handle.note = None  # nobody has to wait for it any more
+    if flag == ray_tasks.UPSTREAM:
+        return Report(key, "upstream")
+    return Report(key, "ended", record, nbytes=nbytes, worker=worker)
+
+
+# -- errors of Ray ------------------------------------------------------------------------
+
+
+def _unwritten(flight: Flight, error: Any) -> list[Report]:
+    """Say what became of a task that left no note."""
+    key = flight.handle.key
+    if not _is_propagated(error):
+        return [Report(key, "lost", cause=neutral(error))]
+    if isinstance(error.cause, exceptions.ObjectLostError):
+        # The engine believes that the value is there: both have to be told.
+        cause = neutral(error.cause)
+        gone = [one for one in flight.upstream if _is_about(error.cause, one)]
+        reports = [Report(one.key, "lost", cause=cause) for one in gone]
+        return [*reports, Report(key, "lost", cause=cause)]
+    if isinstance(error.cause, exceptions.RayError) or any(_is_broken(one) for one in flight.upstream):
+        return [Report(key, "upstream")]
+    message = f"the task could not be set up on its worker: {first_line(error.cause)}"
+    return [Report(key, "lost", cause=errors.WorkerLost(message))]
+
+
+def _is_propagated(error: Any) -> bool:
+    """Whether Ray passes on what happened to an argument (our own function raises nothing)."""
+    return isinstance(error, exceptions.RayTaskError)
+
+
+def _is_about(error: Any, handle: Handle) -> bool:
+    value = handle.value
+    return value is not None and value.hex() == getattr(error, "object_ref_hex", "")
+
+
+def _is_broken(handle: Handle) -> bool:
+    if handle.note is None:
+        return False
+    try:
+        ray.get(handle.note, timeout=0)
+    except exceptions.GetTimeoutError:
+        return False
+    except exceptions.RayError:
+        return True
+    return False
+
+
+def neutral(error: Any) -> errors.RunError:
+    """Turn an error of Ray into one of ours."""
+    if isinstance(error, exceptions.TaskCancelledError):
+        return errors.CancelledRun("the task was cancelled.")
+    if isinstance(error, exceptions.OutOfMemoryError):
+        return errors.OutOfMemory(f"the worker was ended, since memory ran out: {first_line(error)}")
+    if isinstance(error, exceptions.NodeDiedError):
+        return errors.WorkerLost(f"the node that ran the task died: {first_line(error)}")
+    if isinstance(error, exceptions.WorkerCrashedError):
+        return errors.WorkerLost(
+            "the worker process that ran the task died (killed, out of memory, or it crashed); "
+            "the logs of Ray name the signal or exit code."
+        )
+    if isinstance(error, exceptions.ObjectLostError):
+        return errors.ResultLost(f"a value is gone: {first_line(error)}")
+    if isinstance(error, exceptions.LocalRayletDiedError):
+        return errors.SchedulerLost("Ray's own process on this machine died.")
+    return errors.WorkerLost(f"Ray could not run the task: {first_line(error)}")
+
+
+def first_line(error: Any) -> str:
+    """Return the first line of a message that says something."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in lines if line), type(error).__name__)[:500]
+
+
+def arrived(value: Any) -> Any:
+    """Turn what stands for the value of a failed task into `worker_runtime.Failed`."""
+    record = ray_tasks.failure(value)
+    return value if record is None else worker_runtime.Failed(record)
+
+
+__all__ = ["Flight", "Handle", "Pump", "arrived", "first_line", "neutral"]

@@ -1,0 +1,403 @@
+"""The half of the Ray runner that lies in the worker: one task, and the signals that reach it.
+
+Workers need not have penstock. The one remote function of a session carries this file and
+`worker_runtime` as source, and Ray sends it to each worker process once. So this file imports the
+standard library and Ray only, and what it returns unpickles with the standard library alone.
+
+A task of Ray runs in the main thread of its process, one at a time. Ray's cancel sets Python's
+flag for SIGINT there, which nobody looks at in the middle of a `time.sleep`, and only a main thread
+that waits *in Ray* gives its CPU back. Both are mended here with a second signal, SIGURG, which is
+ignored by default and used by hardly anybody: it makes the main thread leave a system call and run
+what is due.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pickle
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType, SimpleNamespace
+from typing import Any
+
+Note = bytes
+"""What travels beside a value: flag, size, worker, record; see `write_note`."""
+
+COMPLETED, FAILED, UPSTREAM = 0, 1, 2
+STORE = b"penstock"
+"""Namespace of our keys in the key-value store of Ray's head."""
+
+SLICE = 0.1  # seconds that a blocked task waits in Ray before it looks up
+FUNCTIONS_KEPT = 64
+FAILURE_BYTES = 32_768  # a longer record is not repeated in the value of a failed task
+
+rt: Any = None
+"""The worker runtime of this process; set by `entry`."""
+
+
+def entry(runtime: str, tasks: str) -> Callable[..., Any]:
+    """Make the function that Ray exports: it brings its own source along.
+
+    Parameters
+    ----------
+    runtime, tasks : str
+        Source of `worker_runtime` and of this file.
+
+    Returns
+    -------
+    callable
+        Takes a head (see `pack_head`) and the upstream values, answers ``(value, note)``. It is a
+        closure, hence pickled by value, and names nothing outside itself.
+    """
+    loaded: dict[str, Any] = {}
+
+    def penstock(head: bytes, *values: Any) -> Any:
+        if not loaded:
+            import sys
+            import types
+
+            def load(name: str, source: str) -> Any:
+                found = sys.modules.get(name)
+                if found is not None:  # the worker has imported penstock: one copy, if it is the same
+                    try:
+                        with open(found.__file__ or "", encoding="utf-8") as file:
+                            same = file.read() == source
+                    except OSError:
+                        same = getattr(found, "_source", None) == source
+                    if same:
+                        return found
+                    name = f"{name}@{hash(source):x}"
+                module = types.ModuleType(name)
+                module.__file__ = f"<{name}>"
+                module._source = source  # type: ignore[attr-defined]
+                sys.modules[name] = module
+                exec(compile(source, module.__file__, "exec"), module.__dict__)  # noqa: S102 - our source
+                return module
+
+            module = load("penstock.runners.ray_tasks", tasks)
+            module.begin(load("penstock.runners.worker_runtime", runtime))
+            loaded["work"] = module.work
+        return loaded["work"](head, values)
+
+    return penstock
+
+
+def begin(runtime: Any) -> None:
+    """Make this process ready for tasks; called once."""
+    global rt
+    rt = runtime
+    try:
+        import cloudpickle  # noqa: F401
+    except ImportError:  # functions are pickled with it; Ray has a copy
+        import ray.cloudpickle
+
+        sys.modules["cloudpickle"] = ray.cloudpickle
+        sys.modules["cloudpickle.cloudpickle"] = ray.cloudpickle.cloudpickle
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+    rt.worker_name = f"{node[:8]}:{os.getpid()}"
+    rt._HIDDEN.add(__file__)
+
+
+# -- one task -----------------------------------------------------------------------------
+
+
+def pack_head(
+    key: tuple[str, int],
+    order: bytes,
+    function: bytes | str,
+    arguments: bytes,
+    announce: bytes | None,
+    after: int,
+) -> bytes:
+    """Pack what a task needs besides upstream values into one argument.
+
+    Parameters
+    ----------
+    key, order, arguments
+        As in `Submission`.
+    function : bytes or str
+        Pickled function, or the key in Ray's key-value store under which it lies.
+    announce : bytes or None
+        Prefix of the key in that store that says which task has begun in a process.
+    after : int
+        How many of the values that follow are notes of tasks that come first.
+    """
+    return pickle.dumps((key, order, function, arguments, announce, after), 5)
+
+
+def work(head: bytes, values: Sequence[Any]) -> tuple[Any, Any]:
+    """Run one task; the errors of users never leave it."""
+    global _task
+    key, order, function, arguments, announce, after = pickle.loads(head)
+    _listen()
+    _task = _Task(key, announce)
+    try:
+        upstream = [_arrived(value) for value in values[after:]]
+        if any(note[0] != COMPLETED for note in values[:after]):
+            upstream.append(rt.Failed(b""))
+        if isinstance(function, str):
+            function = _stored(function)
+        value, record = rt.run(order, function, arguments, upstream, key, _task.begin)
+    finally:
+        _task = None
+    return _departing(value, record)
+
+
+class _Task:
+    """The task of this process, as the signals find it."""
+
+    def __init__(self, key: tuple[str, int], announce: bytes | None) -> None:
+        self.key = key
+        self.announce = announce
+        self.running: Any = None
+        self.interrupted = False
+
+    def begin(self) -> None:
+        """User code starts now."""
+        self.running = rt.current()
+        if self.announce is not None:
+            from ray.experimental.internal_kv import _internal_kv_put
+
+            # One key per process, not per task: nobody has to clean up after each.
+            name = self.announce + rt.worker_name.encode()
+            _internal_kv_put(name, pickle.dumps(self.key), overwrite=True, namespace=STORE)
+
+
+_task: _Task | None = None
+_kept: OrderedDict[str, bytes] = OrderedDict()
+
+
+def _stored(name: str) -> bytes:
+    """Read a large function from Ray's key-value store, once per process."""
+    found: bytes | None = _kept.pop(name, None)
+    if found is None:
+        from ray.experimental.internal_kv import _internal_kv_get
+
+        found = _internal_kv_get(name.encode(), namespace=STORE)
+        if found is None:
+            message = "the driver that sent the task has closed its session"
+            raise RuntimeError(message)
+    _kept[name] = found
+    if len(_kept) > FUNCTIONS_KEPT:
+        _kept.popitem(last=False)
+    return found
+
+
+# -- values and notes ---------------------------------------------------------------------
+
+
+def write_note(flag: int, nbytes: int, record: bytes) -> Note:
+    """Put what the driver wants to know into one string of bytes."""
+    worker = rt.worker_name.encode()
+    return bytes((flag, len(worker))) + nbytes.to_bytes(8, "little") + worker + record
+
+
+def read_note(note: Note) -> tuple[int, int, str, bytes]:
+    """Return flag, size of the value, worker and record."""
+    end = 10 + note[1]
+    return note[0], int.from_bytes(note[2:10], "little"), note[10:end].decode(), note[end:]
+
+
+def failure(value: Any) -> bytes | None:
+    """Return the record in what stands for the value of a failed task, None for any other value."""
+    if type(value) is SimpleNamespace:
+        found: bytes | None = value.__dict__.get("penstock_failed")
+        return found
+    return None
+
+
+def _mark(record: bytes) -> SimpleNamespace:
+    return SimpleNamespace(penstock_failed=record if len(record) <= FAILURE_BYTES else b"")
+
+
+def _arrived(value: Any) -> Any:
+    failed = failure(value)
+    return value if failed is None else rt.Failed(failed)
+
+
+def _departing(value: Any, record: bytes) -> tuple[Any, Any]:
+    """Turn what the runtime answers into the two results of the remote function."""
+    facts = pickle.loads(record)
+    if isinstance(value, rt.Failed):
+        flag = UPSTREAM if facts["status"] == "upstream" else FAILED
+        return _mark(record), write_note(flag, 0, record)
+    note = write_note(COMPLETED, facts["nbytes"], record)
+    if _always_pickles(value):
+        return value, note
+    letter = _Letter(value, record, note)
+    return letter, _Postmark(letter)
+
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes)
+
+
+def _always_pickles(value: Any) -> bool:
+    kind = type(value)
+    if kind in _PLAIN:
+        return True
+    return kind.__name__ == "ndarray" and kind.__module__ == "numpy" and not value.dtype.hasobject
+
+
+class _Letter:
+    """A value that may refuse to be pickled; then a failure travels in its place.
+
+    Ray pickles the results one after the other, and an error there would lose the record with the
+    logs. So the value is pickled from within Ray's own pickling, once, with large buffers out of
+    band, and unpickles to the value itself.
+    """
+
+    def __init__(self, value: Any, record: bytes, note: Note) -> None:
+        self.value = value
+        self.record = record
+        self.note = note
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        import ray.cloudpickle
+
+        buffers: list[Any] = []
+        try:
+            data = ray.cloudpickle.dumps(self.value, protocol=5, buffer_callback=buffers.append)
+        except Exception as error:
+            _, record = rt.refuse(self.record, self.value, error)
+            self.note = write_note(FAILED, 0, record)
+            return SimpleNamespace, (), _mark(record).__dict__
+        return functools.partial(pickle.loads, buffers=buffers), (data,)
+
+
+class _Postmark:
+    """The note beside a letter; pickled after it, so it knows what became of the letter."""
+
+    def __init__(self, letter: _Letter) -> None:
+        self.letter = letter
+
+    def __reduce__(self) -> Any:
+        return bytes, (self.letter.note,)
+
+
+# -- being stopped ------------------------------------------------------------------------
+
+_wake_reader: socket.socket | None = None
+_wake_writer: socket.socket | None = None
+
+
+def _listen() -> None:
+    """Have our handlers in place: user code may have put others there."""
+    global _wake_reader, _wake_writer
+    if threading.current_thread() is not threading.main_thread():
+        return
+    if signal.getsignal(signal.SIGINT) is not _on_interrupt:
+        signal.signal(signal.SIGINT, _on_interrupt)
+    if signal.getsignal(signal.SIGURG) is not _on_nudge:
+        signal.signal(signal.SIGURG, _on_nudge)
+    if _wake_reader is None or _wake_writer is None:
+        _wake_reader, _wake_writer = socket.socketpair()
+        _wake_writer.setblocking(False)
+        threading.Thread(target=_watch, args=(_wake_reader,), name="penstock-watch", daemon=True).start()
+    # Python writes the number of a signal here as soon as its flag is set, even if the main
+    # thread is in a system call that the flag does not end.
+    signal.set_wakeup_fd(_wake_writer.fileno(), warn_on_full_buffer=False)
+
+
+def _on_interrupt(signum: int, frame: FrameType | None) -> None:
+    """Ray asks the task of this process to stop (a user's own KeyboardInterrupt takes no signal)."""
+    task = _task
+    if task is not None:
+        task.interrupted = True
+        for running in (task.running, rt.current()):
+            if running is not None:
+                running.cancelled = True
+        hop = next((t for t in reversed(threading.enumerate()) if t.name == "penstock-hop"), None)
+        if hop is not None and hop.ident is not None:  # the stack goes on there; it ends from its top
+            import ctypes
+
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(hop.ident), ctypes.py_object(rt.Cancelled)
+            )
+            return
+    # The one class that Ray lets through its own waits; outside a task it makes a TaskCancelledError.
+    raise KeyboardInterrupt
+
+
+def _watch(reader: socket.socket) -> None:
+    """Help interrupts through to a main thread that is in a system call."""
+    while True:
+        if signal.SIGINT not in reader.recv(4096):
+            continue
+        task = _task
+        for _ in range(100):
+            if task is None or task is not _task or task.interrupted:
+                break
+            _nudge()
+            time.sleep(0.02)  # it may have been on its way into the call
+
+
+def _nudge() -> None:
+    ident = threading.main_thread().ident
+    assert ident is not None
+    signal.pthread_kill(ident, signal.SIGURG)
+
+
+# -- being blocked ------------------------------------------------------------------------
+
+_blocked: list[Callable[[], list[Any]]] = []
+_waiting = False
+_WAITS = {threading.__file__, selectors.__file__}
+
+
+@contextmanager
+def slot_given_back(unfinished: Callable[[], list[Any]]) -> Iterator[None]:
+    """Give the CPU of this process back while the body waits for other tasks.
+
+    Ray lends the CPU of a task to others while its main thread waits in `ray.wait`. The body waits
+    for a lock, in the main thread or in another one for which the main thread waits. So the main
+    thread is nudged out of that lock again and again to wait in Ray, in its signal handler.
+
+    Parameters
+    ----------
+    unfinished : callable
+        Returns references of which at least one ends when the body has something to look at.
+    """
+    _blocked.append(unfinished)
+    over = threading.Event()
+    threading.Thread(target=_keep_nudging, args=(over,), name="penstock-blocked", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+        _blocked.remove(unfinished)
+
+
+def _keep_nudging(over: threading.Event) -> None:
+    main = threading.main_thread().ident
+    assert main is not None
+    while not over.wait(0.003):
+        frame = sys._current_frames().get(main)
+        if not _waiting and frame is not None and frame.f_code.co_filename in _WAITS:
+            _nudge()
+
+
+def _on_nudge(signum: int, frame: FrameType | None) -> None:
+    """Wait in Ray on behalf of whoever is blocked; otherwise, just leave the system call."""
+    global _waiting
+    if _waiting or not _blocked:
+        return
+    references = list(dict.fromkeys(one for unfinished in list(_blocked) for one in unfinished()))
+    if not references:
+        return
+    import ray
+
+    _waiting = True
+    try:
+        ray.wait(references, num_returns=1, timeout=SLICE, fetch_local=False)
+    finally:
+        _waiting = False
