@@ -246,7 +246,9 @@ class Board:
         if kind in {"FAILED", "CRASHED"} and len(self.failures) < FAILURES:
             error = body.get("error") or {}
             text = f"{error['type']}: {error['message']}" if error else str(body.get("message") or "")
-            self.failures.append(Failure(self._name_of(run), text, str(body.get("worker") or ""), event.attempt))
+            self.failures.append(
+                Failure(self._name_of(run), text, str(body.get("worker") or ""), event.attempt)
+            )
 
     def _states(self, event: Event) -> None:
         body, found = event.body, self._maps[event.run]
@@ -362,7 +364,9 @@ class _Map:
         """Return the positions of the elements by their ids."""
         if len(self._elements) < self.count:
             for start, count, _ in self._pieces:
-                self._elements.update((element_id(self.id, index), index) for index in range(start, start + count))
+                self._elements.update(
+                    (element_id(self.id, index), index) for index in range(start, start + count)
+                )
         return self._elements
 
     def label(self, index: int) -> str:
@@ -398,7 +402,9 @@ class Progress:
         self._unsubscribe = bus.subscribe(self._events.append)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Follow no longer."""
         if self._unsubscribe is not None:
             self._unsubscribe()

@@ -7,7 +7,7 @@ repetition matters. Rows are plain tuples in the order of the column lists below
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from penstock.api.db import Upsert
@@ -60,6 +60,7 @@ _MAP = [
 _MAP += ["created", "made"]
 _USAGE = ["nbytes", "peak", "worker"]
 _NEW = [*_KEY, "state_type"]
+_LARGEST = (1 << 63) - 1
 _NO_ERROR = (None, None, None)
 _PENDING = (0, 0, 0, 0, "Pending", "PENDING")
 _FLOW_KEY, _TASK_KEY = slice(2, 7), slice(4, 9)  # where the key is in a row of a state
@@ -192,8 +193,7 @@ class Fold:
     def _state(self, event: Event) -> None:
         get = event.body.get
         kind, name, started, error = event.body["type"], event.body["name"], get("started"), get("error")
-        if started is None and kind == "RUNNING":
-            started = event.time
+        started = event.time if started is None and kind == "RUNNING" else _number(started)
         row = (
             event.epoch,
             event.attempt,
@@ -215,7 +215,7 @@ class Fold:
         if get("of") == "flow":
             _reach(self.rows["flow_states"], (event.run, event.root, *row), _FLOW_KEY)
         else:
-            usage = (get("nbytes"), get("peak"), _text(get("worker")))
+            usage = (_whole(get("nbytes")), _whole(get("peak")), _text(get("worker")))
             _reach(self.rows["task_states"], (event.run, event.root, None, None, *row, *usage), _TASK_KEY)
 
     def _states(self, event: Event) -> None:
@@ -250,6 +250,7 @@ class Fold:
         )
 
 
+_NUMBERS = frozenset({int, float, type(None)})
 _COLUMNS = ("attempt", "time", "started", "seconds", "nbytes", "peak", "worker")
 
 _HANDLERS: dict[str, Callable[[Fold, Event], None]] = {
@@ -279,14 +280,23 @@ def _text(value: Any) -> str | None:
     return value if value is None or type(value) is str else str(value)
 
 
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
 def _whole(value: Any) -> int | None:
     if value is None:
         return None
-    return min(max(int(value), -(1 << 63)), (1 << 63) - 1)
+    number = int(value)
+    return number if -_LARGEST <= number <= _LARGEST else _LARGEST
 
 
-def _column(values: Iterable[Any] | None, length: int) -> Iterable[Any]:
-    return [None] * length if values is None else values
+def _column(values: list[Any] | None, length: int) -> list[Any]:
+    if values is None:
+        return [None] * length
+    if not _NUMBERS.issuperset(map(type, values)):
+        raise TypeError("a column holds something that is not a number")
+    return values
 
 
 def _json(value: Any) -> str | None:

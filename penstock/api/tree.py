@@ -134,7 +134,11 @@ class _Tree:
             pieces[0]["parent"] for pieces in self.pieces.values()
         }
         while missing := sorted(run for run in wanted if run and run not in rows):
-            above = {row["id"]: row for row in select_tasks(self.connection, missing)}
+            above = {
+                row["id"]: row
+                for row in select_tasks(self.connection, missing)
+                if row["flow_run"] == self.flow_run  # not the row in the flow above that stands for this one
+            }
             rows |= above
             wanted = {row["parent"] for row in above.values()}
         return list(rows.values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +9,6 @@ from typing import Annotated
 import typer
 
 from penstock import errors
-from penstock.cli.display import Display
 from penstock.cli.run import RunnerOption, outcome_of, show_error
 from penstock.settings import settings
 
@@ -21,18 +19,30 @@ def demo(
     runner: RunnerOption = None,
     scale: Annotated[
         int | None,
-        typer.Option("--scale", min=64, max=16384, metavar="N", help="Pixels along a side of a plane: 4096 makes planes of 67 MB."),
+        typer.Option(
+            "--scale",
+            min=64,
+            max=16384,
+            metavar="N",
+            help="Pixels along a side of a plane: 4096 makes planes of 67 MB.",
+        ),
     ] = None,
     full: Annotated[
-        bool, typer.Option("--full", help="Use the whole observation; the first time pip downloads 349 MB for it.")
+        bool,
+        typer.Option("--full", help="Use the whole observation; the first time pip downloads 349 MB for it."),
     ] = False,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the picture.")] = Path("ngc5921.png"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the picture.")] = Path(
+        "ngc5921.png"
+    ),
 ) -> None:
     """Find the neutral hydrogen of the galaxy NGC 5921 in a real radio observation."""
+    import importlib.util
+
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         message = f'the demo needs {", ".join(missing)}: pip install "penstock[demo]"'
         raise errors.MissingExtra(message)
+    from penstock.cli.display import Display
     from penstock.runners import auto_runner, runner_of
 
     wish = runner or settings().runner or "auto"

@@ -19,6 +19,8 @@ __all__ = ["Display", "summary_lines"]
 REFRESH = 0.1
 LINE_INTERVAL = 5.0  # seconds between two lines about one task name in a pipe
 SETTLED = 1.0  # seconds after which a task name whose runs have all ended probably gets no more of them
+SHORTEST_SPAN = 0.05  # seconds: a rate over less says nothing
+WORTH_A_RATE = 1_000_000  # bytes from which their rate says more than that of the runs
 BAR = 20
 ROWS_ABOVE = 6  # lines of a terminal that are not bars
 
@@ -85,8 +87,11 @@ class Display:
         if self._painter is None or not self.board.name:
             return
         with contextlib.suppress(OSError):
-            for line in summary_lines(self.board):
-                self._painter.say(line)
+            if self.board.began:  # of a run that never began there are no figures
+                for line in summary_lines(self.board):
+                    self._painter.say(line)
+            elif self.board.state_type == "CANCELLED":
+                self._painter.say(f"{self.board.state}: {clean(self.board.message)}")
             for title, command in zip(["next:", *[""] * len(commands)], commands, strict=False):
                 self._painter.say(f"{title:<6}{command}")
 
@@ -144,10 +149,13 @@ def _cells(group: Group) -> tuple[str, str, str, str, str, str]:
     odd += [f"{group.retries} tried again"] if group.retries else []
     odd += [f"{group.running} running"] if group.running else []
     rate = left = ""
-    if group.done > 1 and group.span > 0:
-        many = group.nbytes >= 1_000_000
-        rate = f"{human_bytes(group.nbytes / group.span)}/s" if many else f"{group.done / group.span:.3g}/s"
-        left = "" if group.is_done else f"eta {duration((group.total - group.done) * group.span / group.done)}"
+    if group.done > 1 and group.span >= SHORTEST_SPAN:
+        speed = group.done / group.span
+        rate = f"{speed:.1f}/s" if speed < 100 else f"{speed:.0f}/s"
+        rate = f"{human_bytes(group.nbytes / group.span)}/s" if group.nbytes >= WORTH_A_RATE else rate
+        left = (
+            "" if group.is_done else f"eta {duration((group.total - group.done) * group.span / group.done)}"
+        )
     size = human_bytes(group.nbytes) if group.nbytes else ""
     return clean(group.name), f"{group.done}/{group.total}", ", ".join(odd), size, rate, left
 
@@ -172,7 +180,11 @@ def summary_lines(board: Board) -> list[str]:
     if figures.tasks:
         formula = f"(wall × {figures.slots} slots - Σ task time) / tasks"
         lines.append(f"  overhead    {duration(figures.overhead)} per task   {formula}")
-    return [*lines, f"  peak memory {memory}", f"  results     {human_bytes(figures.driver_bytes)} came through the driver"]
+    return [
+        *lines,
+        f"  peak memory {memory}",
+        f"  results     {human_bytes(figures.driver_bytes)} came through the driver",
+    ]
 
 
 # -- in a pipe ------------------------------------------------------------------------------
@@ -183,7 +195,7 @@ class Lines:
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
-        self._said: dict[Group, tuple[float, int, int]] = {}
+        self._said: dict[Group, tuple[float, int]] = {}
         self._begun = time.monotonic()
 
     def say(self, text: str) -> None:
@@ -196,12 +208,12 @@ class Lines:
         now = time.monotonic()
         width = max((len(group.name) for group in board.groups.values()), default=0)
         for group in list(board.groups.values()):
-            when, done, total = self._said.get(group, (self._begun, 0, 0))
-            if (group.done, group.total) == (done, total) and not (last and not total):
+            when, done = self._said.get(group, (self._begun, 0))
+            if group.done == done and not (last and group not in self._said):
                 continue
-            settled = group.is_done and time.time() - group.last >= SETTLED and done == 0
+            settled = group.is_done and done == 0 and time.time() - group.last >= SETTLED
             if last or settled or now - when >= LINE_INTERVAL:
-                self._said[group] = (now, group.done, group.total)
+                self._said[group] = (now, group.done)
                 name, *cells = _cells(group)
                 self.say("  ".join([f"  {name:<{width}}", *filter(None, cells)]))
 
@@ -236,6 +248,8 @@ class Bars:
 
     def show(self, board: Board, *, last: bool = False) -> None:
         """Draw all bars anew."""
+        if not board.made or (last and not board.groups):
+            return
         self._live.update(self._table(board, last), refresh=True)
 
     def _table(self, board: Board, last: bool) -> Any:
@@ -253,16 +267,19 @@ class Bars:
             if id(group) in shown:
                 name, count, odd, *rest = _cells(group)
                 style = "red" if group.failed else "green" if group.is_done else "blue"
-                bar = ProgressBar(total=max(group.total, 1), completed=group.done, width=BAR, complete_style=style)
+                bar = ProgressBar(
+                    total=max(group.total, 1), completed=group.done, width=BAR, complete_style=style
+                )
                 bar.finished_style = style
                 table.add_row(f" {name}", bar, count, Text(odd, style="red" if group.failed else ""), *rest)
         if last:
             return table
         hidden = len(groups) - len(shown)
         running = board.most_running()
-        notes = [f"≤ {running} running"] if running else []
+        notes = [] if board.runner else ["starting"]
+        notes += [f"≤ {running} running"] if running else []
         notes += [f"{hidden} more task names"] if hidden else []
-        notes += [duration(time.time() - board.made)] if board.made else []
+        notes.append(duration(time.time() - board.made))
         return Stack(table, Text(f" {' · '.join(notes)}", style="dim"))
 
     def close(self) -> None:

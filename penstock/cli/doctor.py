@@ -5,13 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import shutil
-import socket
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +19,13 @@ from penstock.cli.run import RunnerOption
 from penstock.settings import refresh, settings
 
 LIBRARIES = ("penstock", "cloudpickle", "msgpack", "numpy", "dask", "distributed", "ray")
-PORTS = {8786: "Dask scheduler", 8787: "Dask dashboard", 8265: "Ray dashboard", 6379: "Ray head", 10001: "Ray client"}
+PORTS = {
+    8786: "Dask scheduler",
+    8787: "Dask dashboard",
+    8265: "Ray dashboard",
+    6379: "Ray head",
+    10001: "Ray client",
+}
 NAMES_CLUSTER = ("DASK_SCHEDULER_ADDRESS", "DASK_SCHEDULER__ADDRESS", "DASK_SCHEDULER_FILE", "RAY_ADDRESS")
 LITTLE = 1 << 30  # bytes of free disk below which runs will soon fail
 PROBES = 8  # per slot, so that every worker gets one
@@ -64,7 +66,9 @@ def doctor(
         found.append(finding)
         if not json:
             line = [(finding.verdict, f"{finding.topic:<10}", finding.text)]
-            print(columns(line, states=[_COLOURS[finding.verdict]])[0].replace("ok  ", "ok    ", 1), flush=True)
+            print(
+                columns(line, states=[_COLOURS[finding.verdict]])[0].replace("ok  ", "ok    ", 1), flush=True
+            )
     if json:
         print_json([asdict(finding) for finding in found])
     raise typer.Exit(int(any(finding.verdict == "bad" for finding in found)))
@@ -75,6 +79,8 @@ def doctor(
 
 def own_versions() -> Versions:
     """Return the versions of the libraries that matter, in this process."""
+    from importlib.metadata import PackageNotFoundError, version
+
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):
@@ -90,7 +96,9 @@ def _machine() -> Iterator[Finding]:
 
     memory = psutil.virtual_memory()
     text = f"{platform.system()} {platform.machine()}, {len(_cores())} cores for this process, "
-    yield Finding("ok", "machine", f"{text}{human_bytes(memory.available)} of {human_bytes(memory.total)} memory free")
+    yield Finding(
+        "ok", "machine", f"{text}{human_bytes(memory.available)} of {human_bytes(memory.total)} memory free"
+    )
     for name in ("dask", "ray"):
         if name not in own:
             yield Finding("note", name, f'not installed: pip install "penstock[{name}]"')
@@ -130,10 +138,17 @@ def _record() -> Iterator[Finding]:
         return
     left = len(spools(home.path / "spool"))
     waiting = f", {left} processes are writing to it" if left else ""
-    yield Finding("ok", "record", f"{runs} flow runs in {place}, read in {duration(time.perf_counter() - begun)}{waiting}")
+    yield Finding(
+        "ok",
+        "record",
+        f"{runs} flow runs in {place}, read in {duration(time.perf_counter() - begun)}{waiting}",
+    )
 
 
 def _disks() -> Iterator[Finding]:
+    import shutil
+    import tempfile
+
     places = {"home": settings().home, "temporary": Path(tempfile.gettempdir()), "shared": Path("/dev/shm")}
     for name, path in places.items():
         there = next((one for one in (path, *path.parents) if one.exists()), None)
@@ -142,16 +157,24 @@ def _disks() -> Iterator[Finding]:
         if there is not None:
             free = shutil.disk_usage(there).free
             few = " – little: large results and the record need room" if free < LITTLE else ""
-            yield Finding("note" if few else "ok", "disk", f"{human_bytes(free)} free in {path} ({name}){few}")
+            yield Finding(
+                "note" if few else "ok", "disk", f"{human_bytes(free)} free in {path} ({name}){few}"
+            )
 
 
 def _ports() -> Iterator[Finding]:
     taken = [f"{port} ({use})" for port, use in PORTS.items() if _answers(port)]
-    text = f"in use: {', '.join(taken)}; a cluster started here takes others" if taken else "the usual ones are free"
+    text = (
+        f"in use: {', '.join(taken)}; a cluster started here takes others"
+        if taken
+        else "the usual ones are free"
+    )
     yield Finding("note" if taken else "ok", "ports", text)
 
 
 def _answers(port: int) -> bool:
+    import socket
+
     with socket.socket() as one:
         one.settimeout(0.2)
         return one.connect_ex(("127.0.0.1", port)) == 0
@@ -227,7 +250,13 @@ def _probe() -> Any:
                 continue
         folder = tempfile.gettempdir()
         free = shutil.disk_usage(folder).free
-        return {"host": socket.gethostname(), "pid": os.getpid(), "versions": found, "folder": folder, "free": free}
+        return {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "versions": found,
+            "folder": folder,
+            "free": free,
+        }
 
     return look
 
@@ -245,7 +274,9 @@ def _scheduler_versions(address: str) -> Versions:
     return {name: packages[name] for name in ("python", *LIBRARIES) if packages.get(name)}
 
 
-def compared(driver: Versions, scheduler: Versions, answers: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+def compared(
+    driver: Versions, scheduler: Versions, answers: Sequence[Mapping[str, Any]]
+) -> Iterator[Finding]:
     """Say who answered, and which libraries are not the same everywhere."""
     from penstock.runners.versions import compare
 
@@ -257,7 +288,9 @@ def compared(driver: Versions, scheduler: Versions, answers: Sequence[Mapping[st
         key = tuple(sorted(one["versions"].items()))
         groups[key] = groups.get(key, 0) + 1
     for key, count in groups.items():
-        listed = ", ".join(f"{name} {number}" for name, number in sorted(key, key=lambda one: one[0] != "python"))
+        listed = ", ".join(
+            f"{name} {number}" for name, number in sorted(key, key=lambda one: one[0] != "python")
+        )
         yield Finding("ok", "workers", f"{count} on {', '.join(hosts)}: {listed}")
     for row in compare(driver, scheduler, [one["versions"] for one in answers]):
         text = f"{row.library} is {row.driver} in the driver, {row.scheduler} in the scheduler, "

@@ -13,11 +13,11 @@ from typing import Any, NoReturn
 
 import typer
 
-from penstock.engine.summary import human_bytes
-
 __all__ = ["clean", "columns", "duration", "human_bytes", "moment", "paint", "print_json", "short_id", "stop"]
 
-_CODES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CODES = re.compile(
+    r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+)
 _COLOURS = {
     "COMPLETED": "green",
     "FAILED": "red",
@@ -57,6 +57,13 @@ def duration(seconds: float | None) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def human_bytes(nbytes: float) -> str:
+    """Write a number of bytes for people, in binary units."""
+    from penstock.engine import summary  # brings the engine along, which `penstock --help` does not need
+
+    return summary.human_bytes(nbytes)
 
 
 def moment(when: float | None) -> str:

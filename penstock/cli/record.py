@@ -29,7 +29,9 @@ def opened() -> Iterator[sa.Connection]:
         stop(f"the record cannot be read: {reason} (`penstock doctor` shows where it is)")
 
 
-def find(connection: sa.Connection, text: str, *, kinds: tuple[str, ...] = ("flow", "task")) -> dict[str, Any]:
+def find(
+    connection: sa.Connection, text: str, *, kinds: tuple[str, ...] = ("flow", "task")
+) -> dict[str, Any]:
     """Return the run that a person means: by id, first or last digits of it, or name.
 
     Several runs may share a name: then it is the newest one. Digits have to be unambiguous.
@@ -40,6 +42,8 @@ def find(connection: sa.Connection, text: str, *, kinds: tuple[str, ...] = ("flo
     if not found:
         stop(f"there is no run {text!r}; `penstock runs` lists them.")
     if len(found) > 1 and text not in {found[0]["name"], found[0].get("flow")}:
-        several = ", ".join(f"{short_id(run['id'])} ({run['name']}, {moment(run['created'])})" for run in found[:5])
+        several = ", ".join(
+            f"{short_id(run['id'])} ({run['name']}, {moment(run['created'])})" for run in found[:5]
+        )
         stop(f"{text!r} fits several runs: {several}; give more digits.")
     return found[0]

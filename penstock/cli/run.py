@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
-import traceback
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from penstock import errors
-from penstock.cli.display import Display
 from penstock.cli.layout import clean
-from penstock.cli.target import Target, arguments_for, pairs
 from penstock.settings import refresh, settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from penstock.cli.target import Target
     from penstock.engine.reservation import Reservation
 
 INTERRUPTED, TERMINATED = 130, 143  # what a shell reports of a process that SIGINT or SIGTERM ended
@@ -34,10 +31,17 @@ RunnerOption = Annotated[
 
 
 def run(
-    target: Annotated[str, typer.Argument(metavar="PATH.py:FLOW", help="A flow in a file, or in a module: pkg.mod:flow.")],
+    target: Annotated[
+        str, typer.Argument(metavar="PATH.py:FLOW", help="A flow in a file, or in a module: pkg.mod:flow.")
+    ],
     parameter: Annotated[
         list[str] | None,
-        typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="A parameter of the flow; JSON or text. Repeat it."),
+        typer.Option(
+            "--parameter",
+            "-p",
+            metavar="NAME=VALUE",
+            help="A parameter of the flow; JSON or text. Repeat it.",
+        ),
     ] = None,
     runner: RunnerOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no summary.")] = False,
@@ -46,6 +50,9 @@ def run(
 
     The exit code is 0 if the run ends COMPLETED or SKIPPED, 130 or 143 after a signal, else 1.
     """
+    from penstock.cli.display import Display
+    from penstock.cli.target import Target, pairs
+
     wanted = Target.parse(target)
     given = pairs(parameter or [])
     sentence = choose_runner(runner)
@@ -57,7 +64,9 @@ def run(
         row = Reservation(wanted.name, given)
         code, error = outcome_of(lambda: _call(wanted, given, row))
     show_error(error, begun=bool(display.board.began))
-    display.finish(f"penstock runs show {display.board.name}", f"penstock runs logs {display.board.name}")
+    name = display.board.name or row.name
+    commands = [f"penstock runs show {name}", f"penstock runs logs {name}"]
+    display.finish(*commands[: 2 if display.board.began else 1])
     raise typer.Exit(code)
 
 
@@ -87,6 +96,9 @@ def choose_runner(wish: str | None) -> str:
 
 
 def _call(target: Target, given: dict[str, str], row: Reservation) -> None:
+    import asyncio
+
+    from penstock.cli.target import arguments_for
     from penstock.engine.signals import watched
 
     try:
@@ -128,10 +140,10 @@ def show_error(error: BaseException | None, *, begun: bool) -> None:
     """
     if error is None:
         return
+    import traceback
+
     errors.hide_frames(error)
-    ours = isinstance(error, errors.PenstockError) and not begun
-    if ours or error.__traceback__ is None:
-        text = str(error) if ours else f"{type(error).__name__}: {error}"
-        print(f"penstock: {clean(text)}", file=sys.stderr)
-    else:
+    if isinstance(error, errors.PenstockError) and not begun:
+        print(f"penstock: {clean(error)}", file=sys.stderr)
+    else:  # without a frame of the user's the last lines say what there is to say
         print(clean("".join(traceback.format_exception(error))), end="", file=sys.stderr)

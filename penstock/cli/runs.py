@@ -26,14 +26,18 @@ HEAD = ("id", "name", "flow", "state", "started", "duration", "tasks (done/faile
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON.")]
-RunArgument = Annotated[str, typer.Argument(metavar="ID", help="An id, its first or last digits, or a run's name.")]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="ID", help="An id, its first or last digits, or a run's name.")
+]
 
 
 @app.callback()
 def runs(
     context: typer.Context,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="List at most so many.")] = 20,
-    state: Annotated[list[str] | None, typer.Option("--state", help="Only in this state, such as FAILED. Repeat it.")] = None,
+    state: Annotated[
+        list[str] | None, typer.Option("--state", help="Only in this state, such as FAILED. Repeat it.")
+    ] = None,
     flow: Annotated[str | None, typer.Option("--flow", help="Only of this flow.")] = None,
     nested: Annotated[bool, typer.Option("--nested", help="List flows that flows have called, too.")] = False,
     json: JsonOption = False,
@@ -95,7 +99,10 @@ def show(run: RunArgument, json: JsonOption = False) -> None:
         if found["kind"] == "flow":
             shown = get_tree(connection, found["id"], elements=None if json else MANY)
         else:
-            shown = {**(get_run(connection, found["id"]) or found), "history": get_history(connection, found["id"])}
+            shown = {
+                **(get_run(connection, found["id"]) or found),
+                "history": get_history(connection, found["id"]),
+            }
     if shown is None:
         stop(f"there is no run {run!r} any more.")
     if json:
@@ -167,7 +174,9 @@ def _task_lines(run: dict[str, Any]) -> list[str]:
 @app.command("logs")
 def logs(
     run: RunArgument,
-    level: Annotated[str | None, typer.Option("--level", help="The lowest level to show, such as WARNING.")] = None,
+    level: Annotated[
+        str | None, typer.Option("--level", help="The lowest level to show, such as WARNING.")
+    ] = None,
     limit: Annotated[int | None, typer.Option("--limit", "-n", min=1, help="Only the latest lines.")] = None,
     json: JsonOption = False,
 ) -> None:
@@ -182,7 +191,9 @@ def logs(
         print_json(found)
         return
     for line in found["lines"]:
-        stamp = time.strftime("%H:%M:%S", time.localtime(line["time"])) + f".{int(line['time'] % 1 * 1000):03}"
+        stamp = (
+            time.strftime("%H:%M:%S", time.localtime(line["time"])) + f".{int(line['time'] % 1 * 1000):03}"
+        )
         print(f"{stamp}  {clean(line['level']):<8}  {clean(line['name'] or ''):<20}  {clean(line['text'])}")
     if found["dropped"]:
         print(f"({found['dropped']} lines were not kept: the tasks wrote more than the log takes)")

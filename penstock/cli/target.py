@@ -49,7 +49,9 @@ class Target:
         """
         place, colon, name = text.rpartition(":")
         if not colon or not place or not name.isidentifier():
-            raise ConfigurationError(f"{text!r} does not name a flow: write path.py:flow or package.module:flow.")
+            raise ConfigurationError(
+                f"{text!r} does not name a flow: write path.py:flow or package.module:flow."
+            )
         is_path = place.endswith(".py") or os.sep in place
         if is_path and not Path(place).is_file():
             raise ConfigurationError(f"there is no file {place}.")
@@ -68,7 +70,11 @@ class Target:
         from penstock.engine.flow import Flow
 
         try:
-            module = _import_file(Path(self.place).resolve()) if Path(self.place).is_file() else _import(self.place)
+            module = (
+                _import_file(Path(self.place).resolve())
+                if Path(self.place).is_file()
+                else _import(self.place)
+            )
         except BaseException as error:
             _trim(error)
             raise
@@ -117,7 +123,9 @@ def _trim(error: BaseException) -> None:
     """Keep the frames of the user's code: not ours, nor those of the import machinery."""
     hide_frames(error)
     step: TracebackType | None = error.__traceback__
-    while step is not None and step.tb_frame.f_code.co_filename.startswith(("<frozen importlib", importlib.__file__)):
+    while step is not None and step.tb_frame.f_code.co_filename.startswith(
+        ("<frozen importlib", importlib.__file__)
+    ):
         step = step.tb_next
     error.__traceback__ = step
 

@@ -14,7 +14,17 @@ MANY = 20
 """So many runs of one task name become one line."""
 
 _BAD = ("FAILED", "CRASHED")
-_WORDS = ("COMPLETED", "RUNNING", "PENDING", "SCHEDULED", "PAUSED", "CANCELLING", "CANCELLED", "SKIPPED", *_BAD)
+_WORDS = (
+    "COMPLETED",
+    "RUNNING",
+    "PENDING",
+    "SCHEDULED",
+    "PAUSED",
+    "CANCELLING",
+    "CANCELLED",
+    "SKIPPED",
+    *_BAD,
+)
 
 
 @dataclass(slots=True)
@@ -41,7 +51,7 @@ class Branch:
 def branches(nodes: Sequence[dict[str, Any]]) -> list[Branch]:
     """Turn nodes of `penstock.api.queries.get_tree` into branches, many of one name into one."""
     by_name: dict[tuple[str, bool], list[dict[str, Any]]] = {}
-    for node in nodes:
+    for node in map(_as_task, nodes):
         by_name.setdefault((node["task"], bool(node.get("flow"))), []).append(node)
     found: list[Branch] = []
     for (name, _), members in by_name.items():
@@ -50,6 +60,11 @@ def branches(nodes: Sequence[dict[str, Any]]) -> list[Branch]:
         else:
             found += [_single(node) for node in _runs(members)]
     return found
+
+
+def _as_task(node: dict[str, Any]) -> dict[str, Any]:
+    """Show a flow run that no task stands for as if one did."""
+    return {**node, "task": node["flow"], "flow": node, "nodes": []} if node["kind"] == "flow" else node
 
 
 def _runs(nodes: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -112,7 +127,9 @@ def draw(found: Sequence[Branch]) -> list[str]:
             last = branch is level[-1]
             size = human_bytes(branch.nbytes) if branch.nbytes else ""
             sign = "└─ " if last else "├─ "
-            rows.append((f"{stem}{sign}{branch.label}", branch.state, duration(branch.seconds), size, branch.note))
+            rows.append(
+                (f"{stem}{sign}{branch.label}", branch.state, duration(branch.seconds), size, branch.note)
+            )
             kinds.append(branch.kind)
             add(branch.below, stem + ("   " if last else "│  "))
 

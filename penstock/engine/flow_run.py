@@ -293,6 +293,7 @@ class FlowRunScope:
         state.state_details.setdefault("flow_run_id", self.flow_run.id)
         details: dict[str, Any] = {"seconds": max(0.0, state.timestamp - self.flow_run.started)}
         if isinstance(state.data, BaseException):
+            errors.hide_frames(state.data)
             described = worker_runtime.describe(state.data)
             details["error"] = {name: described[name] for name in ("type", "message", "text")}
         if self.outer is None and self.session is not None:

@@ -7,28 +7,19 @@ import importlib
 import inspect
 import logging
 import os
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from penstock import errors
-from penstock.runners import versions
+from penstock.runners import dask_local, versions
 
 log = logging.getLogger("penstock.runners.dask")
 
 CONNECT_SECONDS = 5.0
-SATURATION = 8.0
-"""Tasks that wait on a worker for each of its threads, on clusters that we start.
-
-Dask's default of 1.1 makes short tasks wait for a round trip each (370 tasks a second on two
-threads, 1,200 with 8; the scheduler's share of the CPU halves). What it costs elsewhere, the
-blame of tasks that happened to wait on a dying worker, is avoided by `dask_plugin.Marks`.
-"""
 
 
 @dataclass(frozen=True)
@@ -96,7 +87,7 @@ class Attachment:
             with contextlib.suppress(Exception):
                 self.client.close(timeout=5)
         if self.cluster is not None:
-            _close_cluster(self.cluster)
+            dask_local.close(self.cluster)
 
 
 def attach(wish: Wish) -> Attachment:
@@ -183,7 +174,7 @@ def _address_in(path: str) -> str:
 def _create(wish: Wish, factory: Callable[..., Any] | None) -> Attachment:
     kwargs = dict(wish.cluster_kwargs or {})
     try:
-        cluster = _local_cluster(kwargs) if factory is None else factory(**kwargs)
+        cluster = dask_local.start(kwargs) if factory is None else factory(**kwargs)
     except Exception as error:
         name = "a local Dask cluster" if factory is None else getattr(factory, "__name__", repr(factory))
         message = f"{name} could not be started: {type(error).__name__}: {error}"
@@ -191,7 +182,7 @@ def _create(wish: Wish, factory: Callable[..., Any] | None) -> Attachment:
     try:
         return Attachment(_client(wish, cluster), cluster, local=factory is None)
     except BaseException:
-        _close_cluster(cluster)
+        dask_local.close(cluster)
         raise
 
 
@@ -207,116 +198,6 @@ def _class_of(named: Any) -> Callable[..., Any] | None:
         message = f"'cluster_class' {named!r} cannot be imported: {error}"
         raise errors.ConfigurationError(message) from error
     return found
-
-
-def shape(cores: int) -> tuple[int, int]:
-    """Return processes and threads for a cluster of this machine.
-
-    Up to four cores each gets a process of its own: code that holds the GIL uses all of them. With
-    more cores Dask's own balance is kept, since arrays are shared without a copy by the threads of
-    one process only.
-    """
-    if cores <= 4:
-        return max(cores, 1), 1
-    from distributed.deploy.utils import nprocesses_nthreads
-
-    processes, threads = nprocesses_nthreads(cores)
-    return int(processes), int(threads)
-
-
-def _local_cluster(kwargs: dict[str, Any]) -> Any:
-    """Start a cluster on this machine: interruptible, quiet, and gone with this process."""
-    import dask
-    from dask.system import CPU_COUNT
-    from distributed import LocalCluster
-
-    options: dict[str, Any] = {
-        "dashboard_address": "127.0.0.1:0",  # None means port 8787, and a warning if it is taken
-        "silence_logs": logging.CRITICAL,
-        "host": "127.0.0.1",
-    }
-    if "n_workers" not in kwargs and "threads_per_worker" not in kwargs:
-        options["n_workers"], options["threads_per_worker"] = shape(CPU_COUNT)
-    if kwargs.get("processes", True) and "worker_class" not in kwargs:
-        from penstock.runners.dask_plugin import LocalNanny
-
-        options["worker_class"] = LocalNanny
-        options["preload"] = ["penstock.runners.dask_plugin"]
-    options.update(kwargs)
-    config = {
-        "distributed.scheduler.allowed-failures": 10,
-        "distributed.nanny.pre-spawn-environ": {**_THREADS, **dask.config.get("distributed.nanny.pre-spawn-environ")},
-    }
-    if dask.config.get("distributed.scheduler.worker-saturation") == 1.1:  # else it is somebody's wish
-        config["distributed.scheduler.worker-saturation"] = SATURATION
-    with dask.config.set(config), _environment_kept():
-        return _interruptible(lambda: LocalCluster(**options))
-
-
-_THREADS = {  # one core for each task, whatever library does its linear algebra
-    "OMP_NUM_THREADS": 1,
-    "OPENBLAS_NUM_THREADS": 1,
-    "MKL_NUM_THREADS": 1,
-    "BLIS_NUM_THREADS": 1,
-    "VECLIB_MAXIMUM_THREADS": 1,
-    "NUMEXPR_NUM_THREADS": 1,
-}
-
-
-@contextlib.contextmanager
-def _environment_kept() -> Iterator[None]:
-    """Nannies set the variables of their workers in this process; they are not for the user's code."""
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
-        for name in set(os.environ) - set(before):
-            if name in _THREADS or name in {"MALLOC_TRIM_THRESHOLD_", "PYTHONHASHSEED"}:
-                del os.environ[name]
-
-
-def _interruptible(start: Callable[[], Any]) -> Any:
-    """Start a cluster in a thread of its own.
-
-    Threads and processes that come of it inherit a blocked SIGINT, so that Ctrl-C reaches the
-    driver only; which waits here where it can be interrupted, and then closes what has started.
-    """
-    box: list[Any] = []
-    abandoned = threading.Event()
-
-    def target() -> None:
-        try:
-            cluster = start()
-        except BaseException as error:
-            box.append(error)
-            return
-        box.append(cluster)
-        if abandoned.is_set():
-            _close_cluster(cluster)
-
-    thread = threading.Thread(target=target, name="penstock-dask-start", daemon=True)
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        thread.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    try:
-        while thread.is_alive():
-            thread.join(0.2)
-    except BaseException:
-        abandoned.set()
-        thread.join(10)
-        if box and not isinstance(box[0], BaseException):
-            _close_cluster(box[0])
-        raise
-    if isinstance(box[0], BaseException):
-        raise box[0]
-    return box[0]
-
-
-def _close_cluster(cluster: Any) -> None:
-    with contextlib.suppress(Exception):
-        cluster.close(timeout=10)
 
 
 # -- checks -----------------------------------------------------------------------------------
@@ -370,4 +251,4 @@ def named_by_environment() -> dict[str, str]:
     return {"scheduler_file": path} if path else {}
 
 
-__all__ = ["Attachment", "Wish", "attach", "check_versions", "named_by_environment", "reaches", "shape"]
+__all__ = ["Attachment", "Wish", "attach", "check_versions", "named_by_environment", "reaches"]

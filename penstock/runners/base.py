@@ -69,7 +69,8 @@ class Submission:
     refs : tuple of Ref
         The upstream values, in the order in which `arguments` counts them. The backend hands
         them to the worker as positional arguments, never through the driver. A backend without
-        dependencies of its own gets only references whose work is done.
+        dependencies of its own gets only references whose work is done. A reference to work of
+        the same batch has no handle yet (None): the backend finds it by its key.
     after : tuple of Ref
         Work that has to end first; no bytes of it are moved.
     priority : int

@@ -66,12 +66,13 @@ class Pool:
         self._deliver = deliver
         self._lock = threading.RLock()
         self._numbers = 0
-        self._failed_starts = 0
+        self._failed_starts = 0.0
         self._pause_until = 0.0  # no process is started before
         self._oom_kills = oom_kills()
         self._broken = ""  # why there will be no more workers
         self._opened = threading.Event()  # the first worker is ready, or there will be none
         self._deadline: float | None = None  # set when the pool closes: then workers are killed
+        self._is_leaving = False
         self._selector = selectors.DefaultSelector()
         self._ear, self._bell = socket.socketpair()  # wakes the thread up
         self._ear.setblocking(False)
@@ -99,10 +100,9 @@ class Pool:
         """End the workers, soon or by force, and delete the files; wait until that is done."""
         if os.getpid() != self._process or not self._thread.ident:
             return
-        with self._lock:
-            if self._deadline is None:
-                self._deadline = time.monotonic() + _GRACE_SECONDS
-                self._leave()
+        # All the work is done by the thread of the pool, which no Ctrl-C can interrupt.
+        if self._deadline is None:
+            self._deadline = time.monotonic() + _GRACE_SECONDS
         self._wake()
         if self._thread is threading.current_thread():
             return
@@ -248,7 +248,7 @@ class Pool:
         elif kind == "ready":
             child.is_alive = child.is_ready = True
             child.idle_since = time.monotonic()
-            self._failed_starts = 0
+            self._failed_starts = 0.0
             self._opened.set()
         elif kind == "unready":
             self._break(f"the initializer failed in a worker process:\n{details[0]}")
@@ -314,6 +314,8 @@ class Pool:
     def _tend(self) -> None:
         now = time.monotonic()
         schedule = self._schedule
+        if self._deadline is not None and not self._is_leaving:
+            self._leave()
         for child in list(schedule.children.values()):
             if not child.is_alive and now - child.born > _START_SECONDS:
                 child.kill()
@@ -356,12 +358,16 @@ class Pool:
         self._oom_kills = kills
         self._memory.sweep(str(child.number), self.files)
         if not child.is_ready and self._deadline is None:
-            self._start_failed(f"a worker process {end} before it was ready; it may have said why on stderr")
+            # A signal is somebody else's doing, and more likely to pass.
+            self._start_failed(
+                f"a worker process {end} before it was ready; it may have said why on stderr",
+                1.0 if end.startswith("exited") else 0.25,
+            )
 
-    def _start_failed(self, reason: str) -> None:
+    def _start_failed(self, reason: str, weight: float = 1.0) -> None:
         """Try again, a little later; give up if that goes on and nobody is left to work."""
         self._pause_until = time.monotonic() + _PAUSE_SECONDS * 2 ** min(self._failed_starts, 7)
-        self._failed_starts += 1
+        self._failed_starts += weight
         children = self._schedule.children.values()
         if self._failed_starts >= _FAILED_STARTS and not any(
             child.is_ready and not child.is_blocked for child in children
@@ -385,6 +391,7 @@ class Pool:
             self._schedule.clogged.add(child)
 
     def _leave(self) -> None:
+        self._is_leaving = True
         for child in self._schedule.children.values():
             self._dismiss(child)
         self._schedule.end_all(errors.CancelledRun("the process pool was closed"))

@@ -196,9 +196,11 @@ class RayTaskRunner(TaskRunner):
         pump = self._running()
         found: list[Ref] = []
         flights: list[Flight] = []
+        batch: dict[Key, Handle] = {}
         try:
             for submission in submissions:
-                flight = self._start(submission)
+                flight = self._start(submission, batch)
+                batch[submission.key] = flight.handle
                 flights.append(flight)
                 found.append(Ref(submission.key, flight.handle))
                 if len(flights) == 64:  # reports of the first ones need not wait for the last
@@ -211,10 +213,11 @@ class RayTaskRunner(TaskRunner):
         pump.add(flights)
         return found
 
-    def _start(self, submission: Submission) -> Flight:
+    def _start(self, submission: Submission, batch: dict[Key, Handle]) -> Flight:
         key = submission.key
-        upstream = tuple(ref.handle for ref in submission.refs)
-        after = [note for ref in submission.after if (note := ref.handle.note) is not None]
+        upstream = tuple(batch[ref.key] if ref.handle is None else ref.handle for ref in submission.refs)
+        before = (batch[ref.key] if ref.handle is None else ref.handle for ref in submission.after)
+        after = [note for handle in before if (note := handle.note) is not None]
         assert isinstance(submission.function, bytes)
         assert isinstance(submission.arguments, bytes)
         head = ray_tasks.pack_head(

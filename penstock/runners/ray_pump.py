@@ -20,9 +20,10 @@ from penstock import errors
 from penstock.runners import ray_tasks, worker_runtime
 from penstock.runners.base import Key, Report
 
-WINDOW = 1_000  # notes in one question to Ray: it takes time by their number
+FEW = 64  # tasks in flight, for whose end we wait in Ray itself
+WINDOW, SLICE = 512, 1_000  # notes in one question to Ray: it takes time by their number
 LOOK_SECONDS = 0.02  # a new task is not in the question that is being asked
-GATHER_SECONDS = 0.004  # with many tasks in flight, let some more of them end
+GATHER_SECONDS = 0.05
 STARTS_SECONDS = 0.1
 
 log = logging.getLogger("penstock.runners.ray")
@@ -176,15 +177,17 @@ class Pump:
             count = len(self._flying)
         if not window:
             return []
-        patience = LOOK_SECONDS if count <= WINDOW else GATHER_SECONDS
-        ready, _ = ray.wait(window, num_returns=1, timeout=patience, fetch_local=False)
-        if ready:
-            if count > 100:
-                time.sleep(GATHER_SECONDS)
-            ready, _ = ray.wait(window, num_returns=len(window), timeout=0, fetch_local=False)
+        found: list[Any]
+        if count <= FEW:
+            found, _ = ray.wait(window, num_returns=1, timeout=LOOK_SECONDS, fetch_local=False)
+            if found and count > 1:
+                found, _ = ray.wait(window, num_returns=count, timeout=0, fetch_local=False)
+            return found
+        # A question costs as much as some tasks: ask seldom, for many at a time.
+        time.sleep(min(GATHER_SECONDS, count / 20_000))
+        found, _ = ray.wait(window, num_returns=len(window), timeout=0, fetch_local=False)
         if count > WINDOW:
-            ready.extend(self._ready_behind(set(ready)))
-        found: list[Any] = ready
+            found.extend(self._ready_behind(set(found)))
         return found
 
     def _ready_behind(self, known: set[Any]) -> list[Any]:
@@ -192,14 +195,14 @@ class Pump:
         if not self._slices:
             with self._lock:
                 behind = list(itertools.islice(self._flying, WINDOW, None))
-            self._slices = [behind[at : at + WINDOW] for at in range(0, len(behind), WINDOW)]
-        if not self._slices:
-            return []
-        looked = [note for note in self._slices.pop() if note in self._flying and note not in known]
+            self._slices = [behind[at : at + SLICE] for at in range(0, len(behind), SLICE)]
+        looked: list[Any] = []
+        while self._slices and not looked:
+            looked = [note for note in self._slices.pop() if note in self._flying and note not in known]
         if not looked:
             return []
-        ready, _ = ray.wait(looked, num_returns=len(looked), timeout=0, fetch_local=False)
-        found: list[Any] = ready
+        found: list[Any]
+        found, _ = ray.wait(looked, num_returns=len(looked), timeout=0, fetch_local=False)
         return found
 
     def _ended(self, notes: Sequence[Any]) -> list[Report]:

@@ -1,0 +1,327 @@
+"""Our half of a Dask scheduler: tells sessions how their tasks end, and takes tasks off dead workers.
+
+Clusters get this file as source, like `dask_plugin`. A driver calls the functions at the end of it
+through `Client.run_on_scheduler`.
+
+How a record travels
+--------------------
+The `Tracker` takes the records out of the metadata of finished tasks and publishes them, many at a
+time, under the topic of their session (`dask_plugin.topic_of`). A message is
+``{"events": [event, …]}``; it is neither numbered nor acknowledged, since a client that loses its
+connection loses all its tasks with it. An event is ``(kind, key, record, nbytes, worker, details)``
+with one of the kinds
+
+``ended``
+    `record` says how.
+``started``
+    The user's code begins; only for submissions that ask for it.
+``lost``
+    The worker died; `details` say what is known.
+``upstream``
+    Never started: an upstream value failed or was lost.
+``orphaned``
+    Like "upstream", but that value had been reported as good before.
+``broken``
+    Dask could not run it; `details` hold its words.
+``waiting``
+    No worker may run it now.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pickle
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from distributed.diagnostics.plugin import SchedulerPlugin
+from distributed.protocol.serialize import deserialize
+
+plugin: Any = importlib.import_module(f"{__package__}.dask_plugin")  # has another name when shipped
+MARK, topic_of = plugin.MARK, plugin.topic_of
+
+REASON = "penstock: withdrawn"  # why a client's future was cancelled by us
+SHORTEST, LONGEST = 0.002, 0.02  # seconds between two messages of one topic
+PATIENCE = 0.1  # a nanny says why it ended a worker about when the worker's connection closes
+
+
+class Tracker(SchedulerPlugin):
+    """Tells sessions how their tasks end, and takes tasks off dead workers.
+
+    Parameters
+    ----------
+    name : str
+        Of the plugin; holds the version of this file.
+    scheduler : distributed.Scheduler
+        Where it is.
+    """
+
+    def __init__(self, name: str, scheduler: Any) -> None:
+        self.name = name
+        self.scheduler = scheduler
+        self.users: set[str] = set()  # clients; the plugin leaves with the last
+        self._events: defaultdict[str, list[tuple[Any, ...]]] = defaultdict(list)
+        self._pause = SHORTEST
+        self._flush_due = False
+        self._displaced: tuple[str, list[tuple[Any, bool]]] = ("", [])  # stimulus, and the keys that it took off a worker
+        self._blamed: dict[Any, int] = {}  # key → times that a worker died under it
+        self._doomed: dict[str, int] = {}  # worker → resident bytes when its nanny ended it
+        self._restarting: set[str] = set()
+        self._workers = {address: _known(state) for address, state in scheduler.workers.items()}
+
+    # -- hooks of Dask: each is called for everybody's tasks and must not raise -------------
+    def transition(self, key: Any, start: str, finish: str, *args: Any, stimulus_id: str = "", **details: Any) -> None:
+        """Look at a task that changes its state."""
+        try:
+            if finish == "memory":
+                if start == "processing" and MARK in (details.get("metadata") or ()):
+                    self._completed(key, details)
+            elif finish == "erred":
+                topic = topic_of(key)
+                if topic:
+                    self._erred(topic, key, stimulus_id, details)
+            elif start == "processing":
+                if topic_of(key):
+                    self._displace(key, stimulus_id, given_up=False)
+            elif finish == "no-worker":
+                topic = topic_of(key)
+                if topic:
+                    self._add(topic, ("waiting", key, b"", 0, "", None))
+            elif finish == "forgotten":
+                self._blamed.pop(key, None)
+        except Exception:  # a guest does not break the house
+            self._add(topic_of(key), ("broken", key, b"", 0, "", {"error": "the tracker failed"}))
+
+    def add_worker(self, scheduler: Any, worker: str) -> None:
+        """Remember what identifies a worker, for the day it dies."""
+        self._workers[worker] = _known(scheduler.workers[worker])
+
+    def remove_worker(self, scheduler: Any, worker: str, *, stimulus_id: str = "", **details: Any) -> None:
+        """Decide what becomes of the tasks that a worker took along.
+
+        Runs before anything that Dask has decided leaves the scheduler, so that a task dropped
+        here is not started elsewhere.
+        """
+        stimulus, displaced = self._displaced
+        self._displaced = ("", [])
+        known = self._workers.pop(worker, {"worker": worker, "pid": 0, "limit": 0})
+        known["silent"] = "ttl" in stimulus_id  # the process may live, but does not answer
+        marked = plugin.Marks.read(known["pid"], worker)
+        restarted = worker in self._restarting
+        self._restarting.discard(worker)
+        lost: dict[Any, bool | None] = {}
+        for key, given_up in displaced if stimulus == stimulus_id else ():
+            task = scheduler.tasks.get(key)
+            if task is None or task.suspicious <= self._blamed.get(key, 0):
+                continue  # retired in good order: Dask moves the task
+            self._blamed[key] = task.suspicious
+            began = None if marked is None else plugin.name_of(key) in marked
+            if given_up or not (restarted or began is False):
+                lost[key] = began
+        if lost:
+            self.drop([key for key in lost if scheduler.tasks[key].state != "erred"])
+            scheduler.loop.call_later(PATIENCE, self._announce_loss, lost, known)
+
+    def log_event(self, topic: str, msg: Any) -> None:
+        """Hear of workers that use too much memory."""
+        if topic == "worker-restart-memory" and isinstance(msg, dict):
+            self._doomed[msg.get("worker")] = msg.get("rss", 0)
+
+    def remove_client(self, scheduler: Any, client: str) -> None:
+        """Leave with the last of our clients."""
+        self.forget(client)
+
+    def restart(self, scheduler: Any) -> None:
+        """Everything is forgotten, by somebody's wish."""
+        self._blamed.clear()
+
+    # -- what the hooks do ------------------------------------------------------------------
+    def _completed(self, key: Any, details: dict[str, Any]) -> None:
+        task = self.scheduler.tasks[key]
+        record = task.metadata.get(MARK)
+        task.metadata[MARK] = True  # kept: if the value is lost and made again, that is the second time
+        if type(record) is bytes:
+            self._blamed.pop(key, None)
+            worker, nbytes = details.get("worker") or "", details.get("nbytes") or 0
+            self._add(topic_of(key), ("ended", key, record, nbytes, worker, None))
+
+    def _displace(self, key: Any, stimulus_id: str, *, given_up: bool) -> None:
+        if self._displaced[0] != stimulus_id:
+            self._displaced = (stimulus_id, [])
+        self._displaced[1].append((key, given_up))
+
+    def _erred(self, topic: str, key: Any, stimulus_id: str, details: dict[str, Any]) -> None:
+        exception, worker = details.get("exception"), details.get("worker") or ""
+        if exception is None:
+            task = self.scheduler.tasks.get(key)
+            blamed = task and task.exception_blame
+            again = bool(blamed and (blamed.metadata or {}).get(MARK))
+            self._add(topic, ("orphaned" if again else "upstream", key, b"", 0, worker, None))
+            return
+        try:
+            error = exception if isinstance(exception, bytes) else deserialize(exception.header, exception.frames)
+            if isinstance(error, bytes):
+                error = pickle.loads(error)
+        except Exception:
+            error = details.get("exception_text") or "an error that cannot be read"
+        if isinstance(error, plugin.TaskFailure):
+            self._add(topic, ("ended", key, error.record, 0, worker, None))
+        elif type(error).__name__ == "KilledWorker":
+            self._displace(key, stimulus_id, given_up=True)  # more deaths than the cluster allows
+        else:
+            text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+            self._add(topic, ("broken", key, b"", 0, worker, {"error": text[:2000]}))
+
+    def _announce_loss(self, lost: dict[Any, bool | None], known: dict[str, Any]) -> None:
+        known["rss"] = self._doomed.pop(known["worker"], 0)
+        for key, began in lost.items():
+            details = {**known, "began": began, "shared": len(lost) - 1}
+            self._add(topic_of(key), ("lost", key, b"", 0, known["worker"], details))
+
+    def drop(self, keys: Iterable[Any]) -> None:
+        """Take tasks and all that waits for them back from their clients.
+
+        Parameters
+        ----------
+        keys : iterable of tuple
+            Not finished. What depends on them is reported, they themselves are not.
+        """
+        tasks = self.scheduler.tasks
+        roots = {tasks[key] for key in keys if key in tasks}
+        found, pending = set(roots), list(roots)
+        while pending:
+            task = pending.pop()
+            again = bool((task.metadata or {}).get(MARK))
+            for dependant in list(task.dependents):
+                if dependant in found or dependant.state in {"memory", "erred", "forgotten"}:
+                    continue
+                found.add(dependant)
+                pending.append(dependant)
+                topic = topic_of(dependant.key)
+                if topic:
+                    self._add(topic, ("orphaned" if again else "upstream", dependant.key, b"", 0, "", None))
+        clients: defaultdict[str, list[Any]] = defaultdict(list)
+        for task in found:
+            for client in task.who_wants or ():
+                clients[client.client_key].append(task.key)
+        for client, wanted in clients.items():
+            self.scheduler.report({"op": "cancelled-keys", "keys": wanted, "reason": REASON}, client=client)
+            self.scheduler.client_releases_keys(keys=wanted, client=client)
+
+    # -- messages ---------------------------------------------------------------------------
+    def _add(self, topic: str, event: tuple[Any, ...]) -> None:
+        self._events[topic].append(event)
+        if not self._flush_due:
+            self._flush_due = True
+            self.scheduler.loop.call_later(self._pause, self._flush)
+
+    def _flush(self) -> None:
+        """Send what has gathered; wait the longer for the next time the more there was."""
+        self._flush_due = False
+        events, self._events = self._events, defaultdict(list)
+        most = max(map(len, events.values()), default=0)
+        self._pause = min(LONGEST, self._pause * 2) if most > 16 else SHORTEST
+        for topic, batch in events.items():
+            self.scheduler.log_event(topic, {"events": batch})
+            self._tidy(topic)
+
+    def _tidy(self, topic: str) -> None:
+        """Dask keeps the last thousand messages of a topic; ours are large and never read again."""
+        try:
+            broker = self.scheduler._broker
+            broker.truncate(topic)
+            if not broker._topics[topic].subscribers:
+                broker._topics.pop(topic)
+        except (AttributeError, KeyError):
+            pass
+
+    def forget(self, client: str) -> None:
+        """Count one client less; the last one takes the plugin and the uploaded files along."""
+        self.users.discard(client)
+        if not self.users and self.scheduler.plugins.get(self.name) is self:
+            self.scheduler.remove_plugin(name=self.name)
+            for name in (f"{self.name}-files", f"{self.name}-scheduler-files"):
+                if name in self.scheduler.plugins:
+                    self.scheduler.remove_plugin(name=name)
+                if name in self.scheduler.worker_plugins:
+                    self.scheduler.loop.add_callback(self.scheduler.unregister_worker_plugin, None, name)
+
+
+def _known(state: Any) -> dict[str, Any]:
+    return {"worker": state.address, "pid": state.pid, "limit": state.memory_limit or 0}
+
+
+# -- what a client asks the scheduler -------------------------------------------------------
+
+
+def join(name: str, client: str, dask_scheduler: Any) -> dict[str, Any]:
+    """Install the tracker if it is not, and count a client as its user."""
+    tracker = dask_scheduler.plugins.get(name)
+    if tracker is None:
+        tracker = Tracker(name, dask_scheduler)
+        dask_scheduler.add_plugin(tracker, name=name)
+    tracker.users.add(client)
+    return summary(dask_scheduler)
+
+
+def leave(name: str, client: str, dask_scheduler: Any) -> None:
+    """Count a client less."""
+    tracker = dask_scheduler.plugins.get(name)
+    if tracker is not None:
+        tracker.forget(client)
+
+
+def summary(dask_scheduler: Any) -> dict[str, Any]:
+    """Return what a driver wants to know of a cluster."""
+    workers = list(dask_scheduler.workers.values())
+    return {
+        "workers": len(workers),
+        "threads": sum(state.nthreads for state in workers),
+        "memory": sum(state.memory_limit or 0 for state in workers),
+        "addresses": [state.address for state in workers[:100]],
+        "dashboard": importlib.util.find_spec("bokeh") is not None,
+    }
+
+
+def unknown(keys: list[Any], dask_scheduler: Any) -> list[Any]:
+    """Return those of the keys that the scheduler does not know."""
+    return [key for key in keys if key not in dask_scheduler.tasks]
+
+
+def stop(name: str, keys: list[Any], dask_scheduler: Any) -> tuple[list[Any], dict[str, list[Any]]]:
+    """Withdraw tasks that no worker has been given.
+
+    Returns
+    -------
+    tuple of (list, dict)
+        Keys that will not run, and keys on workers: address → list.
+    """
+    idle: list[Any] = []
+    placed: defaultdict[str, list[Any]] = defaultdict(list)
+    for key in keys:
+        task = dask_scheduler.tasks.get(key)
+        if task is not None and task.state == "processing":
+            placed[task.processing_on.address].append(key)
+        elif task is None or task.state not in {"memory", "erred"}:
+            idle.append(key)
+    dask_scheduler.plugins[name].drop(idle)
+    return idle, dict(placed)
+
+
+def withdraw(name: str, keys: list[Any], dask_scheduler: Any) -> None:
+    """Withdraw tasks wherever they are."""
+    dask_scheduler.plugins[name].drop([key for key in keys if key in dask_scheduler.tasks])
+
+
+def condemn(name: str, workers: list[str], dask_scheduler: Any) -> list[str]:
+    """Answer which workers may be ended since a nanny replaces them; their tasks go elsewhere."""
+    found = [address for address in workers if getattr(dask_scheduler.workers.get(address), "nanny", None)]
+    dask_scheduler.plugins[name]._restarting.update(found)
+    return found
+
+
+def alive(workers: list[str], dask_scheduler: Any) -> list[str]:
+    """Return those of the workers that the scheduler still knows."""
+    return [address for address in workers if address in dask_scheduler.workers]
