@@ -91,19 +91,35 @@ def _ray(object_store: int) -> Iterator[Cluster]:
     import ray
 
     store = max(object_store, 1 << 29)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # about accelerators, which no case uses
-        ray.init(
-            address="local",
-            num_cpus=WORKERS,
-            include_dashboard=False,
-            object_store_memory=store,
-            log_to_driver=False,
-        )
+    _start_ray(store)
     try:
         yield Cluster("ray", f"{WORKERS} CPUs, object store {store / 1e9:.1f} GB", None, lambda: 0)
     finally:
         ray.shutdown()
+
+
+def _start_ray(store: int, attempts: int = 3) -> None:
+    import ray
+
+    for attempt in range(attempts):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # about accelerators, which no case uses
+                ray.init(
+                    address="local",
+                    num_cpus=WORKERS,
+                    include_dashboard=False,
+                    object_store_memory=store,
+                    log_to_driver=False,
+                )
+        except (
+            Exception
+        ) as error:  # Ray raises no finer one; a busy machine needs more than the 30 s it allows
+            ray.shutdown()
+            if "timed out" not in str(error) or attempt + 1 == attempts:
+                raise
+        else:
+            return
 
 
 def check_memory(needed: int) -> None:

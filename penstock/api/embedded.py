@@ -19,7 +19,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from penstock.api import queries
-from penstock.api.db import Database
+from penstock.api.db import REVISIONS, Database, schema_version
 from penstock.api.ingest import acknowledged, ingest
 from penstock.engine.home import usable_home
 from penstock.engine.sender import StoreUnusable
@@ -50,7 +50,8 @@ ORPHANS = 100  # whose locks are held at a time
 
 def open_store(home: Path) -> EmbeddedStore:
     """Open the store of a home."""
-    return EmbeddedStore(home)
+    with _refusals():
+        return EmbeddedStore(home)
 
 
 def drain(home: Path | None = None, patience: float = PATIENCE) -> bool:
@@ -96,8 +97,12 @@ def reading(home: Path | None = None, patience: float = PATIENCE) -> Iterator[sa
     """
     store = EmbeddedStore(usable_home(settings().home).path if home is None else home)
     with contextlib.closing(store):
-        store.drain(patience)
+        drained = store.drain(patience)
         with store.database.read() as connection:
+            if not drained and schema_version(connection) != REVISIONS[-1]:
+                raise ConfigurationError(
+                    f"Another process is preparing the store in {store.home}; try again."
+                )
             yield connection
 
 
@@ -123,24 +128,24 @@ class EmbeddedStore:
             beside.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock_path = beside.with_name(f"{beside.name}.lock")
         self._readers: dict[str, SpoolReader] = {}
-        self._own: set[str] = set()
+        self._own: dict[str, int] = {}  # writers of this process, and what is committed of them
         self._swept = 0.0
 
     # -- the seam ---------------------------------------------------------------------------
     def send(self, batch: Batch) -> int:
         """Commit a batch unless somebody else is committing; return what is committed of its writer."""
-        self._own.add(batch.writer)
+        self._own.setdefault(batch.writer, 0)
         with self._locked(0) as held, _refusals():
             if held:
-                done = ingest(self.database, [batch])[batch.writer]
+                self._own |= ingest(self.database, [batch])
                 if time.monotonic() - self._swept >= SWEEP:
                     self._sweep(time.monotonic() + ROUND)
                     self._swept = time.monotonic()
-                return done
-        if self.database.path is not None and not self.database.path.exists():
-            return 0  # the holder of the lock is making it
-        with self.database.read() as connection:
-            return acknowledged(connection, [batch.writer]).get(batch.writer, 0)
+        if not held and (self.database.path is None or self.database.path.exists()):
+            # The holder of the lock may be making the tables this very moment.
+            with contextlib.suppress(sa.exc.OperationalError), self.database.read() as connection:
+                self._own |= acknowledged(connection, [batch.writer])
+        return self._own[batch.writer]
 
     def ask(self, question: Mapping[str, Any]) -> Any:
         """Answer ``{"what": name, …}``: a query of `penstock.api.queries` and its arguments."""
@@ -166,10 +171,13 @@ class EmbeddedStore:
     @contextlib.contextmanager
     def _locked(self, patience: float) -> Iterator[bool]:
         deadline = time.monotonic() + patience
-        while (lock := FileLock.take(self._lock_path, os.O_RDWR | os.O_CREAT)) is None:
-            if time.monotonic() >= deadline:
-                break
-            time.sleep(POLL)
+        try:
+            while (lock := FileLock.take(self._lock_path, os.O_RDWR | os.O_CREAT)) is None:
+                if time.monotonic() >= deadline:
+                    break
+                time.sleep(POLL)
+        except OSError as error:
+            raise ConfigurationError(f"The store cannot be written to: {error}.") from error
         try:
             yield lock is not None
         finally:

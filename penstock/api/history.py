@@ -87,14 +87,16 @@ def _element_steps(event: Event, element: int, stale: bool) -> Iterator[tuple[tu
 
 
 def _with_running(steps: list[Step]) -> list[Step]:
-    """Show that a run was running where only its end tells it."""
-    told = {(step["epoch"], step["attempt"]) for step in steps if step["type"] == "RUNNING"}
+    """Show that a run was running where only the end of the attempt tells it."""
     complete: list[Step] = []
+    told: set[tuple[int, int]] = set()
     for step in steps:
         turn = (step["epoch"], step["attempt"])
-        if step["type"] in FINAL and step["started"] is not None and turn not in told:
-            told.add(turn)
+        ended = step["type"] in FINAL or step["seconds"] is not None  # a retry, too, is the end of an attempt
+        if ended and step["started"] is not None and turn not in told:
             complete.append(_derived("RUNNING", "Running", step["started"], step["attempt"], step["epoch"]))
+        if ended or step["type"] == "RUNNING":
+            told.add(turn)
         complete.append(step)
     return complete
 

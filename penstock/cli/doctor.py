@@ -27,6 +27,7 @@ PORTS = {
     10001: "Ray client",
 }
 NAMES_CLUSTER = ("DASK_SCHEDULER_ADDRESS", "DASK_SCHEDULER__ADDRESS", "DASK_SCHEDULER_FILE", "RAY_ADDRESS")
+SHARED = Path("/dev/shm")  # noqa: S108 - only looked at
 LITTLE = 1 << 30  # bytes of free disk below which runs will soon fail
 PROBES = 8  # per slot, so that every worker gets one
 
@@ -149,7 +150,7 @@ def _disks() -> Iterator[Finding]:
     import shutil
     import tempfile
 
-    places = {"home": settings().home, "temporary": Path(tempfile.gettempdir()), "shared": Path("/dev/shm")}
+    places = {"home": settings().home, "temporary": Path(tempfile.gettempdir()), "shared": SHARED}
     for name, path in places.items():
         there = next((one for one in (path, *path.parents) if one.exists()), None)
         if name == "shared" and not path.exists():

@@ -28,6 +28,14 @@ class Annotation(tuple[T], Generic[T]):
         """Compare kind and value."""
         return type(other) is type(self) and tuple.__eq__(self, other)
 
+    def __ne__(self, other: object) -> bool:
+        """Compare kind and value; a tuple would compare the value only."""
+        return not self == other
+
+    def __getnewargs__(self) -> tuple[T]:
+        """Pickle the value, not the tuple around it."""
+        return (self[0],)
+
     def __hash__(self) -> int:
         """Hash kind and value."""
         return hash((type(self).__name__, self[0]))

@@ -29,7 +29,7 @@ from penstock.engine.steps import Steps, Wait
 from penstock.engine.summary import describe_all
 from penstock.engine.tracking import start_tracking, stop_tracking
 from penstock.runners import worker_runtime
-from penstock.runners.base import shutdown_all
+from penstock.runners.base import kept, shutdown_all
 from penstock.settings import settings
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class FlowRunScope:
         """Open the runner (a nested flow uses its parent's) and enter RUNNING."""
         own = self.outer is None or self.flow._runner_override is not None
         if own:
-            self.runner = self.flow.runner()
+            self.runner = kept(self.flow.runner())
             self.runner.open()
             self._ends.callback(self.runner.close)
             if self.runner.keeps:

@@ -152,7 +152,10 @@ def check_signature(function: Callable[..., Any]) -> inspect.Signature:
     ReservedArgumentError
         Naming the parameter.
     """
-    signature = inspect.signature(function)
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some functions of C tell nothing: max, dict.update
+        signature = inspect.signature(lambda *args, **kwargs: None)
     for name in RESERVED:
         if name in signature.parameters:
             message = f"'{name}' is a reserved argument name and cannot be used in {function.__qualname__}."

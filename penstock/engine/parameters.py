@@ -10,7 +10,10 @@ from typing import Any
 from penstock import errors
 from penstock.engine.futures import PenstockFuture, run_of
 
-_KINDS_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_OF_ALL: dict[Any, Callable[[Any], Any]] = {  # such a parameter annotates each of its values
+    inspect.Parameter.VAR_POSITIONAL: lambda hint: tuple[hint, ...],
+    inspect.Parameter.VAR_KEYWORD: lambda hint: dict[str, hint],
+}
 
 
 def bind(
@@ -64,9 +67,9 @@ def validate(
     """
     hints = type_hints(function)
     wanted = {
-        name: hints[name]
+        name: _OF_ALL.get(parameter.kind, lambda hint: hint)(hints[name])
         for name, parameter in signature.parameters.items()
-        if name in hints and parameter.kind in _KINDS_BY_NAME and run_of(arguments.get(name)) is None
+        if name in hints and name in arguments and run_of(arguments[name]) is None
     }
     if not wanted:
         return arguments

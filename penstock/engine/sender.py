@@ -15,7 +15,8 @@ from penstock.errors import ConfigurationError
 
 logger = logging.getLogger("penstock.tracking")
 
-START_DELAY = 0.5  # seconds before the store is loaded: a short script never pays for it
+START_DELAY = 1.0  # seconds before the store is loaded: a short script never pays for it
+LOADING_PATIENCE = 0.05
 INTERVAL = 0.05  # between two batches, so that many small events share a commit
 SHORTEST_PAUSE = 0.02
 LONGEST_PAUSE = 5.0  # between two attempts to reach a store that does not answer
@@ -61,8 +62,8 @@ class Sender:
 
     Attributes
     ----------
-    loading : bool
-        The store is open, or being opened.
+    loaded : bool
+        The store was opened.
     usable : bool
         The store has not refused for good.
     """
@@ -76,7 +77,7 @@ class Sender:
         self._spool = spool
         self._acknowledged = 0
         self._finished: set[str] = set()
-        self.loading = False
+        self.loaded = False
         self.usable = True
         self._opener = opener
         self._successor = successor
@@ -120,12 +121,11 @@ class Sender:
         return self._acknowledged if spool is self._spool else 0  # 0: it is the next one
 
     def stop(self, timeout: float) -> None:
-        """End the thread; a store that is being loaded or is busy is not waited for any longer."""
+        """End the thread. One that is loading a library, or waiting for a busy store, is left behind."""
         self._stop.set()
         self._hurry.set()
         self._wake.set()
-        if self.loading:
-            self._thread.join(timeout)
+        self._thread.join(timeout if self.loaded else min(timeout, LOADING_PATIENCE))
 
     # -- in the thread ----------------------------------------------------------------------
     def _work(self) -> None:
@@ -175,8 +175,10 @@ class Sender:
         if not batch.payloads or self._stop.is_set():
             return True
         if self._store is None:
-            self.loading = True
             self._store = self._opener()
+            if self._stop.is_set():
+                return True
+            self.loaded = True
         acknowledged = self._store.send(batch)
         self._complained = False
         self._acknowledge(acknowledged)

@@ -158,6 +158,9 @@ class Session:
                 self._enter(run, leading=leading)
         for run, source in foreign:
             self._follow(run, source)
+        if any(run.done for run in runs):  # an upstream had failed before: nobody else will tell
+            with self.changing():
+                pass
         self._pump()
 
     def _follow(self, run: TaskRun, source: Source) -> None:

@@ -35,6 +35,7 @@ EXIT_PATIENCE = 5.0  # seconds
 RING = 100_000  # events kept in memory while the disk takes none
 DISK_RETRY = 0.5  # seconds between two attempts to write to a disk that was full
 ROTATE = 64 << 20  # bytes after which a spool that is fully sent makes room for a new one
+LOG_BACKLOG = 256 << 20  # bytes of unsent events beyond which log lines are given up
 SYNC_INTERVAL = 0.05  # seconds that a power failure may cost under PENSTOCK_SPOOL_SYNC=power
 
 
@@ -95,6 +96,7 @@ class Tracker:
 
     def _after_fork(self) -> None:
         """Forget the spool, its lock and its sender: they are the parent's."""
+        _inherited.append(self._sender)
         self._gate = threading.Lock()
         self._begin()
 
@@ -106,6 +108,9 @@ class Tracker:
         except Exception:  # a value that does not fit the format: its text is better than nothing
             payload = pack(replace(event, body=_plain(event.body)))
         with self._gate:
+            if event.kind == "log" and self._spool is not None and self._spool.size > LOG_BACKLOG:
+                self.dropped_logs += 1  # the store is away for long; transitions come first
+                return
             if self._ring:
                 self._empty_ring()
             if self._ring or not self._append(payload):
@@ -182,8 +187,8 @@ class Tracker:
     def close(self, timeout: float = EXIT_PATIENCE) -> bool:
         """Send what there is and let go of the spool; an event that comes later opens a new one.
 
-        A store that was not even loaded yet is not loaded now: reading the spool costs the next
-        command less than loading the store would cost this one.
+        A store that is not loaded yet is not waited for: reading the spool costs the next command
+        less than loading the store would cost this one.
 
         Returns
         -------
@@ -193,7 +198,7 @@ class Tracker:
         deadline = time.monotonic() + timeout
         sender = self._sender
         if sender is not None:
-            if sender.loading:
+            if sender.loaded:
                 self.flush(timeout)
             sender.stop(max(0.0, deadline - time.monotonic()))
         with self._gate:
@@ -210,9 +215,9 @@ class Tracker:
 
     def _report(self, left: int) -> None:
         if self.dropped_logs:
-            logger.warning("The disk was full: log lines of %d events were dropped.", self.dropped_logs)
+            logger.warning("There was no room for the log lines of %d events.", self.dropped_logs)
         if self.lost + left:
-            logger.error("The disk was full: %d events were lost.", self.lost + left)
+            logger.error("There was no room on the disk: %d events were lost.", self.lost + left)
         self.dropped_logs = self.lost = 0
 
     # -- in the threads behind it -----------------------------------------------------------
@@ -253,6 +258,7 @@ def _plain(value: Any, depth: int = 8) -> Any:
 
 # -- the tracker of this process ------------------------------------------------------------
 
+_inherited: list[Sender | None] = []  # never finalised: SQLite must not close a parent's connection
 _trackers: weakref.WeakSet[Tracker] = weakref.WeakSet()
 _starting = threading.Lock()
 _tracker: Tracker | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import inspect
 import logging
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock import errors
-from penstock.runners import dask_local, versions
+from penstock.runners import versions
 
 log = logging.getLogger("penstock.runners.dask")
 
@@ -37,7 +38,11 @@ class Wish:
     strict: bool = True
 
     def __post_init__(self) -> None:
-        given = [name for name in ("cluster", "address", "client", "scheduler_file") if getattr(self, name) is not None]
+        given = [
+            name
+            for name in ("cluster", "address", "client", "scheduler_file")
+            if getattr(self, name) is not None
+        ]
         if len(given) > 1:
             message = f"'{given[0]}' and '{given[1]}' cannot be used together: each names a cluster."
             raise ValueError(message)
@@ -58,6 +63,13 @@ class Wish:
         if getattr(self.client, "asynchronous", False):
             message = "'client' must be a synchronous client: Client(..., asynchronous=False)."
             raise ValueError(message)
+
+    @property
+    def exists(self) -> bool:
+        """Whether the cluster is there already, so that nothing has to be started."""
+        made = callable(self.cluster) and not hasattr(self.cluster, "scheduler_address")
+        named = (None if made else self.cluster, self.address, self.client, self.scheduler_file)
+        return any(one is not None for one in named)
 
 
 @dataclass
@@ -87,6 +99,8 @@ class Attachment:
             with contextlib.suppress(Exception):
                 self.client.close(timeout=5)
         if self.cluster is not None:
+            from penstock.runners import dask_local
+
             dask_local.close(self.cluster)
 
 
@@ -104,7 +118,7 @@ def attach(wish: Wish) -> Attachment:
         attachment = _connect(wish)
     elif wish.cluster is None:
         attachment = _create(wish, _class_of(wish.cluster_class))
-    elif callable(wish.cluster) and not hasattr(wish.cluster, "scheduler_address"):
+    elif not wish.exists:
         attachment = _create(wish, wish.cluster)
     else:
         attachment = Attachment(_client(wish, wish.cluster))
@@ -172,6 +186,8 @@ def _address_in(path: str) -> str:
 
 
 def _create(wish: Wish, factory: Callable[..., Any] | None) -> Attachment:
+    from penstock.runners import dask_local
+
     kwargs = dict(wish.cluster_kwargs or {})
     try:
         cluster = dask_local.start(kwargs) if factory is None else factory(**kwargs)
@@ -242,6 +258,42 @@ def reaches(addresses: list[str]) -> bool:
     return False
 
 
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read the arguments of a runner from a file.
+
+    Raises
+    ------
+    ConfigurationError
+        If there is no mapping in it.
+    """
+    import yaml
+
+    found = yaml.safe_load(Path(path).read_text())
+    if not isinstance(found, dict):
+        message = f"{str(path)!r} must hold a mapping of the arguments of DaskTaskRunner."
+        raise errors.ConfigurationError(message)
+    return found
+
+
+def performance_report(client: Any, path: str) -> Any:
+    """Begin Dask's own report; leave it like a context manager, with the client as the current one.
+
+    Raises
+    ------
+    MissingExtra
+        If bokeh is not installed.
+    """
+    if importlib.util.find_spec("bokeh") is None:
+        message = "'performance_report_path' needs bokeh, which is not installed: pip install bokeh"
+        raise errors.MissingExtra(message)
+    from distributed import performance_report as report_of
+
+    report = report_of(filename=path)
+    with client.as_current():
+        report.__enter__()
+    return report
+
+
 def named_by_environment() -> dict[str, str]:
     """Return the arguments for the scheduler that the environment names, empty if there is none."""
     address = os.environ.get("DASK_SCHEDULER_ADDRESS") or os.environ.get("DASK_SCHEDULER__ADDRESS")
@@ -251,4 +303,13 @@ def named_by_environment() -> dict[str, str]:
     return {"scheduler_file": path} if path else {}
 
 
-__all__ = ["Attachment", "Wish", "attach", "check_versions", "named_by_environment", "reaches"]
+__all__ = [
+    "Attachment",
+    "Wish",
+    "attach",
+    "check_versions",
+    "named_by_environment",
+    "performance_report",
+    "reaches",
+    "read_yaml",
+]

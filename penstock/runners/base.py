@@ -11,6 +11,7 @@ and passes the contract suite.
 from __future__ import annotations
 
 import atexit
+import functools
 import threading
 import uuid
 from abc import ABC, abstractmethod
@@ -240,6 +241,8 @@ class TaskRunner(ABC):
             if not self._kept and self._users:
                 self._kept = True
                 self._users += 1
+                if not _kept_runners:
+                    _shutdown_at_exit()
                 _kept_runners.append(self)
 
     def shutdown(self) -> None:
@@ -381,11 +384,22 @@ class TaskRunner(ABC):
 _kept_runners: list[TaskRunner] = []
 
 
-@atexit.register
+def kept(runner: TaskRunner) -> TaskRunner:
+    """Return the runner with the same settings that an earlier flow left open, else the runner itself."""
+    return next((one for one in _kept_runners if one == runner), runner)
+
+
 def shutdown_all() -> None:
     """Stop every runner that was kept open for later flows."""
-    for runner in _kept_runners:
-        runner.shutdown()
+    while _kept_runners:  # each takes itself off the list
+        _kept_runners[-1].shutdown()
+
+
+@functools.cache
+def _shutdown_at_exit() -> None:
+    """Stop kept runners before Python ends its thread pools, which clusters need to close."""
+    register = getattr(threading, "_register_atexit", atexit.register)
+    register(shutdown_all)
 
 
 def tag_of(key: Key) -> str:

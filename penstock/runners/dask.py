@@ -81,7 +81,15 @@ class DaskTaskRunner(TaskRunner):
         if isinstance(cluster, str):
             cluster, address = None, address or cluster
         self._wish = attach.Wish(
-            cluster, address, cluster_class, cluster_kwargs, adapt_kwargs, client_kwargs, client, scheduler_file, strict
+            cluster,
+            address,
+            cluster_class,
+            cluster_kwargs,
+            adapt_kwargs,
+            client_kwargs,
+            client,
+            scheduler_file,
+            strict,
         )
         if max_in_flight < 1:
             message = f"'max_in_flight' must be at least 1, got {max_in_flight}."
@@ -95,6 +103,8 @@ class DaskTaskRunner(TaskRunner):
         self._tag = new_tag()
         self._puts = itertools.count()
         self._direct: bool | None = None
+        # Flows leave a cluster open that took seconds to start; a report is due at the end of each.
+        self.keeps = not self._wish.exists and performance_report_path is None
         self._summary: tuple[float, dict[str, Any]] = (0.0, {})
 
     @classmethod
@@ -106,12 +116,7 @@ class DaskTaskRunner(TaskRunner):
         path : str
             A mapping: ``cluster_class: …``, ``cluster_kwargs: {…}``, ``address: …``.
         """
-        import yaml
-
-        found = yaml.safe_load(Path(path).read_text())
-        if not isinstance(found, dict):
-            message = f"{str(path)!r} must hold a mapping of the arguments of DaskTaskRunner."
-            raise errors.ConfigurationError(message)
+        found = attach.read_yaml(path)
         try:
             return cls(**found)
         except TypeError as error:
@@ -121,7 +126,7 @@ class DaskTaskRunner(TaskRunner):
     # -- identity ---------------------------------------------------------------------------
     def __eq__(self, other: object) -> bool:
         """Compare settings; a cluster or client equals itself only."""
-        return type(other) is type(self) and self._identity() == other._identity()  # type: ignore[attr-defined]
+        return isinstance(other, DaskTaskRunner) and self._identity() == other._identity()
 
     def __hash__(self) -> int:
         """Hash by what names the cluster."""
@@ -140,7 +145,14 @@ class DaskTaskRunner(TaskRunner):
         if self._wish.cluster is not None or self._wish.client is not None:
             message = "a DaskTaskRunner with a cluster or client inside cannot be pickled before it is open."
             raise TypeError(message)
-        names = ("cluster_class", "cluster_kwargs", "adapt_kwargs", "client_kwargs", "scheduler_file", "strict")
+        names = (
+            "cluster_class",
+            "cluster_kwargs",
+            "adapt_kwargs",
+            "client_kwargs",
+            "scheduler_file",
+            "strict",
+        )
         kwargs = {name: getattr(self._wish, name) for name in names}
         return functools.partial(type(self), max_in_flight=self.max_in_flight, **kwargs), ()
 
@@ -173,7 +185,7 @@ class DaskTaskRunner(TaskRunner):
             self._runtime = dask_runtime.local() if attachment.local else dask_runtime.ship(attachment.client)
             self._follow(attachment)
             if self.performance_report_path is not None:
-                self._report = _performance_report(attachment.client, self.performance_report_path)
+                self._report = attach.performance_report(attachment.client, self.performance_report_path)
         except BaseException:
             self._let_go(attachment)
             raise
@@ -182,7 +194,7 @@ class DaskTaskRunner(TaskRunner):
         assert self._runtime is not None
         self._summary = (time.monotonic(), self._runtime.join(attachment.client))
         self._attachment = attachment
-        self._watch = Watch(attachment.client, self._runtime.plugin, self.deliver, self._return)
+        self._watch = Watch(attachment.client, self._runtime.tracker, self.deliver, self._return)
         for tag in list(self._listeners):
             self._subscribe(tag)
 
@@ -227,10 +239,10 @@ class DaskTaskRunner(TaskRunner):
 
         client = get_client()
         with _inside_lock:
-            runner = getattr(client, "_penstock_runner", None)
+            runner: DaskTaskRunner | None = getattr(client, "_penstock_runner", None)
             if runner is None:
                 runner = client._penstock_runner = _InsideRunner(client)
-        return runner  # type: ignore[no-any-return]
+        return runner
 
     def inside(self) -> str:
         """Return the name by which a task finds this runner."""
@@ -259,7 +271,7 @@ class DaskTaskRunner(TaskRunner):
         taken, summary = self._summary
         if time.monotonic() - taken > 2:
             with contextlib.suppress(Exception):
-                summary = dask_graph.ask(attachment.client, self._runtime.plugin.summary, timeout=2)
+                summary = dask_graph.ask(attachment.client, self._runtime.tracker.summary, timeout=2)
             self._summary = (time.monotonic(), summary)
         return RunnerInfo(
             "dask",
@@ -308,7 +320,9 @@ class DaskTaskRunner(TaskRunner):
         client = self.client
         names: list[Key] = [(f"put-{self._tag}", next(self._puts)) for _ in values]
         try:
-            futures = client.scatter(dict(zip(names, values, strict=True)), direct=self._is_near(), hash=False)
+            futures = client.scatter(
+                dict(zip(names, values, strict=True)), direct=self._is_near(), hash=False
+            )
         except TypeError as error:
             message = f"an argument cannot be sent to another process: {str(error).splitlines()[0]}"
             raise errors.UnserializableArgument(message) from error
@@ -328,11 +342,15 @@ class DaskTaskRunner(TaskRunner):
         client = self.client
         for ref in refs:
             if ref.handle is None or ref.handle.status in {"cancelled", "lost", "error"}:
-                raise errors.ResultLost(f"the value of task {ref.key[0].rpartition('-')[0]!r} no longer exists")
+                raise errors.ResultLost(
+                    f"the value of task {ref.key[0].rpartition('-')[0]!r} no longer exists"
+                )
         try:
             return list(client.gather([ref.handle for ref in refs], direct=self._is_near()))
         except (CancelledError, KeyError) as error:
-            raise errors.ResultLost(f"a value was lost on its way: {type(error).__name__}: {error}") from error
+            raise errors.ResultLost(
+                f"a value was lost on its way: {type(error).__name__}: {error}"
+            ) from error
         except Exception as error:
             if type(error).__name__ in {"TaskFailure", "KilledWorker", "ClosedClientError"}:
                 raise errors.ResultLost(f"a value could not be made again: {error}") from error
@@ -367,7 +385,7 @@ class DaskTaskRunner(TaskRunner):
         client, watch, runtime = self.client, self._watch, self._runtime
         assert watch is not None and runtime is not None  # noqa: PT018 - it is open
         refs = {one.key: Ref(one.key, None) for one in submissions}
-        dead = self._without_input(submissions, refs)
+        dead = dask_graph.without_input(client, submissions)
         if dead:
             watch.tell([Report(key, "lost", cause=cause) for key, cause in dead.items()])
             submissions = [one for one in submissions if one.key not in dead]
@@ -375,7 +393,9 @@ class DaskTaskRunner(TaskRunner):
             keys = [one.key for one in batch]
             watch.outstanding.update((key, refs[key]) for key in keys)
             try:
-                futures = dask_graph.send(client, runtime.plugin.Batch(*dask_graph.columns(batch, self._tag)), keys)
+                futures = dask_graph.send(
+                    client, runtime.plugin.Batch(*dask_graph.columns(batch, self._tag)), keys
+                )
             except Exception as error:
                 if client.status == "running":
                     raise
@@ -388,23 +408,6 @@ class DaskTaskRunner(TaskRunner):
                 refs[key].handle = future
         return list(refs.values())
 
-    def _without_input(self, submissions: Sequence[Submission], refs: Mapping[Key, Ref]) -> dict[Key, Exception]:
-        """Find what depends on a value that is gone: Dask would cancel the whole batch for it."""
-        dead: dict[Key, Exception] = {}
-        held = self.client.futures
-        for one in submissions:
-            for ref in (*one.refs, *one.after):
-                handle = ref.handle
-                if handle is not None:
-                    gone = handle.status in {"cancelled", "lost"}
-                else:
-                    gone = ref.key in dead or (ref.key not in refs and ref.key not in held)
-                if gone:
-                    name = ref.key[0].rpartition("-")[0]
-                    dead[one.key] = errors.ResultLost(f"the value of {name!r} is gone, with the worker that held it")
-                    break
-        return dead
-
     def cancel(self, refs: Sequence[Ref], *, force: bool = False) -> list[Key]:
         """Withdraw what does not run, ask what runs to stop.
 
@@ -413,50 +416,10 @@ class DaskTaskRunner(TaskRunner):
         client, watch, runtime = self.client, self._watch, self._runtime
         assert watch is not None and runtime is not None  # noqa: PT018 - it is open
         keys = [ref.key for ref in refs if ref.key in watch.outstanding]
-        if not keys:
-            return []
-        plugin = runtime.plugin
-        stopped, placed = dask_graph.ask(client, plugin.stop, runtime.name, keys)
-        running: dict[str, list[Key]] = {}
-        if placed:
-            answers = dask_graph.ask_workers(client, plugin.cancel_keys, placed, workers=list(placed))
-            for address, some in placed.items():
-                busy = set(answers.get(address, some))  # one that does not answer is taken to be at work
-                running[address] = [key for key in some if key in busy]
-                stopped += [key for key in some if key not in busy]
-            condemned = self._condemn([address for address, some in running.items() if some]) if force else []
-            stopped += [key for address in condemned for key in running[address]]
-            dask_graph.ask(client, plugin.withdraw, runtime.name, stopped)  # first, or it starts elsewhere
-            self._end(condemned)
+        stopped = runtime.stop(client, keys, force=force) if keys else []
         for key in stopped:
             watch.outstanding.pop(key, None)
-        return list(stopped)
-
-    def _condemn(self, workers: list[str]) -> list[str]:
-        """Return the workers that may be ended, since others come in their place."""
-        runtime = self._runtime
-        assert runtime is not None
-        condemned: list[str] = dask_graph.ask(self.client, runtime.plugin.condemn, runtime.name, workers)
-        for address in set(workers) - set(condemned):
-            log.warning("worker %s cannot be ended to stop a task: it has no nanny that would replace it", address)
-        if condemned:
-            log.warning("ending %d worker(s) to stop a task; what else runs there starts anew", len(condemned))
-        return condemned
-
-    def _end(self, workers: list[str]) -> None:
-        """End worker processes, and wait until the scheduler has noticed."""
-        client, runtime = self.client, self._runtime
-        if not workers or runtime is None:
-            return
-        dask_graph.ask_workers(client, runtime.plugin.end_process, workers=workers, timeout=1.0)
-        left = workers
-        for _ in range(50):
-            left = dask_graph.ask(client, runtime.plugin.alive, workers)
-            if not left:
-                return
-            time.sleep(0.02)
-        with contextlib.suppress(Exception):  # a worker whose loop is stuck: its nanny does it, patiently
-            client.restart_workers(left, timeout=15, raise_for_error=False)
+        return stopped
 
     @contextlib.contextmanager
     def blocked(self, refs: Sequence[Ref]) -> Iterator[None]:
@@ -502,20 +465,6 @@ def _library_versions() -> tuple[tuple[str, str], ...]:
     import distributed
 
     return ("dask", dask.__version__), ("distributed", distributed.__version__)
-
-
-def _performance_report(client: Any, path: str) -> Any:
-    import importlib.util
-
-    if importlib.util.find_spec("bokeh") is None:
-        message = "'performance_report_path' needs bokeh, which is not installed: pip install bokeh"
-        raise errors.MissingExtra(message)
-    from distributed import performance_report
-
-    report = performance_report(filename=path)
-    with client.as_current():
-        report.__enter__()
-    return report
 
 
 __all__ = ["DaskTaskRunner"]

@@ -1,4 +1,5 @@
-"""Submissions become messages to a Dask scheduler; with `dask_plugin` the only user of its private surface.
+"""Submissions become messages to a Dask scheduler; with `dask_plugin` and `dask_tracker`
+the only user of its private surface.
 
 One message carries a batch, whatever its tasks ask for: options travel as annotations per key.
 """
@@ -12,6 +13,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from penstock import errors
 from penstock.runners.base import Key, Submission
 
 TASKS = 5_000  # in one message: a cancel waits behind the graph that is before it
@@ -48,7 +50,10 @@ def columns(submissions: Sequence[Submission], tag: str) -> tuple[Any, ...]:
     tuple
         The columns.
     """
-    uses = [tuple([ref.handle.key if ref.handle is not None else ref.key for ref in one.refs]) for one in submissions]
+    uses = [
+        tuple([ref.handle.key if ref.handle is not None else ref.key for ref in one.refs])
+        for one in submissions
+    ]
     waits = [tuple(dict.fromkeys(ref.key for ref in one.after)) for one in submissions]
     return (
         f"{tag}-{next(_names)}",
@@ -77,6 +82,31 @@ def _annotations(submissions: Sequence[Submission]) -> dict[str, dict[Key, Any]]
     return found
 
 
+def without_input(client: Any, submissions: Sequence[Submission]) -> dict[Key, Exception]:
+    """Find what depends on a value that is gone: Dask would cancel the whole batch for it.
+
+    Returns
+    -------
+    dict
+        What was lost, by key.
+    """
+    dead: dict[Key, Exception] = {}
+    keys = {one.key for one in submissions}
+    for one in submissions:
+        for ref in (*one.refs, *one.after):
+            if ref.handle is not None:
+                gone = ref.handle.status in {"cancelled", "lost"}
+            else:
+                gone = ref.key in dead or (ref.key not in keys and ref.key not in client.futures)
+            if gone:
+                name = ref.key[0].rpartition("-")[0]
+                dead[one.key] = errors.ResultLost(
+                    f"the value of {name!r} is gone, with the worker that held it"
+                )
+                break
+    return dead
+
+
 def send(client: Any, batch: Any, keys: Sequence[Key], *, public: bool = False) -> dict[Key, Any]:
     """Send a batch and return a future for each key.
 
@@ -96,7 +126,7 @@ def send(client: Any, batch: Any, keys: Sequence[Key], *, public: bool = False) 
     context = contextvars.Context()
     if not public and _takes_priorities(client):
         futures: dict[Key, Any] = context.run(
-            client._graph_to_futures, batch, keys, None, internal_priority=batch.order(), fifo_timeout=0
+            client._graph_to_futures, batch, keys, None, internal_priority=batch.places(), fifo_timeout=0
         )
         return futures
     listed = context.run(client.get, batch, list(keys), sync=False, fifo_timeout=0)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import signal
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import dask
+from dask.system import CPU_COUNT
 from distributed import LocalCluster, Nanny
+from distributed.deploy.cluster import Cluster
+from distributed.deploy.utils import nprocesses_nthreads
 
 SATURATION = 8.0
 """Tasks that a worker holds for each of its threads.
@@ -40,39 +44,38 @@ def shape(cores: int) -> tuple[int, int]:
     """
     if cores <= 4:
         return max(cores, 1), 1
-    from distributed.deploy.utils import nprocesses_nthreads
-
     processes, threads = nprocesses_nthreads(cores)
     return int(processes), int(threads)
 
 
-def _local_cluster(kwargs: dict[str, Any]) -> Any:
-    """Start a cluster on this machine: interruptible, quiet, and gone with this process."""
-    import dask
-    from dask.system import CPU_COUNT
-    from distributed import LocalCluster
+def start(kwargs: dict[str, Any]) -> Any:
+    """Start a cluster.
 
-    options: dict[str, Any] = {
-        "dashboard_address": "127.0.0.1:0",  # None means port 8787, and a warning if it is taken
-        "silence_logs": logging.CRITICAL,
-        "host": "127.0.0.1",
-    }
+    Parameters
+    ----------
+    kwargs : dict
+        What the user wants of `distributed.LocalCluster`.
+    """
+    options: dict[str, Any] = {"silence_logs": logging.CRITICAL, "host": "127.0.0.1"}
     if "n_workers" not in kwargs and "threads_per_worker" not in kwargs:
         options["n_workers"], options["threads_per_worker"] = shape(CPU_COUNT)
     if kwargs.get("processes", True) and "worker_class" not in kwargs:
-        from penstock.runners.dask_plugin import LocalNanny
-
         options["worker_class"] = LocalNanny
-        options["preload"] = ["penstock.runners.dask_plugin"]
+        options["preload"] = [__name__]
     options.update(kwargs)
+    if options.get("dashboard_address") is None:  # to Dask that means port 8787, and a warning if it is taken
+        options["dashboard_address"] = "127.0.0.1:0"
     config = {
-        "distributed.scheduler.allowed-failures": 10,
-        "distributed.nanny.pre-spawn-environ": {**_THREADS, **dask.config.get("distributed.nanny.pre-spawn-environ")},
+        "distributed.scheduler.allowed-failures": LOSSES,
+        "distributed.nanny.pre-spawn-environ": {
+            **_THREADS,
+            **dask.config.get("distributed.nanny.pre-spawn-environ"),
+        },
     }
     if dask.config.get("distributed.scheduler.worker-saturation") == 1.1:  # else it is somebody's wish
         config["distributed.scheduler.worker-saturation"] = SATURATION
-    with dask.config.set(config), _environment_kept():
-        return _interruptible(lambda: LocalCluster(**options))
+    with dask.config.set(config):
+        return _interruptible(lambda: _Cluster(**options))
 
 
 _THREADS = {  # one core for each task, whatever library does its linear algebra
@@ -83,18 +86,6 @@ _THREADS = {  # one core for each task, whatever library does its linear algebra
     "VECLIB_MAXIMUM_THREADS": 1,
     "NUMEXPR_NUM_THREADS": 1,
 }
-
-
-@contextlib.contextmanager
-def _environment_kept() -> Iterator[None]:
-    """Nannies set the variables of their workers in this process; they are not for the user's code."""
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
-        for name in set(os.environ) - set(before):
-            if name in _THREADS or name in {"MALLOC_TRIM_THRESHOLD_", "PYTHONHASHSEED"}:
-                del os.environ[name]
 
 
 def _interruptible(start: Callable[[], Any]) -> Any:
@@ -114,7 +105,7 @@ def _interruptible(start: Callable[[], Any]) -> Any:
             return
         box.append(cluster)
         if abandoned.is_set():
-            _close_cluster(cluster)
+            close(cluster)
 
     thread = threading.Thread(target=target, name="penstock-dask-start", daemon=True)
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -129,7 +120,7 @@ def _interruptible(start: Callable[[], Any]) -> Any:
         abandoned.set()
         thread.join(10)
         if box and not isinstance(box[0], BaseException):
-            _close_cluster(box[0])
+            close(box[0])
         raise
     if isinstance(box[0], BaseException):
         raise box[0]
@@ -142,42 +133,86 @@ def close(cluster: Any) -> None:
         cluster.close(timeout=10)
 
 
-class LocalNanny(Nanny):
+class _Cluster(LocalCluster):  # type: ignore[misc]
+    """A local cluster that does not give up a worker which is slow to come back.
+
+    Dask removes a worker for good, nanny and all, if 15 seconds after its death no successor has
+    registered: on a busy machine, or if the successor dies as well, the cluster would dwindle.
+    """
+
+    def _update_worker_status(self, op: str, msg: Any) -> None:
+        Cluster._update_worker_status(self, op, msg)
+
+
+def dask_setup(worker: Any) -> None:
+    """Prepare a worker process; Dask calls this since the module is a preload of it."""
+    del worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's business
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    importlib.import_module("penstock.runners.dask_plugin")  # rather now than with the first task
+
+
+class LocalNanny(Nanny):  # type: ignore[misc]
     """Watches a worker process of a cluster of ours and remembers how it ended."""
 
-    ends = OrderedDict()  # process id → exit code, negative for a signal
-    started = OrderedDict()  # process id → True
-    worker_pid = None
+    ends: ClassVar[OrderedDict[int, int]] = OrderedDict()  # process id → exit code, negative for a signal
+    started: ClassVar[OrderedDict[int, int]] = OrderedDict()  # process id → 0
+    worker_pid: int = 0
 
-    @classmethod
-    def known(cls, pid):
-        """Whether a process is or was a worker of ours."""
-        return pid in cls.started
-
-    async def instantiate(self):
-        """Start the worker process without running the user's script in it once more.
-
-        `multiprocessing` imports ``__main__`` again in each child, which costs time and starts
-        a flow anew if the script has no guard. Tasks do not need it: they travel by value.
-        """
-        main = sys.modules["__main__"]
-        kept = {name: main.__dict__[name] for name in ("__file__", "__spec__") if name in main.__dict__}
-        main.__dict__.pop("__file__", None)
-        main.__spec__ = None
-        try:
+    async def instantiate(self) -> Any:
+        """Start the worker process."""
+        with _unchanged:
             status = await super().instantiate()
-        finally:
-            main.__dict__.update(kept)
-        self.worker_pid = self.pid
-        self.ends.pop(self.pid, None)  # an earlier process with the same number
-        self._note(self.started, True)
+        self.worker_pid = self.pid or 0
+        self.ends.pop(self.worker_pid, None)  # an earlier process with the same number
+        self._note(self.started, 0)
         return status
 
-    def _on_worker_exit_sync(self, exitcode):
+    def _on_worker_exit_sync(self, exitcode: int) -> None:
         self._note(self.ends, exitcode)
         super()._on_worker_exit_sync(exitcode)
 
-    def _note(self, table, value):
+    def _note(self, table: OrderedDict[int, int], value: int) -> None:
         table[self.worker_pid] = value
         while len(table) > 1000:
             table.popitem(last=False)
+
+
+class _Unchanged:
+    """Keeps two things of this process as they are while worker processes start.
+
+    `multiprocessing` imports the user's script again in each child, which costs time and starts
+    its flow anew if the script has no guard; tasks do not need it, they travel by value. So the
+    script is out of sight meanwhile. And a nanny sets the environment of its worker in this
+    process, where it is not meant to stay.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._main: dict[str, Any] = {}
+        self._names: set[str] = set()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users > 1:
+                return
+            main = vars(sys.modules["__main__"])
+            self._main = {name: main[name] for name in ("__file__", "__spec__") if name in main}
+            main.pop("__file__", None)
+            main["__spec__"] = None
+            self._names = set(os.environ)
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users:
+                return
+            vars(sys.modules["__main__"]).update(self._main)
+            for name in set(os.environ) - self._names:
+                if name in _THREADS or name in {"MALLOC_TRIM_THRESHOLD_", "PYTHONHASHSEED"}:
+                    del os.environ[name]
+
+
+_unchanged = _Unchanged()

@@ -129,7 +129,9 @@ def _unsendable(value: Any) -> Exception | None:
     connection between the two workers is spoilt for others.
     """
     kind = type(value)
-    if kind in _SAFE or (kind.__module__ == "numpy" and getattr(value, "dtype", "O").char != "O"):
+    if kind in _SAFE or (
+        kind.__module__ == "numpy" and getattr(getattr(value, "dtype", None), "char", "O") != "O"
+    ):
         return None
     try:  # large buffers are neither copied nor kept
         pickle.Pickler(_Sink(), 5, buffer_callback=lambda _: False).dump(value)

@@ -7,13 +7,16 @@ is there already.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
 import importlib.util
+import logging
 import os
 import sys
 import tempfile
+import time
 import types
 import zipfile
 from pathlib import Path
@@ -21,16 +24,20 @@ from typing import Any
 
 from penstock import errors
 from penstock.runners import dask_graph, worker_runtime
+from penstock.runners.base import Key
+
+log = logging.getLogger("penstock.runners.dask")
 
 _FOLDER = Path(__file__).parent
-_FILES = ("worker_runtime.py", "dask_plugin.py")
+_FILES = ("worker_runtime.py", "dask_plugin.py", "dask_tracker.py")
 _PREFIX = "_penstock_rt_"
 
 # Where penstock of the same version is installed, its own module takes the place of the copy, so
 # that code which knows both sees one set of classes.
-_INIT = '''\
+_INIT = """\
 import importlib
 import importlib.util
+import logging
 import os
 import pkgutil
 import sys
@@ -43,7 +50,7 @@ try:
                 sys.modules[__name__ + ".worker_runtime"] = worker_runtime
 except Exception:
     pass
-'''
+"""
 
 
 @functools.cache
@@ -60,37 +67,91 @@ class Runtime:
 
     Parameters
     ----------
-    plugin : module
-        `dask_plugin`, under the name that scheduler and workers can import.
+    package : str
+        Where scheduler and workers can import it from.
     name : str
         Of the tracker on the scheduler.
     """
 
-    def __init__(self, plugin: Any, name: str) -> None:
-        self.plugin = plugin
+    def __init__(self, package: str, name: str) -> None:
+        self.plugin: Any = importlib.import_module(f"{package}.dask_plugin")
+        self.tracker: Any = importlib.import_module(f"{package}.dask_tracker")
         self.name = name
 
     def join(self, client: Any) -> dict[str, Any]:
         """Have the tracker on the scheduler know the client; return the cluster's summary."""
-        found: dict[str, Any] = dask_graph.ask(client, self.plugin.join, self.name, client.id)
+        found: dict[str, Any] = dask_graph.ask(client, self.tracker.join, self.name, client.id)
         return found
 
     def leave(self, client: Any) -> None:
         """Take the tracker away, if nobody else needs it."""
-        dask_graph.ask(client, self.plugin.leave, self.name, client.id, timeout=2)
+        dask_graph.ask(client, self.tracker.leave, self.name, client.id, timeout=2)
+
+    def stop(self, client: Any, keys: list[Key], *, force: bool) -> list[Key]:
+        """Withdraw what does not run, ask what runs to stop; with `force` end the process it runs in.
+
+        Returns
+        -------
+        list of tuple
+            What will certainly not run.
+        """
+        tracker = self.tracker
+        stopped, placed = dask_graph.ask(client, tracker.stop, self.name, keys)
+        if not placed:
+            return list(stopped)
+        answers = dask_graph.ask_workers(client, self.plugin.cancel_keys, placed, workers=list(placed))
+        running: dict[str, list[Key]] = {}
+        for address, some in placed.items():
+            busy = set(answers.get(address, some))  # one that does not answer is taken to be at work
+            running[address] = [key for key in some if key in busy]
+            stopped += [key for key in some if key not in busy]
+        condemned = (
+            self._condemn(client, [address for address, some in running.items() if some]) if force else []
+        )
+        stopped += [key for address in condemned for key in running[address]]
+        dask_graph.ask(client, tracker.withdraw, self.name, stopped)  # first, or it starts elsewhere
+        self._end(client, condemned)
+        return list(stopped)
+
+    def _condemn(self, client: Any, workers: list[str]) -> list[str]:
+        """Return the workers that may be ended, since others come in their place."""
+        condemned: list[str] = dask_graph.ask(client, self.tracker.condemn, self.name, workers)
+        for address in set(workers) - set(condemned):
+            log.warning(
+                "worker %s cannot be ended to stop a task: it has no nanny that would replace it", address
+            )
+        if condemned:
+            log.warning(
+                "ending %d worker(s) to stop a task; what else runs there starts anew", len(condemned)
+            )
+        return condemned
+
+    def _end(self, client: Any, workers: list[str]) -> None:
+        """End worker processes, and wait until the scheduler has noticed."""
+        if not workers:
+            return
+        dask_graph.ask_workers(client, self.plugin.end_process, workers=workers, timeout=1.0)
+        left = workers
+        for _ in range(50):
+            left = dask_graph.ask(client, self.tracker.alive, workers)
+            if not left:
+                return
+            time.sleep(0.02)
+        with contextlib.suppress(Exception):  # a worker whose loop is stuck: its nanny does it, patiently
+            client.restart_workers(left, timeout=15, raise_for_error=False)
 
 
 def local() -> Runtime:
     """Return the code by reference to penstock itself, for a cluster of this environment."""
-    return Runtime(importlib.import_module("penstock.runners.dask_plugin"), f"penstock-{digest()}")
+    return Runtime("penstock.runners", f"penstock-{digest()}")
 
 
 def of_worker() -> Runtime:
     """Return the code under the name that the task which runs here came with."""
-    name = getattr(sys.modules["_penstock_running"], "dask_plugin", "penstock.runners.dask_plugin")
-    package = name.partition(".")[0]
+    name: str = getattr(sys.modules["_penstock_running"], "dask_plugin", "penstock.runners.dask_plugin")
+    package = name.rpartition(".")[0]
     known = package.removeprefix(_PREFIX) if package.startswith(_PREFIX) else digest()
-    return Runtime(importlib.import_module(name), f"penstock-{known}")
+    return Runtime(package, f"penstock-{known}")
 
 
 def ship(client: Any) -> Runtime:
@@ -137,24 +198,20 @@ def _zip(folder: str) -> str:
     return path
 
 
-def _loaded() -> Any:
+def _loaded() -> str:
     """Make the shipped package known here, so that its classes pickle by reference and load again."""
     package = f"{_PREFIX}{digest()}"
-    name = f"{package}.dask_plugin"
-    if name in sys.modules:
-        return sys.modules[name]
-    parent = types.ModuleType(package)
-    parent.__path__ = []
-    sys.modules[package] = parent
-    sys.modules[f"{package}.worker_runtime"] = worker_runtime
-    parent.worker_runtime = worker_runtime  # type: ignore[attr-defined]
-    spec = importlib.util.spec_from_file_location(name, _FOLDER / "dask_plugin.py")
-    assert spec is not None and spec.loader is not None  # noqa: PT018 - the file is beside this one
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    parent.dask_plugin = module  # type: ignore[attr-defined]
-    return module
+    if package not in sys.modules:
+        parent = sys.modules[package] = types.ModuleType(package)
+        parent.__path__ = []
+        sys.modules[f"{package}.worker_runtime"] = worker_runtime
+        for name in ("dask_plugin", "dask_tracker"):
+            full = f"{package}.{name}"
+            spec = importlib.util.spec_from_file_location(full, _FOLDER / f"{name}.py")
+            assert spec is not None and spec.loader is not None  # noqa: PT018 - the file is beside this one
+            module = sys.modules[full] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+    return package
 
 
 __all__ = ["Runtime", "digest", "local", "of_worker", "ship"]

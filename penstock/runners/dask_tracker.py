@@ -29,6 +29,7 @@ with one of the kinds
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import pickle
@@ -47,7 +48,7 @@ SHORTEST, LONGEST = 0.002, 0.02  # seconds between two messages of one topic
 PATIENCE = 0.1  # a nanny says why it ended a worker about when the worker's connection closes
 
 
-class Tracker(SchedulerPlugin):
+class Tracker(SchedulerPlugin):  # type: ignore[misc]
     """Tells sessions how their tasks end, and takes tasks off dead workers.
 
     Parameters
@@ -65,14 +66,19 @@ class Tracker(SchedulerPlugin):
         self._events: defaultdict[str, list[tuple[Any, ...]]] = defaultdict(list)
         self._pause = SHORTEST
         self._flush_due = False
-        self._displaced: tuple[str, list[tuple[Any, bool]]] = ("", [])  # stimulus, and the keys that it took off a worker
+        self._displaced: tuple[str, list[tuple[Any, bool]]] = (
+            "",
+            [],
+        )  # stimulus, and the keys that it took off a worker
         self._blamed: dict[Any, int] = {}  # key → times that a worker died under it
         self._doomed: dict[str, int] = {}  # worker → resident bytes when its nanny ended it
         self._restarting: set[str] = set()
         self._workers = {address: _known(state) for address, state in scheduler.workers.items()}
 
     # -- hooks of Dask: each is called for everybody's tasks and must not raise -------------
-    def transition(self, key: Any, start: str, finish: str, *args: Any, stimulus_id: str = "", **details: Any) -> None:
+    def transition(
+        self, key: Any, start: str, finish: str, *args: Any, stimulus_id: str = "", **details: Any
+    ) -> None:
         """Look at a task that changes its state."""
         try:
             if finish == "memory":
@@ -127,7 +133,7 @@ class Tracker(SchedulerPlugin):
     def log_event(self, topic: str, msg: Any) -> None:
         """Hear of workers that use too much memory."""
         if topic == "worker-restart-memory" and isinstance(msg, dict):
-            self._doomed[msg.get("worker")] = msg.get("rss", 0)
+            self._doomed[str(msg.get("worker"))] = msg.get("rss", 0)
 
     def remove_client(self, scheduler: Any, client: str) -> None:
         """Leave with the last of our clients."""
@@ -161,7 +167,9 @@ class Tracker(SchedulerPlugin):
             self._add(topic, ("orphaned" if again else "upstream", key, b"", 0, worker, None))
             return
         try:
-            error = exception if isinstance(exception, bytes) else deserialize(exception.header, exception.frames)
+            error = (
+                exception if isinstance(exception, bytes) else deserialize(exception.header, exception.frames)
+            )
             if isinstance(error, bytes):
                 error = pickle.loads(error)
         except Exception:
@@ -246,7 +254,11 @@ class Tracker(SchedulerPlugin):
                 if name in self.scheduler.plugins:
                     self.scheduler.remove_plugin(name=name)
                 if name in self.scheduler.worker_plugins:
-                    self.scheduler.loop.add_callback(self.scheduler.unregister_worker_plugin, None, name)
+                    self.scheduler.loop.add_callback(self._take_along, name)
+
+    async def _take_along(self, name: str) -> None:
+        with contextlib.suppress(Exception):  # a worker that goes at the same moment
+            await self.scheduler.unregister_worker_plugin(None, name)
 
 
 def _known(state: Any) -> dict[str, Any]:

@@ -37,8 +37,8 @@ class Watch:
     ----------
     client : distributed.Client
         Connected.
-    plugin : module
-        `dask_plugin` as the cluster knows it.
+    tracker : module
+        `dask_tracker` as the cluster knows it.
     deliver : callable
         Takes reports; called from this object's own thread.
     reconnected : callable
@@ -48,13 +48,13 @@ class Watch:
     def __init__(
         self,
         client: Any,
-        plugin: Any,
+        tracker: Any,
         deliver: Callable[[Sequence[Report]], None],
         reconnected: Callable[[], None],
     ) -> None:
         self.outstanding: dict[Key, Ref] = {}
         self._client = client
-        self._plugin = plugin
+        self._tracker = tracker
         self._deliver = deliver
         self._reconnected = reconnected
         self._connection = dask_graph.connection(client)
@@ -197,10 +197,12 @@ class Watch:
             else:
                 shown = f"{type(exception).__name__}: {exception}"[:2000]
                 cause = errors.CrashedRun(f"the Dask cluster could not run task {_name(key)!r}: {shown}")
-        elif reason == self._plugin.REASON:
+        elif reason == self._tracker.REASON:
             return Report(key, "upstream")
         elif reason.startswith("scheduler"):
-            cause = errors.SchedulerLost(f"the Dask cluster was restarted ({reason}) under task {_name(key)!r}")
+            cause = errors.SchedulerLost(
+                f"the Dask cluster was restarted ({reason}) under task {_name(key)!r}"
+            )
         else:
             cause = _gone(key)
         return Report(key, "lost", cause=cause)
@@ -208,7 +210,7 @@ class Watch:
     def _ask_scheduler(self) -> list[Report]:
         keys = list(self.outstanding)[:5_000]
         try:
-            unknown = dask_graph.ask(self._client, self._plugin.unknown, keys, timeout=5.0)
+            unknown = dask_graph.ask(self._client, self._tracker.unknown, keys, timeout=5.0)
         except Exception as error:
             if time.monotonic() - self._answered < STALLED_SECONDS:
                 return []
@@ -236,7 +238,9 @@ class Watch:
                     name = _name(key)
                     if name not in self._told:
                         self._told.add(name)
-                        log.warning("task %r waits for a worker: none has the resources or the name it asks for", name)
+                        log.warning(
+                            "task %r waits for a worker: none has the resources or the name it asks for", name
+                        )
 
 
 def loss(key: Key, details: dict[str, Any]) -> Exception:
@@ -259,7 +263,7 @@ def loss(key: Key, details: dict[str, Any]) -> Exception:
     began = details["began"]
     when = {True: "while it ran", False: "before it began", None: "while it had"}[began]
     name = _name(key)
-    cause: errors.CrashedRun
+    cause: Any
     if details.get("rss"):
         cause = errors.OutOfMemory(
             f"worker {worker} (pid {pid}) was ended {when} task {name!r}: it used {_megabytes(details['rss'])} "
@@ -269,17 +273,17 @@ def loss(key: Key, details: dict[str, Any]) -> Exception:
         cause = errors.WorkerLost(f"worker {worker} (pid {pid}) no longer answered {when} task {name!r}")
     else:
         cause = errors.WorkerLost(f"worker {worker} (pid {pid}) {_death(pid)} {when} task {name!r}")
-    cause.began = began  # type: ignore[attr-defined]
-    cause.shared = details["shared"]  # type: ignore[attr-defined]
-    return cause
+    cause.began = began
+    cause.shared = details["shared"]
+    return cause  # type: ignore[no-any-return]
 
 
 def _death(pid: int) -> str:
     """Say how a process ended, which is known of workers that this process started."""
-    plugin = sys.modules.get("penstock.runners.dask_plugin")
-    ends = plugin.LocalNanny.ends if plugin is not None and plugin.LocalNanny.known(pid) else None
-    if ends is None:
+    local = sys.modules.get("penstock.runners.dask_local")
+    if local is None or pid not in local.LocalNanny.started:
         return "died"
+    ends = local.LocalNanny.ends
     deadline = time.monotonic() + 1.0
     while pid not in ends and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -297,7 +301,13 @@ def _death(pid: int) -> str:
 def _made_up_record() -> bytes:
     """Stand in for the record of a task that is known to have completed, and no more than that."""
     now = time.time()
-    record: dict[str, Any] = {"status": "completed", "attempt": 1, "started": now, "ended": now, "seconds": 0.0}
+    record: dict[str, Any] = {
+        "status": "completed",
+        "attempt": 1,
+        "started": now,
+        "ended": now,
+        "seconds": 0.0,
+    }
     record.update(nbytes=0, peak=0, host=socket.gethostname(), pid=os.getpid(), worker="", thread=0)
     return pickle.dumps(record, 4)
 

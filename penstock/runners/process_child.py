@@ -60,6 +60,8 @@ class Child:
         Its name in the pool; begins the names of the files it writes.
     is_alive, is_ready, is_leaving, is_blocked : bool
         It has said something; it can take work; it was told to end; its task waits for other work.
+    is_presumed_blocked : bool
+        We think that it is blocked, although it has not said so.
     was_asked : bool
         To hand work back, and has not answered.
     running : dict
@@ -82,6 +84,7 @@ class Child:
         self.channel = channel
         self.born = time.monotonic()
         self.idle_since = self.born
+        self.is_presumed_blocked = False
         self.is_alive = self.is_ready = self.is_leaving = self.is_blocked = self.was_asked = False
         self.running: dict[Key, Work] = {}
         self.seconds = 0.0  # what is running is expected to take
@@ -146,6 +149,12 @@ class Child:
     def current(self) -> Work | None:
         """The work that runs now."""
         return next(iter(self.running.values()), None)
+
+    @property
+    def awaits(self) -> bool:
+        """Whether work that the running task has submitted has not ended."""
+        current = self.current
+        return current is not None and any(nested.parent is current for nested in self.sent.values())
 
     @property
     def has_room(self) -> bool:

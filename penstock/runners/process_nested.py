@@ -86,7 +86,7 @@ class WorkerProcessRunner(TaskRunner):
                         item.order,
                         *self._functions.pack(_bytes(item.function)),
                         _bytes(item.arguments),
-                        [upstream.handle.number for upstream in item.refs],
+                        [_number(upstream) for upstream in item.refs],
                         item.priority,
                         item.announce,
                     )
@@ -133,12 +133,12 @@ class WorkerProcessRunner(TaskRunner):
 
     def fetch(self, refs: Sequence[Ref]) -> list[Any]:
         """Map or unpickle values that the driver keeps."""
-        packed = self._worker.ask("fetch", [ref.handle.number for ref in refs])
+        packed = self._worker.ask("fetch", [_number(ref) for ref in refs])
         return [fetched(ref, item) for ref, item in zip(refs, packed, strict=True)]
 
     def release(self, refs: Sequence[Ref]) -> None:
         """Have the driver free values."""
-        self._worker.send(("release", [ref.handle.number for ref in refs]))
+        self._worker.send(("release", [_number(ref) for ref in refs]))
 
     def _ref(self, key: Key, nbytes: int = 0) -> Ref:
         return Ref(key, WorkerHandle(next(self._numbers), self._mail), nbytes)
@@ -182,6 +182,10 @@ def fetched(ref: Ref, packed: shared_memory.Packed | None) -> Any:
         pass  # somebody has emptied the directory
     message = f"the value of {ref.key} does not exist (any more)"
     raise errors.ResultLost(message)
+
+
+def _number(ref: Ref) -> int:
+    return ref.handle.number if isinstance(ref.handle, WorkerHandle) else -1
 
 
 def _bytes(content: Any) -> bytes:

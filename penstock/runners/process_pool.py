@@ -17,8 +17,9 @@ from penstock import errors
 from penstock.runners.base import Key, Report
 from penstock.runners.process_channel import Message
 from penstock.runners.process_child import Child, oom_kills
+from penstock.runners.process_requests import serve
 from penstock.runners.process_schedule import Schedule
-from penstock.runners.process_work import Handle, Value, Work
+from penstock.runners.process_work import Handle, Work
 from penstock.runners.shared_memory import SharedMemory
 
 _START_SECONDS = 60.0  # until a worker is alive: it may import from a slow file system
@@ -26,6 +27,7 @@ _FAILED_STARTS = 5  # in a row, until the pool gives up
 _PAUSE_SECONDS = 0.05  # after a failed start; doubles each time
 _GRACE_SECONDS = 1.0  # for workers that are told to end
 _LINGER_SECONDS = 2.0  # until an idle process beyond the full number ends
+_STUCK_SECONDS = 0.25  # until we believe that tasks wait for each other
 _LOOK_SECONDS = 0.05  # how often to look at the clock while one of these runs
 
 _log = logging.getLogger(__name__)
@@ -73,6 +75,7 @@ class Pool:
         self._opened = threading.Event()  # the first worker is ready, or there will be none
         self._deadline: float | None = None  # set when the pool closes: then workers are killed
         self._is_leaving = False
+        self._stuck_since: float | None = None
         self._selector = selectors.DefaultSelector()
         self._ear, self._bell = socket.socketpair()  # wakes the thread up
         self._ear.setblocking(False)
@@ -120,6 +123,8 @@ class Pool:
 
     def send(self, works: Sequence[tuple[Work, Sequence[Handle | None]]]) -> None:
         """Queue work."""
+        if not self._thread.is_alive():  # nobody would report what becomes of it
+            raise errors.WorkerLost(self._broken or "the process pool was closed")
         with self._lock:
             for work, upstream in works:
                 self._schedule.admit(work, upstream)
@@ -205,7 +210,8 @@ class Pool:
         with self._lock:
             children = self._schedule.children.values()
             hurry = self._deadline is not None or len(children) != self._schedule.workers
-            return _LOOK_SECONDS if hurry or not all(child.is_ready for child in children) else None
+            hurry = hurry or self._schedule.may_be_stuck or not all(child.is_ready for child in children)
+            return _LOOK_SECONDS if hurry else None
 
     def _watch(self, child: Child, events: int) -> None:
         with contextlib.suppress(KeyError, ValueError):
@@ -241,7 +247,7 @@ class Pool:
         elif kind == "returned":
             schedule.returned(child, *details)
         elif kind == "blocked":
-            child.is_blocked = details[0]
+            child.is_blocked, child.is_presumed_blocked = details[0], False
             schedule.returned(child, details[1])
         elif kind == "alive":
             child.is_alive = True
@@ -255,60 +261,7 @@ class Pool:
         elif kind == "missing":
             schedule.missing(child, *details)
         else:
-            self._serve(child, kind, details)
-
-    def _serve(self, child: Child, kind: str, details: list[Any]) -> None:
-        """Do for the task of a worker what it asks for."""
-        schedule = self._schedule
-        if kind == "send":
-            for item in details[0]:
-                self._submit(child, *item)
-        elif kind == "put":
-            number, packed, nbytes = details
-            child.owned[number] = Handle(Value(packed, nbytes, self.files))
-        elif kind == "release":
-            for handle in [child.owned.pop(number, None) for number in details[0]]:
-                if handle is not None:
-                    schedule.dropped.append(handle.value)
-                    handle.release()
-        elif kind == "fetch":
-            number, wanted = details
-            handles = [child.owned.get(one) for one in wanted]
-            values = [None if handle is None else handle.value for handle in handles]
-            schedule.answer(child, number, [None if value is None else value.packed for value in values])
-        elif kind == "cancel":
-            number, keys, force = details
-            schedule.answer(child, number, schedule.cancel(keys, force=force))
-        elif kind == "take":
-            number, key = details
-            schedule.answer(child, number, schedule.take_back(key))
-
-    def _submit(
-        self,
-        child: Child,
-        number: int,
-        key: Key,
-        order: bytes,
-        function: int,
-        data: bytes | None,
-        arguments: bytes,
-        upstream: list[int],
-        priority: int,
-        announce: bool,
-    ) -> None:
-        handle = child.owned[number] = Handle()
-        work = Work(
-            key,
-            order,
-            child.nested_functions.unpack(function, data),
-            arguments,
-            handle=handle,
-            priority=priority,
-            announce=announce,
-            parent=child.current,
-            origin=child,
-        )
-        self._schedule.admit(work, [child.owned.get(one) for one in upstream])
+            serve(schedule, child, kind, details)
 
     # -- life and death of workers --------------------------------------------------------
     def _tend(self) -> None:
@@ -327,6 +280,13 @@ class Pool:
                 for child in list(schedule.children.values()):
                     self._bury(child)
             return
+        if not schedule.may_be_stuck:
+            self._stuck_since = None
+        elif self._stuck_since is None:
+            self._stuck_since = now
+        elif now - self._stuck_since > _STUCK_SECONDS:
+            self._stuck_since = None
+            schedule.presume_blocked()
         for child in schedule.spare_workers():
             if now - child.idle_since > _LINGER_SECONDS:
                 self._dismiss(child)

@@ -156,7 +156,7 @@ class Schedule:
         """User code has ended; `packed` is its value, None if it failed."""
         value = Value(("failed", record) if packed is None else packed, nbytes, self.files)
         self.dropped.append(value)
-        child.is_blocked = False
+        child.is_blocked = child.is_presumed_blocked = False
         work = child.take(key)
         if work is not None:
             self._learn(work.function, seconds)
@@ -242,8 +242,11 @@ class Schedule:
 
     def _forget(self, work: Work) -> None:
         self._works.pop(work.key, None)
-        if work.origin is not None:
-            work.origin.sent.pop(work.key, None)
+        origin = work.origin
+        if origin is not None:
+            origin.sent.pop(work.key, None)
+            if origin.is_presumed_blocked and not origin.awaits:
+                origin.is_blocked = origin.is_presumed_blocked = False
         self.dropped.append(work)
 
     def _end(self, work: Work, kind: Any, **details: Any) -> None:
@@ -330,6 +333,22 @@ class Schedule:
         if len(fullest.running) > 1 and not fullest.was_asked:
             fullest.was_asked = True
             self._post(fullest, ("return", len(fullest.running) // 2))
+
+    @property
+    def may_be_stuck(self) -> bool:
+        """Whether work that tasks have submitted waits for slots that these tasks hold."""
+        if not self._backlog.holds_nested:
+            return False
+        busy = [child for child in self._able() if child.running]
+        return len(busy) >= self.workers and all(child.awaits for child in busy)
+
+    def presume_blocked(self) -> None:
+        """Let one more process run, since a task may wait in a way that we are not told of."""
+        for child in self._able():
+            if child.awaits:
+                child.is_blocked = child.is_presumed_blocked = True
+                self._post(child, ("return", len(child.running)))
+                return
 
     def missing_workers(self) -> int:
         """How many processes should be started: up to the full number, more if tasks are blocked."""

@@ -184,6 +184,11 @@ class Backlog:
             self._withdrawn -= 1
         return None
 
+    @property
+    def holds_nested(self) -> bool:
+        """Whether work that a task has submitted waits: it would be the first."""
+        return bool(self._heap) and self._heap[0][0][0] < 0
+
     def withdraw(self, work: Work) -> None:
         """Take certain work out."""
         work.is_pending = False

@@ -29,7 +29,7 @@ from ray.experimental import internal_kv
 from penstock import errors
 from penstock.runners import ray_cluster, ray_tasks, worker_runtime
 from penstock.runners.base import Key, Options, Ref, RunnerInfo, Submission, TaskRunner
-from penstock.runners.ray_pump import Flight, Handle, Pump, arrived, first_line
+from penstock.runners.ray_pump import Flight, Handle, Pump, arrived, first_words
 
 FUNCTION_BYTES = 8_192  # larger functions are stored once, not sent with each task
 CANCEL_SECONDS = 0.2
@@ -265,7 +265,7 @@ class RayTaskRunner(TaskRunner):
                 raise errors.ResultLost(message) from None
             if not isinstance(error, ray.exceptions.RayError):
                 raise
-            message = f"the result is gone: {first_line(error)}"
+            message = f"the result is gone: {first_words(error)}"
             raise errors.ResultLost(message) from None
         return [arrived(value) for value in values]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import platform
 import shutil
 import socket
+import subprocess
 import threading
 import warnings
 from typing import Any
@@ -121,6 +123,7 @@ class _Keeper(threading.Thread):
         self._arguments = arguments
         self._loopback = loopback
         self._error: BaseException | None = None
+        self._watchdog: _Watchdog | None = None
         self._abandoned = False
         self._gate = threading.Lock()
         self._ready = threading.Event()
@@ -131,15 +134,15 @@ class _Keeper(threading.Thread):
             _init(self._arguments, loopback=self._loopback)
         except BaseException as error:  # handed to whoever waits; Ray may even raise SystemExit
             self._error = error
+        if self._error is None and self._arguments["address"] == "local":
+            self._watchdog = _Watchdog()
         with self._gate:
             self._ready.set()
             abandoned = self._abandoned
-        if self._error is not None:
-            return
-        if abandoned:
-            _shutdown()
-            return
-        self._over.wait()
+        if self._error is None and abandoned:
+            self.close()
+        elif self._error is None:
+            self._over.wait()
 
     def answer(self, timeout: float | None, trouble: str) -> _Keeper:
         """Wait until Ray is there.
@@ -168,7 +171,46 @@ class _Keeper(threading.Thread):
         try:
             _shutdown()
         finally:
+            if self._watchdog is not None:
+                self._watchdog.close()
             self._over.set()
+
+
+class _Watchdog:
+    """Ends what outlives a driver that was killed.
+
+    Ray's own processes die with the driver, and workers seconds later, but two helpers (agents) of
+    90 MB each stay for a minute. A shell that reads from the driver learns of its death at once.
+    """
+
+    def __init__(self) -> None:
+        raylets = [child for child in psutil.Process().children() if child.name() == "raylet"]
+        self._agents = [
+            child
+            for raylet in raylets
+            for child in raylet.children()
+            if "agent" in " ".join(child.cmdline()).lower()
+        ]
+        self._shell: subprocess.Popen[bytes] | None = None
+        if self._agents and os.path.exists("/bin/sh"):
+            pids = " ".join(str(agent.pid) for agent in self._agents)
+            self._shell = subprocess.Popen(
+                ["/bin/sh", "-c", f"read line; kill -9 {pids}"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def close(self) -> None:
+        """Ray was closed in good order: see that nothing is left, and go."""
+        if self._shell is not None:
+            self._shell.kill()
+            self._shell.communicate()
+        _, left = psutil.wait_procs(self._agents, timeout=3)
+        for agent in left:
+            with contextlib.suppress(psutil.Error):
+                agent.kill()
 
 
 def _init(arguments: dict[str, Any], *, loopback: bool) -> None:

@@ -22,7 +22,8 @@ from penstock.runners.base import Key, Report
 
 FEW = 64  # tasks in flight, for whose end we wait in Ray itself
 WINDOW, SLICE = 512, 1_000  # notes in one question to Ray: it takes time by their number
-LOOK_SECONDS = 0.02  # a new task is not in the question that is being asked
+LOOK_SECONDS = 0.01  # a new task is not in the question that is being asked
+LIVELY_SECONDS = 0.002  # the same while tasks come and go
 GATHER_SECONDS = 0.05
 STARTS_SECONDS = 0.1
 
@@ -91,7 +92,7 @@ class Pump:
         self._wake = threading.Event()
         self._closing = False
         self._unstarted: set[Key] = set()
-        self._looked = 0.0
+        self._looked = self._moved = 0.0
         self._slices: list[list[Any]] = []
         self._thread = threading.Thread(target=self._run, name="penstock-ray-pump", daemon=True)
 
@@ -121,6 +122,7 @@ class Pump:
             self._unstarted.update(announced)
         if announced:
             self.has_announced = True
+        self._moved = time.monotonic()
         self._wake.set()
 
     def find(self, notes: Iterable[Any]) -> list[Flight]:
@@ -179,7 +181,8 @@ class Pump:
             return []
         found: list[Any]
         if count <= FEW:
-            found, _ = ray.wait(window, num_returns=1, timeout=LOOK_SECONDS, fetch_local=False)
+            patience = LIVELY_SECONDS if time.monotonic() - self._moved < 0.1 else LOOK_SECONDS
+            found, _ = ray.wait(window, num_returns=1, timeout=patience, fetch_local=False)
             if found and count > 1:
                 found, _ = ray.wait(window, num_returns=count, timeout=0, fetch_local=False)
             return found
@@ -238,7 +241,7 @@ class Pump:
         with self._lock:
             left = list(self._flying.values())
             self._flying.clear()
-        cause = errors.SchedulerLost(f"Ray no longer answers: {first_line(error)}")
+        cause = errors.SchedulerLost(f"Ray no longer answers: {first_words(error)}")
         return [Report(flight.handle.key, "lost", cause=cause) for flight in left]
 
 
@@ -293,7 +296,7 @@ def _unwritten(flight: Flight, error: Any) -> list[Report]:
         return [*reports, Report(key, "lost", cause=cause)]
     if isinstance(error.cause, exceptions.RayError) or any(_is_broken(one) for one in flight.upstream):
         return [Report(key, "upstream")]
-    message = f"the task could not be set up on its worker: {first_line(error.cause)}"
+    message = f"the task could not be set up on its worker: {first_words(error.cause)}"
     return [Report(key, "lost", cause=errors.WorkerLost(message))]
 
 
@@ -324,25 +327,26 @@ def neutral(error: Any) -> errors.RunError:
     if isinstance(error, exceptions.TaskCancelledError):
         return errors.CancelledRun("the task was cancelled.")
     if isinstance(error, exceptions.OutOfMemoryError):
-        return errors.OutOfMemory(f"the worker was ended, since memory ran out: {first_line(error)}")
+        return errors.OutOfMemory(f"the worker was ended, since memory ran out: {first_words(error, 2)}")
     if isinstance(error, exceptions.NodeDiedError):
-        return errors.WorkerLost(f"the node that ran the task died: {first_line(error)}")
+        return errors.WorkerLost(f"the node that ran the task died: {first_words(error)}")
     if isinstance(error, exceptions.WorkerCrashedError):
         return errors.WorkerLost(
             "the worker process that ran the task died (killed, out of memory, or it crashed); "
             "the logs of Ray name the signal or exit code."
         )
     if isinstance(error, exceptions.ObjectLostError):
-        return errors.ResultLost(f"a value is gone: {first_line(error)}")
+        return errors.ResultLost(f"a value is gone: {first_words(error)}")
     if isinstance(error, exceptions.LocalRayletDiedError):
         return errors.SchedulerLost("Ray's own process on this machine died.")
-    return errors.WorkerLost(f"Ray could not run the task: {first_line(error)}")
+    return errors.WorkerLost(f"Ray could not run the task: {first_words(error)}")
 
 
-def first_line(error: Any) -> str:
-    """Return the first line of a message that says something."""
+def first_words(error: Any, sentences: int = 1) -> str:
+    """Return the beginning of a message: those of Ray go on for a page."""
     lines = [line.strip() for line in str(error).splitlines()]
-    return next((line for line in lines if line), type(error).__name__)[:500]
+    line = next((line for line in lines if line), type(error).__name__)
+    return ". ".join(line.split(". ")[:sentences])[:500]
 
 
 def arrived(value: Any) -> Any:
@@ -351,4 +355,4 @@ def arrived(value: Any) -> Any:
     return value if record is None else worker_runtime.Failed(record)
 
 
-__all__ = ["Flight", "Handle", "Pump", "arrived", "first_line", "neutral"]
+__all__ = ["Flight", "Handle", "Pump", "arrived", "first_words", "neutral"]

@@ -179,18 +179,18 @@ _kept: OrderedDict[str, bytes] = OrderedDict()
 
 def _stored(name: str) -> bytes:
     """Read a large function from Ray's key-value store, once per process."""
-    found: bytes | None = _kept.pop(name, None)
-    if found is None:
+    if name not in _kept:
         from ray.experimental.internal_kv import _internal_kv_get
 
         found = _internal_kv_get(name.encode(), namespace=STORE)
         if found is None:
             message = "the driver that sent the task has closed its session"
             raise RuntimeError(message)
-    _kept[name] = found
-    if len(_kept) > FUNCTIONS_KEPT:
-        _kept.popitem(last=False)
-    return found
+        _kept[name] = found
+        if len(_kept) > FUNCTIONS_KEPT:
+            _kept.popitem(last=False)
+    _kept.move_to_end(name)
+    return _kept[name]
 
 
 # -- values and notes ---------------------------------------------------------------------
@@ -198,7 +198,7 @@ def _stored(name: str) -> bytes:
 
 def write_note(flag: int, nbytes: int, record: bytes) -> Note:
     """Put what the driver wants to know into one string of bytes."""
-    worker = rt.worker_name.encode()
+    worker: bytes = rt.worker_name.encode()
     return bytes((flag, len(worker))) + nbytes.to_bytes(8, "little") + worker + record
 
 

@@ -542,6 +542,19 @@ def test_tasks_submit_tasks_with_one_worker(start: Start) -> None:
     eventually(lambda: len(psutil.Process().children()) <= 1)  # those beyond the number retire
 
 
+def test_a_task_that_waits_without_a_word_gets_a_process_for_its_child(start: Start) -> None:
+    def parent(session_class: Any, add: Any) -> int:
+        from penstock.runners import inside_worker
+
+        session = session_class(inside_worker("processes"))
+        result: int = session.result(session.submit(add, 1, 2))  # nobody calls `blocked`
+        return result
+
+    session = start(2)
+    parents = [session.submit(parent, Session, add) for _ in range(5)]
+    assert [session.result(ref) for ref in parents] == [3] * 5
+
+
 def test_nested_values_large_put_released_and_taken_back(start: Start) -> None:
     def parent(session_class: Any, add: Any, make_array: Any) -> dict[str, Any]:
         from penstock.runners import inside_worker
@@ -630,6 +643,17 @@ def test_the_runner_has_to_be_started() -> None:
         ProcessPoolTaskRunner(0)
     assert ProcessPoolTaskRunner(1) == runner
     assert ProcessPoolTaskRunner(2) != runner
+
+
+def test_workers_outlive_the_thread_that_started_them() -> None:
+    runner = ProcessPoolTaskRunner(1)
+    starter = threading.Thread(target=runner.open)
+    starter.start()
+    starter.join()
+    session = Session(runner)
+    pids = {session.record(session.submit(echo, number))["pid"] for number in range(5)}
+    runner.close()
+    assert len(pids) == 1
 
 
 def test_the_initializer_runs_first_in_each_worker(start: Start) -> None:

@@ -249,8 +249,20 @@ def test_logs_are_given_up_first(
     assert tracker.lost == 1
     caplog.clear()
     tracker.close()
-    assert "3 events were dropped" in caplog.text
+    assert "log lines of 3 events" in caplog.text
     assert "1 events were lost" in caplog.text
+
+
+def test_a_store_that_is_away_for_long_costs_logs(
+    tracker: Tracker, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "LOG_BACKLOG", 100)
+    store.free.clear()
+    note(tracker, *["state"] * 10, "log", "state")
+    store.free.set()
+    assert tracker.flush(10)
+    assert list(store.kept.values()) == ["state"] * 11
+    assert tracker.dropped_logs == 1
 
 
 def test_power_mode_syncs_in_the_background(

@@ -1,0 +1,215 @@
+"""Values stay where they were made: counted from outside, by memory and by sockets."""
+
+import gc
+import os
+import time
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from penstock import flow, task, unmapped, wait
+from penstock.runners.base import TaskRunner
+from tests.conftest import InFlow
+from tests.record import Record
+
+MEGABYTE = 1 << 20
+SIZE = 24 * MEGABYTE
+COUNT = 4
+SLACK = 12 * MEGABYTE
+
+
+@task
+def make(seed: int = 0) -> Any:
+    return np.full(SIZE // 8, float(seed))
+
+
+@task
+def add_one(x: Any) -> Any:
+    return x + 1
+
+
+@task
+def first_of(x: Any) -> float:
+    return float(x[0])
+
+
+def private_memory() -> int:
+    """Bytes that this process alone holds; what is mapped from shared memory does not count."""
+    gc.collect()
+    found = psutil.Process().memory_full_info()
+    return int(found.uss)
+
+
+class Bytes:
+    """What a block adds to the memory of the driver and receives over the loopback device."""
+
+    def __enter__(self) -> "Bytes":
+        self._memory, self._net = private_memory(), received()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.memory, self.net = private_memory() - self._memory, received() - self._net
+
+
+def received() -> int:
+    counters = psutil.net_io_counters(pernic=True).get("lo")
+    return 0 if counters is None else int(counters.bytes_recv)
+
+
+def warm(in_flow: InFlow) -> None:
+    in_flow(lambda: first_of.submit(make.submit()))
+
+
+def test_waiting_looking_and_leaving_move_nothing(apart: TaskRunner, in_flow: InFlow, record: Record) -> None:
+    warm(in_flow)
+    counted = Bytes()
+
+    def body() -> None:
+        with counted:
+            futures = [add_one.submit(make.submit(i)) for i in range(COUNT)]
+            wait(futures)
+            assert all(future.done() for future in futures)
+            assert all(future.state.is_completed() for future in futures)
+            assert [future.exception() for future in futures] == [None] * COUNT
+            assert [future.nbytes for future in futures] == [SIZE] * COUNT
+
+    in_flow(body)
+    assert counted.memory < SLACK
+    assert record.flow().state["driver_bytes"] == 0
+
+
+def test_a_chain_does_not_touch_the_driver(apart: TaskRunner, in_flow: InFlow, record: Record) -> None:
+    warm(in_flow)
+    counted = Bytes()
+
+    def body() -> float:
+        with counted:
+            future: Any = make.submit(1)
+            for _ in range(4):
+                future = add_one.submit(future)
+            found: float = first_of.submit(future).result()
+        return found
+
+    assert in_flow(body) == 5.0
+    assert counted.memory < SLACK
+    assert 0 < record.flow().state["driver_bytes"] < 1000
+
+
+def test_result_moves_what_was_asked_for(in_flow: InFlow, runner: TaskRunner, record: Record) -> None:
+    def body() -> float:
+        futures = make.map(range(COUNT))
+        wait(futures)
+        return float(futures[2].result()[0])
+
+    assert in_flow(body) == 2.0
+    moved = record.flow().state["driver_bytes"]
+    assert (moved == 0) is runner.info.in_process
+    assert moved in {0, SIZE}
+
+
+def test_returned_futures_are_downloaded_at_the_top_only(
+    in_flow: InFlow, runner: TaskRunner, record: Record
+) -> None:
+    @flow
+    def child() -> Any:
+        return make.submit(3)
+
+    def body() -> Any:
+        return first_of.submit(child())
+
+    assert in_flow(body) == 3.0
+    assert record.flow().state["driver_bytes"] < 1000
+
+
+def test_a_large_argument_crosses_once(apart: TaskRunner, in_flow: InFlow) -> None:
+    table = np.ones(SIZE // 8)
+    sent = []
+    put = apart.put
+    apart.put = lambda values: (sent.extend(values), put(values))[1]  # type: ignore[method-assign]
+    try:
+        assert in_flow(lambda: add.map(range(20), unmapped(table))) == [float(i + 1) for i in range(20)]
+    finally:
+        del apart.put  # type: ignore[method-assign]
+    assert sum(value is table for value in sent) == 1
+
+
+@task
+def add(i: int, table: Any) -> float:
+    return float(table[i]) + i
+
+
+def held(pids: set[int]) -> int:
+    """Bytes in workers and in shared memory."""
+    total = psutil.virtual_memory().shared
+    for pid in pids:
+        try:
+            total += psutil.Process(pid).memory_full_info().uss
+        except psutil.NoSuchProcess:
+            continue
+    return total
+
+
+def test_a_dropped_future_frees_its_value(apart: TaskRunner, in_flow: InFlow, wait_until: Any) -> None:
+    """The cluster never holds more than a few of the values that nobody asked for."""
+
+    @task
+    def pid(x: int) -> int:
+        time.sleep(0.02)
+        return os.getpid()
+
+    def body() -> None:
+        pids = set(pid.map(range(8)).result())
+        first_of.submit(make.submit()).wait()
+        gc.collect()
+        before = held(pids)
+        for i in range(10):
+            make.submit(i).wait()  # nobody keeps the future
+        gc.collect()
+        wait_until(lambda: held(pids) - before < 3 * SIZE, 10)
+
+    in_flow(body)
+
+
+def test_a_dropped_future_frees_its_value_in_this_process(in_flow: InFlow) -> None:
+    import weakref
+
+    class Plane:
+        pass
+
+    references: list[Any] = []
+
+    @task
+    def plane() -> Any:
+        made = Plane()
+        references.append(weakref.ref(made))
+        return made
+
+    def body() -> None:
+        future = plane.submit()
+        future.wait()
+        del future
+        gc.collect()
+
+    in_flow(body)
+    gc.collect()
+    assert [reference() for reference in references if reference() is not None] == []
+
+
+def test_the_driver_keeps_nothing_after_the_flow(in_flow: InFlow) -> None:
+    warm(in_flow)
+    before = private_memory()
+    for i in range(4):
+        in_flow(lambda i=i: first_of.submit(add_one.submit(make.submit(i))))
+    assert private_memory() - before < SLACK + SIZE
+
+
+@pytest.mark.parametrize("size", [10, SIZE // 8], ids=["small", "large"])
+def test_sizes_are_in_the_record(in_flow: InFlow, record: Record, size: int) -> None:
+    @task
+    def zeros() -> Any:
+        return np.zeros(size)
+
+    in_flow(lambda: zeros.submit().wait())
+    assert record.task("zeros").state["nbytes"] >= 8 * size

@@ -1,0 +1,78 @@
+"""When a batch of runs goes out."""
+
+import threading
+from typing import Any
+
+import pytest
+
+from penstock.engine import buffer as module
+from penstock.engine.buffer import BATCH, Buffer
+from penstock.engine.calls import TaskRun
+
+
+def run(number: int) -> TaskRun:
+    made: Any = TaskRun.__new__(TaskRun)
+    made.name = str(number)
+    return made  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def pumped(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    monkeypatch.setattr(module, "PAUSE", 0.02)
+    return threading.Event()
+
+
+def test_the_first_after_a_pause_goes_at_once(pumped: threading.Event) -> None:
+    buffer, first = Buffer(pumped.set), run(1)
+    buffer.add(first, leading=True)
+    assert buffer.due
+    assert buffer.take() == [first]
+    assert not buffer.due
+    assert len(buffer) == 0
+
+
+def test_the_next_ones_wait_for_company(pumped: threading.Event) -> None:
+    buffer, runs = Buffer(pumped.set), [run(i) for i in range(3)]
+    buffer.add(runs[0], leading=True)
+    buffer.take()
+    buffer.add(runs[1], leading=True)
+    buffer.add(runs[2], leading=True)
+    assert not buffer.due
+    assert pumped.wait(5)
+    assert buffer.due
+    assert buffer.take() == runs[1:]
+
+
+def test_inside_a_task_nothing_goes_at_once(pumped: threading.Event) -> None:
+    buffer = Buffer(pumped.set)
+    buffer.add(run(1), leading=False)
+    assert not buffer.due
+    assert pumped.wait(5)
+    assert buffer.due
+
+
+def test_a_full_batch_goes_at_once(pumped: threading.Event) -> None:
+    buffer = Buffer(pumped.set)
+    for number in range(BATCH):
+        assert not buffer.due
+        buffer.add(run(number), leading=False)
+    assert buffer.due
+    assert len(buffer.take()) == BATCH
+
+
+def test_somebody_looks(pumped: threading.Event) -> None:
+    buffer = Buffer(pumped.set)
+    buffer.flush()
+    assert not buffer.due
+    buffer.add(run(1), leading=False)
+    buffer.flush()
+    assert buffer.due
+
+
+def test_a_run_is_taken_out(pumped: threading.Event) -> None:
+    buffer, one, other = Buffer(pumped.set), run(1), run(2)
+    buffer.add(one, leading=False)
+    buffer.add(other, leading=False)
+    assert buffer.discard(one)
+    assert not buffer.discard(one)
+    assert buffer.take() == [other]

@@ -1,0 +1,116 @@
+"""Options: what is refused, and what makes a name."""
+
+import datetime
+from typing import Any
+
+import pytest
+
+from penstock import ConfigurationError, ReservedArgumentError, flow, task
+from penstock.engine.options import NOT_GIVEN, backend_options, check_choices, check_signature, retry_policy, run_name
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"inputs": "writable"}, "'inputs' must be 'readonly', 'copy' or 'shared', got 'writable'"),
+        ({"chunk_size": 0}, "'chunk_size' must be 'auto' or a positive integer, got 0"),
+        ({"chunk_size": "all"}, "'chunk_size' must be 'auto' or a positive integer, got 'all'"),
+        ({"timeout_seconds": 0}, "'timeout_seconds' must be positive, got 0"),
+        ({"retries": -1}, "'retries' and 'crash_retries' must not be negative"),
+        ({"crash_retries": -1}, "'retries' and 'crash_retries' must not be negative"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigurationError, match=sentence):
+        task(**options)(lambda: None)
+    with pytest.raises(ConfigurationError, match=sentence):
+        task(lambda: None).with_options(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"retry_condition_fn": "yes"}, "Expected `retry_condition_fn` to be callable, got str instead"),
+        ({"task_run_name": 3}, "Expected string or callable for 'task_run_name'; got int instead"),
+        ({"retry_delay_seconds": "3"}, "must be a number, a list or a callable"),
+    ],
+)
+def test_options_of_a_wrong_type(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(TypeError, match=sentence):
+        task(**options)(lambda: None)
+
+
+def test_decorators_need_a_function() -> None:
+    with pytest.raises(TypeError, match="@task needs a function, got int"):
+        task(3)  # type: ignore[type-var]
+    with pytest.raises(TypeError, match="@flow needs a function, got str"):
+        flow("name")  # type: ignore[type-var]
+
+
+def test_choices_that_are_fine() -> None:
+    check_choices("copy", 5, 0.1)
+    check_choices("shared", "auto", None)
+
+
+def test_a_policy_and_its_defaults() -> None:
+    assert retry_policy(None, None, None, 1, default_retries=3).retries == 3
+    policy = retry_policy(2, [1, 2], 0.5, 0)
+    assert (policy.retries, policy.delays, policy.jitter, policy.crash_retries) == (2, (1.0, 2.0), 0.5, 0)
+
+
+def test_placement() -> None:
+    placed = backend_options({"GPU": 1, "A": 2.0}, 4, "one")
+    assert placed.resources == (("A", 2.0), ("GPU", 1))
+    assert (placed.threads, placed.workers) == (4, ("one",))
+    assert backend_options(None, 1, None) == backend_options({}, 1, [])
+
+
+def test_run_names() -> None:
+    parameters = {"date": datetime.date(2026, 1, 5), "input": {"number": 3}}
+    assert run_name(None, "default", parameters) == "default"
+    assert run_name("{date:%A}-{input[number]:02}", "", parameters) == "Monday-03"
+    assert run_name(lambda: "fixed", "", parameters) == "fixed"
+    assert run_name(lambda parameters: str(parameters["input"]), "", parameters) == "{'number': 3}"
+    with pytest.raises(TypeError, match="returned type int but a string is required"):
+        run_name(lambda: 3, "", parameters)  # type: ignore[arg-type, return-value]
+    with pytest.raises(KeyError):
+        run_name("{missing}", "", parameters)
+
+
+@pytest.mark.parametrize("name", ["return_state", "wait_for"])
+def test_reserved_parameters(name: str) -> None:
+    namespace: dict[str, Any] = {}
+    exec(f"def takes(x, *, {name}=None): ...", namespace)
+    with pytest.raises(ReservedArgumentError, match=f"'{name}' is a reserved argument name"):
+        check_signature(namespace["takes"])
+
+
+def test_with_options_changes_what_is_given_and_nothing_else() -> None:
+    @task(retries=3, retry_delay_seconds=2, tags=["a"], timeout_seconds=5, description="one")
+    def work() -> None: ...
+
+    other = work.with_options(retries=0, timeout_seconds=None, tags=["b"])
+    assert (other.retries, other.options.timeout_seconds, other.tags) == (0, None, {"b"})
+    assert (work.retries, work.options.timeout_seconds, work.tags) == (3, 5, {"a"})
+    assert other.options.description == "one"
+    assert other.options.retry.delays == (2.0,)
+    assert other.fn is work.fn
+    assert work.with_options().options == work.options
+    assert repr(NOT_GIVEN) == "NOT_GIVEN"
+
+
+def test_the_signatures_agree() -> None:
+    import inspect
+
+    from penstock import Flow, Task
+
+    for kind, decorator in ((Task, task), (Flow, flow)):
+        made = set(inspect.signature(kind.__init__).parameters) - {"self", "fn"}
+        assert set(inspect.signature(kind.with_options).parameters) - {"self"} == made
+        assert decorator is not None
+
+
+def test_a_task_that_must_not_run_twice_has_no_crash_retries() -> None:
+    once = task(idempotent=False, crash_retries=5)(lambda: None)
+    assert once.options.retry.crash_retries == 0
+    assert task(lambda: None).options.retry.crash_retries == 1
