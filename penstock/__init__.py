@@ -120,7 +120,7 @@ _HOMES = {name: f"penstock.engine.{module}" for module, names in _ENGINE.items()
 def __getattr__(name: str) -> Any:
     """Load a public name when it is first used."""
     if name == "__version__":
-        from penstock.engine.flow_run import own_version
+        from penstock.version import own_version
 
         return own_version()
     if name not in __all__:

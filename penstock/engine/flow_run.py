@@ -6,8 +6,6 @@ import contextlib
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace as changed_copy
-from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -371,12 +369,3 @@ class Returned(Stored):
         ended = [run for run in self.runs if run.completed or (run.done and run.type is StateType.SKIPPED)]
         found = dict(zip(ended, values.results(ended), strict=True))
         return conclusion.with_values(self.value, found)
-
-
-@lru_cache
-def own_version() -> str:
-    """Return the version of penstock that runs."""
-    try:
-        return version("penstock")
-    except PackageNotFoundError:
-        return "unknown"

@@ -63,7 +63,11 @@ def replace(value: Any, leaf: Replace, tolerant: bool = False) -> Any:
         return _items(value, kind, leaf, tolerant)
     if kind is dict:
         return _dict(value, leaf, tolerant)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type) and not hasattr(value, "state_details"):
+    if (
+        dataclasses.is_dataclass(value)
+        and not isinstance(value, type)
+        and not hasattr(value, "state_details")
+    ):
         return _dataclass(value, leaf, tolerant)
     return leaf(value, tolerant)
 

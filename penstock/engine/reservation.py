@@ -21,6 +21,7 @@ from penstock.engine.names import new_name
 from penstock.engine.states import StateType, advance
 from penstock.engine.tracking import start_tracking
 from penstock.runners import worker_runtime
+from penstock.version import own_version
 
 _reserved: ContextVar[Reservation | None] = ContextVar("penstock_reservation", default=None)
 
@@ -104,11 +105,9 @@ def reserved() -> Reservation | None:
 
 def whereabouts() -> dict[str, Any]:
     """Return where a run takes place and with which versions, for its row."""
-    import penstock
-
     return {
         "host": HOST,
         "pid": os.getpid(),
         "python": platform.python_version(),
-        "penstock": penstock.__version__,
+        "penstock": own_version(),
     }

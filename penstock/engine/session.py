@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from penstock import errors
-from penstock.engine import invoke, nested, outcomes, payload, values
+from penstock.engine import compile, invoke, nested, outcomes, payload, values  # noqa: A004 - the house's word
 from penstock.engine.buffer import Buffer
 from penstock.engine.calls import FlowRun, Source, TaskRun
 from penstock.engine.clock import clock
@@ -255,7 +255,7 @@ class Session:
                 self._working.release()
 
     def _send(self) -> None:
-        with self.lock:
+        with self.changing():
             batch = [run for run in self.buffer.take() if run.released and not run.done]
             for run in batch:
                 attempt = run.failures + run.crashes + 1
@@ -263,12 +263,7 @@ class Session:
                 run.key = (f"{run.task.name}-{self.tag}", next(self._counter))
                 run.ref = Ref(run.key, UNSENT)
                 self._sent[run.key] = run
-            submissions = []
-            for run in batch:
-                try:
-                    submissions.append(invoke.submission(run, self))
-                except Exception as error:  # an upstream's value that cannot be put, say
-                    self._fail(run, error)
+            submissions = compile.submissions(batch, self, self._fail)
         if not submissions:
             return
         try:

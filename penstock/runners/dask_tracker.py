@@ -29,6 +29,7 @@ with one of the kinds
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib
 import importlib.util
@@ -302,7 +303,7 @@ def unknown(keys: list[Any], dask_scheduler: Any) -> list[Any]:
     return [key for key in keys if key not in dask_scheduler.tasks]
 
 
-def stop(name: str, keys: list[Any], dask_scheduler: Any) -> tuple[list[Any], dict[str, list[Any]]]:
+async def stop(name: str, keys: list[Any], dask_scheduler: Any) -> tuple[list[Any], dict[str, list[Any]]]:
     """Withdraw tasks that no worker has been given.
 
     Returns
@@ -310,6 +311,7 @@ def stop(name: str, keys: list[Any], dask_scheduler: Any) -> tuple[list[Any], di
     tuple of (list, dict)
         Keys that will not run, and keys on workers: address → list.
     """
+    await _arrival(keys, dask_scheduler)
     idle: list[Any] = []
     placed: defaultdict[str, list[Any]] = defaultdict(list)
     for key in keys:
@@ -320,6 +322,15 @@ def stop(name: str, keys: list[Any], dask_scheduler: Any) -> tuple[list[Any], di
             idle.append(key)
     dask_scheduler.plugins[name].drop(idle)
     return idle, dict(placed)
+
+
+async def _arrival(keys: list[Any], dask_scheduler: Any) -> None:
+    """Wait until the tasks are here: this request came by another connection than their graph."""
+    for pause in range(1_000):
+        absent = [key for key in keys if key not in dask_scheduler.tasks]
+        if not absent or (pause > 100 and not getattr(dask_scheduler, "_active_graph_updates", 0)):
+            return
+        await asyncio.sleep(0.01)
 
 
 def withdraw(name: str, keys: list[Any], dask_scheduler: Any) -> None:

@@ -60,6 +60,7 @@ class Watch:
         self._connection = dask_graph.connection(client)
         self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._odd: set[Key] = set()  # seemed to be over at the last look
+        self._unknown: set[Key] = set()  # to the scheduler, when it was asked last
         self._waiting: dict[Key, float] = {}
         self._told: set[str] = set()
         self._recomputed = 0
@@ -218,9 +219,13 @@ class Watch:
             keys = list(self.outstanding)
             self.outstanding.clear()
             return [Report(key, "lost", cause=errors.BackendStalled(text)) for key in keys]
-        self._heard = self._answered = time.monotonic()
+        self._answered = time.monotonic()
+        # The graph of a task may be on its way still: only what is unknown twice is gone.
+        found = [key for key in unknown if key in self._unknown and self.outstanding.pop(key, None) is not None]
+        self._unknown = set(unknown)
+        if not self._unknown:
+            self._heard = self._answered
         text = "the Dask scheduler does not know task {!r} any more"
-        found = [key for key in unknown if self.outstanding.pop(key, None) is not None]
         return [Report(key, "lost", cause=errors.CrashedRun(text.format(_name(key)))) for key in found]
 
     def _mention(self) -> None:

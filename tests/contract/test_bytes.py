@@ -15,9 +15,9 @@ from tests.conftest import InFlow
 from tests.record import Record
 
 MEGABYTE = 1 << 20
-SIZE = 24 * MEGABYTE
-COUNT = 4
-SLACK = 12 * MEGABYTE
+SIZE = 40 * MEGABYTE  # beyond what malloc keeps for itself
+COUNT = 2
+SLACK = 20 * MEGABYTE
 
 
 @task
@@ -73,11 +73,11 @@ def test_waiting_looking_and_leaving_move_nothing(apart: TaskRunner, in_flow: In
             assert all(future.done() for future in futures)
             assert all(future.state.is_completed() for future in futures)
             assert [future.exception() for future in futures] == [None] * COUNT
-            assert [future.nbytes for future in futures] == [SIZE] * COUNT
+            assert all(SIZE <= future.nbytes < SIZE + 10_000 for future in futures)
 
     in_flow(body)
     assert counted.memory < SLACK
-    assert record.flow().state["driver_bytes"] == 0
+    assert record.flows()[-1].state["driver_bytes"] == 0
 
 
 def test_a_chain_does_not_touch_the_driver(apart: TaskRunner, in_flow: InFlow, record: Record) -> None:
@@ -94,19 +94,19 @@ def test_a_chain_does_not_touch_the_driver(apart: TaskRunner, in_flow: InFlow, r
 
     assert in_flow(body) == 5.0
     assert counted.memory < SLACK
-    assert 0 < record.flow().state["driver_bytes"] < 1000
+    assert 0 < record.flows()[-1].state["driver_bytes"] < 1000
 
 
 def test_result_moves_what_was_asked_for(in_flow: InFlow, runner: TaskRunner, record: Record) -> None:
     def body() -> float:
         futures = make.map(range(COUNT))
         wait(futures)
-        return float(futures[2].result()[0])
+        return float(futures[1].result()[0])
 
-    assert in_flow(body) == 2.0
+    assert in_flow(body) == 1.0
     moved = record.flow().state["driver_bytes"]
     assert (moved == 0) is runner.info.in_process
-    assert moved in {0, SIZE}
+    assert moved == 0 or SIZE <= moved < SIZE + 10_000
 
 
 def test_returned_futures_are_downloaded_at_the_top_only(
