@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import logging
 import threading
 import time
 from collections import deque
@@ -453,8 +454,4 @@ def _call_back(call: Callable[[TaskRun], None], run: TaskRun) -> None:
     try:
         call(run)
     except Exception:  # a user's callback must not stop the session
-        import logging
-
-        from penstock.engine.logs import FLOW_LOGGER
-
-        logging.getLogger(FLOW_LOGGER).exception("a done-callback of %r failed", run.name)
+        logging.getLogger("penstock.flow_runs").exception("a done-callback of %r failed", run.name)

@@ -295,14 +295,13 @@ class DaskTaskRunner(TaskRunner):
     def unlisten(self, tag: str) -> None:
         """Stop delivering the reports of a session; what it has left is withdrawn."""
         super().unlisten(tag)
-        watch, attachment = self._watch, self._attachment
-        if watch is None or attachment is None:
+        watch, attachment, runtime = self._watch, self._attachment, self._runtime
+        if watch is None or attachment is None or runtime is None:
             return
         ending = f"-{tag}"
-        left = [ref for key, ref in list(watch.outstanding.items()) if key[0].endswith(ending)]
-        self.release(left)
+        self.release([ref for key, ref in list(watch.outstanding.items()) if key[0].endswith(ending)])
         with contextlib.suppress(Exception):  # the connection may be gone
-            dask_graph.unsubscribe(attachment.client, f"penstock-{tag}")
+            runtime.unsubscribe(attachment.client, f"penstock-{tag}")
 
     def _subscribe(self, tag: str) -> None:
         assert self._attachment is not None and self._watch is not None  # noqa: PT018 - it is open
@@ -425,12 +424,9 @@ class DaskTaskRunner(TaskRunner):
     def blocked(self, refs: Sequence[Ref]) -> Iterator[None]:
         """Give the slot of the current task back while the body waits."""
         from distributed import rejoin, secede
-        from distributed.worker import thread_state
 
         del refs
-        # The thread of a task, and one that has not given its slot back already.
-        mine = getattr(thread_state, "key", None) is not None and getattr(thread_state, "proceed", False)
-        if not mine:
+        if not dask_graph.holds_slot():
             yield
             return
         secede()

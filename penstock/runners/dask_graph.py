@@ -7,6 +7,7 @@ One message carries a batch, whatever its tasks ask for: options travel as annot
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import inspect
 import itertools
@@ -187,10 +188,31 @@ def subscribe(client: Any, topic: str, receive: Callable[[Any], None]) -> None:
     client.subscribe_topic(topic, handler)
 
 
-def unsubscribe(client: Any, topic: str) -> None:
-    """Hear no more of a topic."""
-    client.unsubscribe_topic(topic)
-    client._event_handlers.pop(topic, None)  # Dask keeps the handler, and what it refers to
+def unsubscribe(client: Any, topic: str, function: Callable[..., Any], *args: Any) -> None:
+    """Hear no more of a topic; returns at once.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Which has subscribed.
+    topic : str
+        Of a session.
+    function, *args
+        What does it on the scheduler.
+    """
+
+    async def leave() -> None:
+        with contextlib.suppress(Exception):  # the connection may be gone
+            await client._run_on_scheduler(function, *args)
+        await asyncio.sleep(1)  # a message on its way without a handler would make Dask log an error
+        client._event_handlers.pop(topic, None)
+
+    client._event_handlers[topic] = _ignore
+    client.loop.add_callback(leave)
+
+
+def _ignore(_: Any) -> None:
+    pass
 
 
 def connection(client: Any) -> Any:
@@ -204,6 +226,14 @@ def fate(future: Any) -> tuple[str, str, Any]:
     if state is None:
         return "cancelled", "", None
     return state.status, getattr(state.exception, "reason", None) or "", state.exception
+
+
+def holds_slot() -> bool:
+    """Whether this is the thread of a task that has not given its slot back."""
+    from distributed.threadpoolexecutor import thread_state as thread
+    from distributed.worker import thread_state as task
+
+    return getattr(task, "key", None) is not None and bool(getattr(thread, "proceed", False))
 
 
 def ask(client: Any, function: Callable[..., Any], *args: Any, timeout: float = 20.0) -> Any:

@@ -87,6 +87,10 @@ class Runtime:
         """Take the tracker away, if nobody else needs it."""
         dask_graph.ask(client, self.tracker.leave, self.name, client.id, timeout=2)
 
+    def unsubscribe(self, client: Any, topic: str) -> None:
+        """Hear no more of a topic; returns at once."""
+        dask_graph.unsubscribe(client, topic, self.tracker.unsubscribe, self.name, client.id, topic)
+
     def stop(self, client: Any, keys: list[Key], *, force: bool) -> list[Key]:
         """Withdraw what does not run, ask what runs to stop; with `force` end the process it runs in.
 

@@ -238,17 +238,24 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
 
     def _tidy(self, topic: str) -> None:
         """Dask keeps the last thousand messages of a topic; ours are large and never read again."""
-        try:
-            broker = self.scheduler._broker
-            broker.truncate(topic)
-            if not broker._topics[topic].subscribers:
-                broker._topics.pop(topic)
-        except (AttributeError, KeyError):
-            pass
+        with contextlib.suppress(AttributeError, KeyError):
+            self.scheduler._broker.truncate(topic)
+            if not self.scheduler._broker._topics[topic].subscribers:
+                del self.scheduler._broker._topics[topic]
+
+    def unsubscribe(self, client: str, topic: str = "") -> None:
+        """End what a client hears; of all sessions if none is named."""
+        with contextlib.suppress(AttributeError):
+            topics = self.scheduler._broker._topics
+            for name in [topic] if topic else [name for name in topics if str(name).startswith("penstock-")]:
+                if name in topics:
+                    topics[name].unsubscribe(client)
+                    self._tidy(name)
 
     def forget(self, client: str) -> None:
         """Count one client less; the last one takes the plugin and the uploaded files along."""
         self.users.discard(client)
+        self.unsubscribe(client)
         if not self.users and self.scheduler.plugins.get(self.name) is self:
             self.scheduler.remove_plugin(name=self.name)
             for name in (f"{self.name}-files", f"{self.name}-scheduler-files"):
@@ -284,6 +291,13 @@ def leave(name: str, client: str, dask_scheduler: Any) -> None:
     tracker = dask_scheduler.plugins.get(name)
     if tracker is not None:
         tracker.forget(client)
+
+
+def unsubscribe(name: str, client: str, topic: str, dask_scheduler: Any) -> None:
+    """End a subscription; by Dask's own way the topic would stay for ever."""
+    tracker = dask_scheduler.plugins.get(name)
+    if tracker is not None:
+        tracker.unsubscribe(client, topic)
 
 
 def summary(dask_scheduler: Any) -> dict[str, Any]:

@@ -200,6 +200,8 @@ class Watch:
                 cause = errors.CrashedRun(f"the Dask cluster could not run task {_name(key)!r}: {shown}")
         elif reason == self._tracker.REASON:
             return Report(key, "upstream")
+        elif self._connection is None:
+            cause = errors.SchedulerLost(f"the Dask scheduler is gone, and with it task {_name(key)!r}")
         elif reason.startswith("scheduler"):
             cause = errors.SchedulerLost(
                 f"the Dask cluster was restarted ({reason}) under task {_name(key)!r}"

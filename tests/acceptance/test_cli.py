@@ -452,11 +452,11 @@ def test_reading_the_record_loads_nothing_heavy(past: Shell) -> None:
 
 
 @pytest.mark.parametrize("variables", [{}, {"NO_COLOR": "1"}], ids=["colours", "no colours"])
-def test_a_terminal_gets_bars(past: Shell, variables: dict[str, str]) -> None:
+def test_a_terminal_gets_bars(shell: Shell, variables: dict[str, str]) -> None:
     pid, terminal = pty.fork()
     if pid == 0:
-        os.chdir(past.folder)
-        os.execve(PENSTOCK, [PENSTOCK, "run", "flows.py:good"], {**past.environment, **variables})
+        os.chdir(shell.folder)
+        os.execve(PENSTOCK, [PENSTOCK, "run", "flows.py:good"], {**shell.environment, **variables})
     written = b""
     while True:
         try:
@@ -467,7 +467,7 @@ def test_a_terminal_gets_bars(past: Shell, variables: dict[str, str]) -> None:
             break
     _, status = os.waitpid(pid, 0)
     text = written.decode()
-    assert os.waitstatus_to_exitcode(status) == 0
+    assert os.waitstatus_to_exitcode(status) == 0, text
     assert "━━━" in text
     assert "the total is 5" in text
     assert bool(re.search(r"\x1b\[[0-9;]*3[0-9]m", text)) is not bool(variables)
@@ -476,13 +476,13 @@ def test_a_terminal_gets_bars(past: Shell, variables: dict[str, str]) -> None:
     )
 
 
-def test_the_demo_on_threads(past: Shell) -> None:
+def test_the_demo_on_threads(shell: Shell) -> None:
     pytest.importorskip("ducc0")
     pytest.importorskip("matplotlib")
-    done = past("demo", "--runner", "threads", "--scale", "128", "--output", "spectrum.png")
+    done = shell("demo", "--runner", "threads", "--scale", "128", "--output", "spectrum.png")
     assert done.code == 0, done.err
     assert re.search(r"^  image_channel +46/46 ", done.out, re.MULTILINE)
     assert "mJy/beam" in done.out
     assert re.search(r"^  tasks +173$", done.out, re.MULTILINE)
     assert re.search(r"^next: penstock runs show ", done.out, re.MULTILINE)
-    assert (past.folder / "spectrum.png").stat().st_size > 1000
+    assert (shell.folder / "spectrum.png").stat().st_size > 1000

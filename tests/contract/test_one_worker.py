@@ -11,7 +11,7 @@ from tests.contract.test_nesting import add, chain_of, submit_down
 from tests.record import Record
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(60, func_only=True)
 def test_a_thousand_levels(one_worker: TaskRunner, record: Record) -> None:
     @flow(task_runner=one_worker)
     def deep() -> Any:

@@ -362,8 +362,9 @@ def nap(seconds: float) -> None:
 
 def test_work_that_waits_is_withdrawn(session: Session) -> None:
     blockers = session.runner.send([session.submission(nap, 2.0) for _ in range(2)])
-    queued = session.runner.send([session.submission(nap, 0.0) for _ in range(40)])
-    heir = session.send(lambda x: x, Slot(0), refs=[queued[-1]])
+    waiting = [session.submission(nap, 0.0) for _ in range(40)]
+    waiting.append(session.submission(lambda x: x, Slot(0), refs=[Ref(waiting[-1].key, None)]))
+    *queued, heir = session.runner.send(waiting)
     stopped = session.runner.cancel(queued)
     assert set(stopped) == {ref.key for ref in queued}
     assert session.wait(heir)[0].kind == "upstream"
