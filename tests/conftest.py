@@ -36,7 +36,9 @@ InFlow = Callable[..., Any]
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def clean_environment(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
     """A home of its own for each test, and no setting from outside."""
     home = tmp_path_factory.mktemp("home")
     for name in list(os.environ):
@@ -142,11 +144,16 @@ def stray_threads() -> list[threading.Thread]:
 
 
 def stray_processes() -> list[psutil.Process]:
-    helpers = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")  # the library's, until the end
+    helpers = (
+        "multiprocessing.resource_tracker",
+        "multiprocessing.forkserver",
+    )  # the library's, until the end
     found = []
     for child in psutil.Process().children(recursive=True):
         try:
-            if child.status() != psutil.STATUS_ZOMBIE and not any(one in " ".join(child.cmdline()) for one in helpers):
+            if child.status() != psutil.STATUS_ZOMBIE and not any(
+                one in " ".join(child.cmdline()) for one in helpers
+            ):
                 found.append(child)
         except psutil.NoSuchProcess:
             continue
@@ -160,7 +167,9 @@ def bench(nothing_left_behind: None) -> Iterator[Bench]:
     found.close()
 
 
-@pytest.fixture(scope="session", params=[pytest.param(name, marks=getattr(pytest.mark, name)) for name in CLASSES])
+@pytest.fixture(
+    scope="session", params=[pytest.param(name, marks=getattr(pytest.mark, name)) for name in CLASSES]
+)
 def runner_name(request: pytest.FixtureRequest) -> str:
     """The parameter of the suite; of session scope, so that the tests of one runner stand together."""
     name: str = request.param

@@ -6,6 +6,7 @@ Nothing heavy is imported before a command needs it: help and errors have to com
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -49,6 +50,9 @@ def penstock_command(
 
 def main() -> None:
     """Run the command line; an error of ours is one sentence, and never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal that knows no "≤" must not end a command
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except errors.PenstockError as error:

@@ -189,17 +189,17 @@ def _runner(wish: str | None) -> Iterator[Finding]:
     from penstock.runners import auto_runner, runner_of
 
     wish = wish or settings().runner or "auto"
-    sentence = wish
     chosen, sentence = auto_runner() if wish == "auto" else (runner_of(wish), wish)
     begun = time.perf_counter()
     try:
         chosen.open()
-    except errors.PenstockError as error:
-        yield Finding("bad", "runner", f"{sentence} cannot be used: {error}")
+    except Exception as error:  # a library that does not even import is a finding, too
+        yield Finding("bad", "runner", f"{sentence} cannot be used: {_said(error)}")
         return
     try:
         info = chosen.info
-        text = f"{sentence}: {info.threads} slots in {info.workers} workers, ready in {duration(time.perf_counter() - begun)}"
+        ready = duration(time.perf_counter() - begun)
+        text = f"{sentence}: {info.threads} slots in {info.workers} workers, ready in {ready}"
         yield Finding("ok", "runner", text)
         if info.dashboard:
             yield Finding("ok", "dashboard", info.dashboard)
@@ -207,10 +207,14 @@ def _runner(wish: str | None) -> Iterator[Finding]:
         yield Finding("ok", "tasks", f"{PROBES * info.threads} tasks and back in {duration(seconds)}")
         scheduler = _scheduler_versions(info.address) if info.name == "dask" else {}
         yield from compared(own_versions(), scheduler, answers)
-    except errors.PenstockError as error:
-        yield Finding("bad", "tasks", str(error))
+    except Exception as error:
+        yield Finding("bad", "tasks", _said(error))
     finally:
         chosen.close()
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, errors.PenstockError) else f"{type(error).__name__}: {error}"
 
 
 def _ask(runner: Any, count: int) -> tuple[list[dict[str, Any]], float]:

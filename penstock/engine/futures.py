@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, SupportsIndex, TypeV
 from penstock import errors
 from penstock.engine import cancelling, values, waiting
 from penstock.engine.states import State, StateType
+from penstock.runners import worker_runtime
 
 if TYPE_CHECKING:
     from penstock.engine.calls import TaskRun
@@ -161,6 +162,10 @@ class PenstockFuture(Generic[R]):
         if run.done:
             return
         loop = asyncio.get_running_loop()
+        if waiting.kept_back(run):  # a task awaits its child, which was not sent: do it here
+            helper = worker_runtime.working_for(loop)
+            await loop.run_in_executor(None, helper.run, waiting.do_one_here, [run])
+            waiting.let_go()
         waiter: asyncio.Future[None] = loop.create_future()
 
         def release() -> None:
@@ -176,7 +181,8 @@ class PenstockFuture(Generic[R]):
         session = run.carrier
         session.add_callback(run, wake)
         session.flush()
-        await waiter
+        with waiting.slot_given_back(run):
+            await waiter
 
     # -- acting -----------------------------------------------------------------------------
     def cancel(self, force: bool = False) -> bool:

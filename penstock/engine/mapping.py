@@ -113,7 +113,8 @@ def _make(
         )
         run.call = caller.call(tuple(args), dict(kwargs), after)
         runs.append(run)
-    body = {"name": task.name, "start": 0, "count": count, **_edges(runs, parts, after)}
+    named = {_parameter(task, place): part for place, part in parts.items()}
+    body = {"name": task.name, "start": 0, "count": count, **_edges(runs, named, after)}
     if names is not None:
         body["names"] = names
     scope.session.journal.map_made(runs[0], body, bound.arguments)
@@ -238,6 +239,14 @@ def _edges(runs: list[TaskRun], parts: dict[Any, Part], after: tuple[Source, ...
         "upstream_maps": maps,
         "upstream_elements": singles,
     }
+
+
+def _parameter(task: Task[..., Any], place: int | str) -> str:
+    """Return the name of the parameter behind a position."""
+    if isinstance(place, str):
+        return place
+    names = list(task.signature.parameters)
+    return names[min(place, len(names) - 1)]
 
 
 def with_defaults(bound: inspect.BoundArguments) -> dict[str, Any]:

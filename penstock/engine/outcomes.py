@@ -70,8 +70,11 @@ def ended(session: Session, run: TaskRun, record: dict[str, Any], nbytes: int, w
     if timeout is not None and record["seconds"] > timeout and not run.direct:
         _timed_out(session, run, details)  # it ended before the deadline was heard of
         return
+    if "state" in record:
+        _made_by_hand(session, run, record["state"], details)
+        return
     if status == "completed":
-        _completed(session, run, details)
+        session.settle(run, StateType.COMPLETED, **details)
         return
     described = record["error"]
     failure = _failure(run, described, record)
@@ -97,18 +100,21 @@ _ABORTED = {
 }
 
 
-def _completed(session: Session, run: TaskRun, details: dict[str, Any]) -> None:
-    returned = run.value
-    if returned is None and session.in_process and run.ref is not None:
-        returned = run.ref.handle
-    if isinstance(returned, State):  # a state made by hand ends the run as that state
-        state = returned
-        if state.is_final() and not state.is_completed():
-            run.error = state.data if isinstance(state.data, BaseException) else None
-            session.settle(run, state.type, state.name, state.message, **details)
-            return
-        run.value = state.data
-    session.settle(run, StateType.COMPLETED, **details)
+def _made_by_hand(session: Session, run: TaskRun, state: dict[str, Any], details: dict[str, Any]) -> None:
+    """The function returned a state: the run ends as it says; a failed one counts as a failure."""
+    described = state.get("error")
+    error = Failure(described, "") if described else None
+    to = StateType(state["type"])
+    if to is StateType.COMPLETED:
+        session.settle(run, to, state["name"], state["message"], **details)
+    elif to is StateType.FAILED:
+        _failed(session, run, state["name"], state["message"], error, details)
+    elif to.is_final:
+        run.error = error
+        session.settle(run, to, state["name"], state["message"], **details)
+    else:
+        text = f"Task run returned a state that is not final: {state['name']}"
+        _failed(session, run, None, text, errors.UnfinishedRun(text).of_run(run.id), details)
 
 
 def _failure(run: TaskRun, described: dict[str, Any], record: dict[str, Any]) -> Any:

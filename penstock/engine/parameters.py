@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import types
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +12,8 @@ from penstock import errors
 from penstock.engine.futures import PenstockFuture, run_of
 
 _OF_ALL: dict[Any, Callable[[Any], Any]] = {  # such a parameter annotates each of its values
-    inspect.Parameter.VAR_POSITIONAL: lambda hint: tuple[hint, ...],
-    inspect.Parameter.VAR_KEYWORD: lambda hint: dict[str, hint],
+    inspect.Parameter.VAR_POSITIONAL: lambda hint: types.GenericAlias(tuple, (hint, ...)),
+    inspect.Parameter.VAR_KEYWORD: lambda hint: types.GenericAlias(dict, (str, hint)),
 }
 
 

@@ -69,6 +69,11 @@ def replace(value: Any, leaf: Replace, tolerant: bool = False) -> Any:
         and not hasattr(value, "state_details")
     ):
         return _dataclass(value, leaf, tolerant)
+    if hasattr(kind, "__pydantic_fields__"):
+        fields = {name: getattr(value, name) for name in kind.__pydantic_fields__}
+        new = {name: replace(item, leaf, tolerant) for name, item in fields.items()}
+        changed = {name: item for name, item in new.items() if item is not fields[name]}
+        return value.model_copy(update=changed) if changed else value
     return leaf(value, tolerant)
 
 

@@ -7,7 +7,6 @@ The generator decides; what it yields is carried out by `drive`, which blocks, o
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import inspect
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -95,9 +94,7 @@ def _carry_out(step: Any) -> Any:
         return None
     call = step.function
     if step.fresh_stack:
-        value = worker_runtime.in_thread(
-            contextvars.copy_context().run, _called(call), step.args, step.kwargs
-        )
+        value = worker_runtime.in_thread(_called(call), step.args, step.kwargs)
     else:
         begun = time.monotonic()
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from penstock.engine import context, invoke, values
@@ -75,6 +75,36 @@ def _wait_here(session: Session, runs: list[TaskRun], deadline: float | None, un
             if left is not None and left <= 0:
                 return
             session.changed.wait(left)
+
+
+@contextlib.contextmanager
+def slot_given_back(run: TaskRun) -> Iterator[None]:
+    """Inside a task, give its slot back while a coroutine awaits a run."""
+    running = worker_runtime.current()
+    if running is None or run.done or run.ref is None or run.ref.handle is UNSENT or running.awaits:
+        yield
+        return
+    running.awaits = True  # of several awaits at once, one gives the slot back
+    try:
+        with run.carrier.runner.blocked([run.ref]):
+            yield
+    finally:
+        running.awaits = False
+
+
+def kept_back(run: TaskRun) -> bool:
+    """Whether the task that awaits a run can do it itself: it was not sent, and no other is done here."""
+    running = worker_runtime.current()
+    if running is None or running.helps:
+        return False
+    with run.carrier.lock:
+        running.helps = run.carrier.buffer.discard(run)
+    return bool(running.helps)
+
+
+def let_go() -> None:
+    """The run that was kept back has been done."""
+    worker_runtime.current().helps = False
 
 
 def do_one_here(runs: Sequence[TaskRun]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from penstock import errors
-from penstock.runners import attach, dask_graph, dask_runtime
+from penstock.runners import attach, dask_graph, dask_runtime, worker_runtime
 from penstock.runners.base import Key, OnReports, Ref, Report, RunnerInfo, Submission, TaskRunner, new_tag
 from penstock.runners.dask_watch import Watch
 
@@ -426,14 +426,14 @@ class DaskTaskRunner(TaskRunner):
         from distributed import rejoin, secede
 
         del refs
-        if not dask_graph.holds_slot():
+        if not worker_runtime.on_task_thread(dask_graph.holds_slot):
             yield
             return
-        secede()
+        worker_runtime.on_task_thread(secede)
         try:
             yield
         finally:
-            rejoin()
+            worker_runtime.on_task_thread(rejoin)
 
 
 _inside_lock = threading.Lock()

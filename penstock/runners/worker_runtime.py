@@ -33,6 +33,8 @@ Record (a pickled dict of primitives)
     List of ``(time, level, message)``; ``dropped`` counts what exceeded the quota.
 ``error``
     See `describe`; absent if the status is "completed".
+``state``
+    ``{type, name, message, error}`` if the function returned a state made by hand.
 ``children``
     Packed events of task runs that this one submitted; absent if there are none.
 """
@@ -47,6 +49,7 @@ import inspect
 import io
 import os
 import pickle
+import queue
 import resource
 import signal
 import socket
@@ -74,6 +77,7 @@ worker_name = ""  # set by the backend's half where a worker has a name of its o
 _shared = sys.modules.setdefault("_penstock_running", types.ModuleType("_penstock_running"))
 if not hasattr(_shared, "running"):
     _shared.running = contextvars.ContextVar("penstock_running", default=None)
+    _shared.upstairs = contextvars.ContextVar("penstock_upstairs", default=None)
     _shared.print = builtins.print
 _running = _shared.running
 
@@ -105,6 +109,8 @@ class Running:
         self.logs: list[tuple[float, str, str]] = []
         self.dropped = 0
         self.nested: Any = None  # set by the engine when the task submits tasks of its own
+        self.helps = False  # a coroutine of the task does a child beside its event loop
+        self.awaits = False  # a coroutine of the task has given its slot back
         self.scope: Any = None  # set by the engine where the driver's objects are at hand
 
     def log(self, level: str, message: object) -> None:
@@ -217,9 +223,12 @@ class Attempt:
         with contextlib.suppress(ValueError):  # a coroutine may end in another context
             _running.reset(self._token)
         self.error = error
-        if error is not None:
+        state = None
+        if error is None:
+            self.value, state = _made_by_hand(self.value)
+        else:
             self.value = None
-        record = _record(running, status, self._started, seconds, self.value, error, children)
+        record = _record(running, status, self._started, seconds, self.value, error, children, state)
         self.outcome = (self.value if error is None else Failed(record, error), record)
         return True
 
@@ -300,8 +309,9 @@ def _record(
     value: Any = None,
     error: BaseException | None = None,
     children: bytes | None = None,
+    state: dict[str, Any] | None = None,
 ) -> bytes:
-    record = {
+    record: dict[str, Any] = {
         "status": status,
         "attempt": running.order.get("attempt", 1),
         "started": started,
@@ -322,7 +332,22 @@ def _record(
         record["error"] = describe(error)
     if children:
         record["children"] = children
+    if state is not None:
+        record["state"] = state
     return pickle.dumps(record, 4)
+
+
+def _made_by_hand(value: Any) -> tuple[Any, dict[str, Any] | None]:
+    """A task may return a state instead of a value: the run then ends as that state says."""
+    kind = type(value)
+    if kind.__name__ != "State" or kind.__module__ != "penstock.engine.states":
+        return value, None
+    data = value.data
+    state = {"type": str(value.type), "name": value.name, "message": value.message}
+    if isinstance(data, BaseException):
+        state["error"] = describe(data)
+        data = None
+    return data, state
 
 
 def refuse(record: bytes, value: Any, error: BaseException) -> tuple[Any, bytes]:
@@ -435,7 +460,7 @@ def run_coroutine(coroutine: Any) -> Any:
     except RuntimeError:
         pass
     else:
-        return in_thread(contextvars.copy_context().run, run_coroutine, coroutine)
+        return in_thread(run_coroutine, coroutine)
     holder = getattr(_loops, "holder", None)
     if holder is None:
         holder = _loops.holder = _Loop()
@@ -460,22 +485,72 @@ async def _collect(generator: Any) -> list[Any]:
 
 
 def in_thread(function: Any, *args: Any) -> Any:
-    """Call a function in a fresh thread and wait; used where this thread's stack is not usable."""
+    """Call a function in a fresh thread and wait; used where this thread's stack is not usable.
+
+    The thread works in a copy of the caller's context. While it waits, the caller does what the
+    thread asks it to do by `on_task_thread`.
+    """
+    requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
     box: list[tuple[Any, BaseException | None]] = []
+
+    def upstairs(ask: Any) -> Any:
+        reply: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        requests.put((ask, reply))
+        value, error = reply.get()
+        if error is not None:
+            raise error
+        return value
+
+    context = contextvars.copy_context()
+    if _shared.upstairs.get() is None:
+        context.run(_shared.upstairs.set, upstairs)
 
     def target() -> None:
         try:
-            box.append((function(*args), None))
+            box.append((context.run(function, *args), None))
         except BaseException as error:  # handed to the waiting thread
             box.append((None, error))
+        requests.put(None)
 
     thread = threading.Thread(target=target, name="penstock-hop", daemon=True)
     thread.start()
-    thread.join()
+    while (asked := requests.get()) is not None:
+        ask, reply = asked
+        try:
+            reply.put((ask(), None))
+        except BaseException as error:
+            reply.put((None, error))
     value, error = box[0]
     if error is not None:
         raise error
     return value
+
+
+def on_task_thread(function: Any) -> Any:
+    """Call a function in the thread that the backend gave to the task, and return its value.
+
+    Code of a task may run in another thread, because a stack was deep or an event loop had to stay
+    free; some backends know their slots by the thread.
+    """
+    upstairs = _shared.upstairs.get()
+    return function() if upstairs is None else upstairs(function)
+
+
+def working_for(loop: Any) -> contextvars.Context:
+    """Return a copy of the context for a thread that works while `loop` runs in this one."""
+    context = contextvars.copy_context()
+
+    def upstairs(ask: Any) -> Any:
+        async def answer() -> Any:
+            return ask()
+
+        import asyncio
+
+        return asyncio.run_coroutine_threadsafe(answer(), loop).result()
+
+    if _shared.upstairs.get() is None:
+        context.run(_shared.upstairs.set, upstairs)
+    return context
 
 
 # -- cancel -------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pydantic
 import pytest
 
 from penstock import flow, quote, task
@@ -47,6 +48,10 @@ class Frozen:
     data: Any
 
 
+class Model(pydantic.BaseModel):
+    content: Any
+
+
 class Point(NamedTuple):
     x: Any
     y: Any
@@ -73,9 +78,10 @@ def test_by_position_and_by_keyword(in_flow: InFlow, record: Record) -> None:
         lambda f: Observation("m51", f, [f, [f]]),
         lambda f: Frozen(f),
         lambda f: Point(f, 2),
+        lambda f: Model(content=[f]),
         lambda f: [Observation("m51", {"plane": Point(0, f)})],
     ],
-    ids=["list", "tuple", "dict", "deep", "dataclass", "frozen", "namedtuple", "mixed"],
+    ids=["list", "tuple", "dict", "deep", "dataclass", "frozen", "namedtuple", "pydantic", "mixed"],
 )
 def test_inside_containers(in_flow: InFlow, record: Record, wrap: Any) -> None:
     expected = repr(wrap(1))
@@ -103,7 +109,9 @@ def test_one_future_twice_is_one_value(in_flow: InFlow) -> None:
 
 
 def test_direct_calls_take_futures(in_flow: InFlow) -> None:
-    assert in_flow(lambda: everything(identity.submit(1), [identity.submit(2)], a={"k": identity.submit(3)})) == (
+    assert in_flow(
+        lambda: everything(identity.submit(1), [identity.submit(2)], a={"k": identity.submit(3)})
+    ) == (
         (1, [2]),
         {"a": {"k": 3}},
     )
@@ -244,7 +252,9 @@ def test_one_large_argument_for_a_whole_map(in_flow: InFlow) -> None:
 def test_results_that_look_odd(in_flow: InFlow) -> None:
     @task
     def odd(kind: str) -> Any:
-        return {"none": None, "nothing": (), "error": ValueError("a value"), "type": int, "path": Path("/x")}[kind]
+        return {"none": None, "nothing": (), "error": ValueError("a value"), "type": int, "path": Path("/x")}[
+            kind
+        ]
 
     none, nothing, error, kind, path = in_flow(lambda: odd.map(["none", "nothing", "error", "type", "path"]))
     assert (none, nothing, kind, path) == (None, (), int, Path("/x"))
@@ -296,7 +306,7 @@ def test_a_future_in_its_own_dependencies(in_flow: InFlow) -> None:
 
 
 def test_references_cross_into_a_flow_and_out_again(in_flow: InFlow, record: Record) -> None:
-    seen = []
+    seen: list[Any] = []
 
     @flow
     def child(plane: Any, number: int) -> Any:
@@ -305,7 +315,7 @@ def test_references_cross_into_a_flow_and_out_again(in_flow: InFlow, record: Rec
         return identity.submit(plane)
 
     def body() -> Any:
-        found = child(ones.submit(10), identity.submit(3))
+        found = child(ones.submit(10), identity.submit(3))  # type: ignore[call-overload]
         seen.append(type(found).__name__)
         return identity.submit(found)
 

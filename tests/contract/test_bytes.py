@@ -2,8 +2,9 @@
 
 import gc
 import os
+import socket
 import time
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import psutil
@@ -43,28 +44,45 @@ def private_memory() -> int:
 
 
 class Bytes:
-    """What a block adds to the memory of the driver and receives over the loopback device."""
+    """What a block adds to the driver's memory, and what Python reads from sockets and pipes meanwhile."""
 
-    def __enter__(self) -> "Bytes":
-        self._memory, self._net = private_memory(), received()
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.memory = self.read = self._before = 0
+        self._count(monkeypatch, socket.socket, "recv")
+        self._count(monkeypatch, socket.socket, "recv_into")
+        self._count(monkeypatch, os, "read")
+
+    def _count(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            found = original(*args, **kwargs)
+            self.read += found if isinstance(found, int) else len(found)
+            return found
+
+        monkeypatch.setattr(owner, name, counted)
+
+    def __enter__(self) -> Self:
+        self._before, self.read = private_memory(), 0
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.memory, self.net = private_memory() - self._memory, received() - self._net
+        self.memory = private_memory() - self._before
 
 
-def received() -> int:
-    counters = psutil.net_io_counters(pernic=True).get("lo")
-    return 0 if counters is None else int(counters.bytes_recv)
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Bytes:
+    return Bytes(monkeypatch)
 
 
 def warm(in_flow: InFlow) -> None:
     in_flow(lambda: first_of.submit(make.submit()))
 
 
-def test_waiting_looking_and_leaving_move_nothing(apart: TaskRunner, in_flow: InFlow, record: Record) -> None:
+def test_waiting_looking_and_leaving_move_nothing(
+    apart: TaskRunner, in_flow: InFlow, record: Record, counted: Bytes
+) -> None:
     warm(in_flow)
-    counted = Bytes()
 
     def body() -> None:
         with counted:
@@ -77,12 +95,14 @@ def test_waiting_looking_and_leaving_move_nothing(apart: TaskRunner, in_flow: In
 
     in_flow(body)
     assert counted.memory < SLACK
+    assert counted.read < MEGABYTE
     assert record.flows()[-1].state["driver_bytes"] == 0
 
 
-def test_a_chain_does_not_touch_the_driver(apart: TaskRunner, in_flow: InFlow, record: Record) -> None:
+def test_a_chain_does_not_touch_the_driver(
+    apart: TaskRunner, in_flow: InFlow, record: Record, counted: Bytes
+) -> None:
     warm(in_flow)
-    counted = Bytes()
 
     def body() -> float:
         with counted:
@@ -94,6 +114,7 @@ def test_a_chain_does_not_touch_the_driver(apart: TaskRunner, in_flow: InFlow, r
 
     assert in_flow(body) == 5.0
     assert counted.memory < SLACK
+    assert counted.read < MEGABYTE
     assert 0 < record.flows()[-1].state["driver_bytes"] < 1000
 
 
@@ -123,15 +144,19 @@ def test_returned_futures_are_downloaded_at_the_top_only(
     assert record.flow().state["driver_bytes"] < 1000
 
 
-def test_a_large_argument_crosses_once(apart: TaskRunner, in_flow: InFlow) -> None:
+def test_a_large_argument_crosses_once(
+    apart: TaskRunner, in_flow: InFlow, monkeypatch: pytest.MonkeyPatch
+) -> None:
     table = np.ones(SIZE // 8)
-    sent = []
+    sent: list[Any] = []
     put = apart.put
-    apart.put = lambda values: (sent.extend(values), put(values))[1]  # type: ignore[method-assign]
-    try:
-        assert in_flow(lambda: add.map(range(20), unmapped(table))) == [float(i + 1) for i in range(20)]
-    finally:
-        del apart.put  # type: ignore[method-assign]
+
+    def noted(values: Any) -> Any:
+        sent.extend(values)
+        return put(values)
+
+    monkeypatch.setattr(apart, "put", noted)
+    assert in_flow(lambda: add.map(range(20), unmapped(table))) == [float(i + 1) for i in range(20)]
     assert sum(value is table for value in sent) == 1
 
 

@@ -168,7 +168,9 @@ class Holder:
 
 
 def test_an_argument_that_cannot_be_pickled(apart: TaskRunner, in_flow: InFlow, record: Record) -> None:
-    with pytest.raises(UnserializableArgument, match=r"argument .*\.lock of task 'identity' cannot be sent") as caught:
+    with pytest.raises(
+        UnserializableArgument, match=r"argument .*\.lock of task 'identity' cannot be sent"
+    ) as caught:
         in_flow(lambda: identity.submit(Holder()))
     assert "cannot pickle '_thread.lock'" in str(caught.value)
     assert isinstance(caught.value, TypeError)
@@ -195,7 +197,9 @@ def test_a_result_that_cannot_be_pickled(apart: TaskRunner, in_flow: InFlow, rec
     def make() -> Holder:
         return Holder()
 
-    with pytest.raises(UnserializableArgument, match=r"a result of type .*Holder cannot be sent to another process"):
+    with pytest.raises(
+        UnserializableArgument, match=r"a result of type .*Holder cannot be sent to another process"
+    ):
         in_flow(lambda: make.submit())
     assert record.task("make").type == "FAILED"
 
@@ -207,7 +211,9 @@ def test_a_function_that_cannot_be_pickled(apart: TaskRunner, in_flow: InFlow, r
     def locked() -> bool:
         return lock.locked()
 
-    with pytest.raises(UnserializableArgument, match="function .*locked.* cannot be sent to another process"):
+    with pytest.raises(
+        UnserializableArgument, match=r"function .*locked.* cannot be sent to another process"
+    ):
         in_flow(lambda: locked.submit())
     assert record.flow().type == "FAILED"
 
@@ -258,7 +264,7 @@ def test_retries_come_to_an_end(in_flow: InFlow, record: Record, tmp_path: Path)
 def test_dependants_wait_for_the_last_attempt(in_flow: InFlow, record: Record, tmp_path: Path) -> None:
     def body() -> Any:
         first = succeed_at.with_options(retries=3, retry_delay_seconds=0.02).submit(tmp_path / "counter", 3)
-        return identity.map([first, first]) + [identity.submit(0, wait_for=[first])]
+        return [*identity.map([first, first]), identity.submit(0, wait_for=[first])]
 
     assert in_flow(body) == [3, 3, 0]
     assert [row.attempt for row in record.tasks("identity")] == [1, 1, 1]
@@ -282,7 +288,8 @@ def test_a_condition_decides(in_flow: InFlow, record: Record, tmp_path: Path) ->
         raise RuntimeError
 
     def body() -> None:
-        for number, condition in enumerate((never, NoMore(), raises)):
+        conditions: list[Any] = [never, NoMore(), raises]
+        for number, condition in enumerate(conditions):
             eager = succeed_at.with_options(retries=5, retry_condition_fn=condition)
             assert isinstance(eager.submit(tmp_path / str(number), 9).exception(), ConnectionError)
 
@@ -305,7 +312,9 @@ def die(marker: Path, times: int) -> str:
     return "alive"
 
 
-def test_a_worker_that_dies_is_a_crash(apart: TaskRunner, in_flow: InFlow, record: Record, tmp_path: Path) -> None:
+def test_a_worker_that_dies_is_a_crash(
+    apart: TaskRunner, in_flow: InFlow, record: Record, tmp_path: Path
+) -> None:
     def body() -> str:
         future = die.with_options(crash_retries=0).submit(tmp_path / "deaths", 1)
         never = identity.submit(future)
@@ -327,7 +336,9 @@ def test_a_crash_is_tried_again(apart: TaskRunner, in_flow: InFlow, record: Reco
     assert (record.task("die").type, record.task("die").attempt) == ("COMPLETED", 3)
 
 
-def test_a_task_that_must_not_run_twice(apart: TaskRunner, in_flow: InFlow, record: Record, tmp_path: Path) -> None:
+def test_a_task_that_must_not_run_twice(
+    apart: TaskRunner, in_flow: InFlow, record: Record, tmp_path: Path
+) -> None:
     once = die.with_options(idempotent=False, crash_retries=5)
     with pytest.raises(CrashedRun):
         in_flow(lambda: once.submit(tmp_path / "deaths", 5))
@@ -354,7 +365,9 @@ def test_a_map_survives_a_death(apart: TaskRunner, in_flow: InFlow, record: Reco
     assert record.types("work") == ["COMPLETED"] * 20
 
 
-def test_a_crash_inside_a_nested_flow(apart: TaskRunner, in_flow: InFlow, record: Record, tmp_path: Path) -> None:
+def test_a_crash_inside_a_nested_flow(
+    apart: TaskRunner, in_flow: InFlow, record: Record, tmp_path: Path
+) -> None:
     @flow
     def child() -> Any:
         return die.with_options(crash_retries=0).submit(tmp_path / "deaths", 1)

@@ -208,7 +208,9 @@ def test_a_list_of_futures(in_flow: InFlow) -> None:
 
 def test_a_list_fails_with_its_first_failure(in_flow: InFlow) -> None:
     def body() -> None:
-        mixed: PenstockFutureList[int] = PenstockFutureList([double.submit(1), fail.submit("one"), double.submit(2)])
+        mixed: PenstockFutureList[int] = PenstockFutureList(
+            [double.submit(1), fail.submit("one"), double.submit(2)]
+        )
         with pytest.raises(ValueError, match="one"):
             mixed.result()
         found: list[Any] = mixed.result(raise_on_failure=False)
@@ -232,7 +234,9 @@ def test_a_list_does_not_wait_for_the_others_if_one_fails(
 
 def test_a_list_times_out(parallel: TaskRunner, in_flow: InFlow, tmp_path: Path) -> None:
     def body() -> None:
-        mixed: PenstockFutureList[int] = PenstockFutureList([double.submit(1), after.submit(tmp_path / "go", 1)])
+        mixed: PenstockFutureList[int] = PenstockFutureList(
+            [double.submit(1), after.submit(tmp_path / "go", 1)]
+        )
         with pytest.raises(
             TimeoutError, match=r"Timed out waiting for all futures to complete within 0\.1 seconds"
         ):
@@ -248,7 +252,7 @@ def test_a_time_out_of_the_task_is_not_one_of_the_wait(in_flow: InFlow) -> None:
         raise TimeoutError("the telescope does not answer")
 
     def body() -> None:
-        with pytest.raises(TimeoutError, match="^the telescope does not answer"):
+        with pytest.raises(TimeoutError, match=r"^the telescope does not answer"):
             late.submit().result(timeout=30)
 
     in_flow(body)

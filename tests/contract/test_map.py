@@ -208,7 +208,10 @@ def test_return_state(in_flow: InFlow) -> None:
 def test_names_of_runs(in_flow: InFlow, record: Record) -> None:
     named = add.with_options(task_run_name="{x} plus {y}", tags=["sum"])
     in_flow(lambda: named.map([1, 2], y=unmapped(3)))
-    assert [(row.name, row.body["tags"]) for row in record.tasks()] == [("1 plus 3", ["sum"]), ("2 plus 3", ["sum"])]
+    assert [(row.name, row.body["tags"]) for row in record.tasks()] == [
+        ("1 plus 3", ["sum"]),
+        ("2 plus 3", ["sum"]),
+    ]
 
 
 def test_an_async_task(in_flow: InFlow) -> None:

@@ -152,7 +152,12 @@ def test_a_failure_inside_a_task(in_flow: InFlow, record: Record) -> None:
     assert in_flow(lambda: careful.submit()) == "caught"
     with pytest.raises(ValueError, match="not caught"):
         in_flow(lambda: careless.submit())
-    assert [row.type for row in record.tasks() if row.task != "add"] == ["COMPLETED", "FAILED", "FAILED", "FAILED"]
+    assert [row.type for row in record.tasks() if row.task != "add"] == [
+        "COMPLETED",
+        "FAILED",
+        "FAILED",
+        "FAILED",
+    ]
     assert record.task("add").state["name"] == "NotReady"
 
 
@@ -208,7 +213,9 @@ def test_async_tasks_inside_async_tasks(in_flow: InFlow) -> None:
 def test_nesting_has_a_limit(in_flow: InFlow, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PENSTOCK_TASKS_MAX_NESTING", "20")
     refresh()
-    with pytest.raises(NestingTooDeep, match=r"call_down in call_down .* PENSTOCK_TASKS_MAX_NESTING=20") as caught:
+    with pytest.raises(
+        NestingTooDeep, match=r"call_down in call_down .* PENSTOCK_TASKS_MAX_NESTING=20"
+    ) as caught:
         in_flow(lambda: call_down(30))
     assert isinstance(caught.value, RecursionError)
 
@@ -269,7 +276,7 @@ def test_a_child_flow_whose_upstream_failed_never_runs(in_flow: InFlow, record: 
     def body() -> str:
         failed = fail.submit()
         with pytest.raises(UnfinishedRun) as caught:
-            child(failed)
+            child(failed)  # type: ignore[call-overload]
         assert isinstance(caught.value.__cause__, ValueError)
         state = child(failed, return_state=True)
         assert (state.type, state.name) == ("PENDING", "NotReady")

@@ -215,7 +215,9 @@ def test_options_make_a_new_task(in_flow: InFlow, record: Record) -> None:
 
 
 def test_names_of_runs_from_a_callable(in_flow: InFlow, record: Record) -> None:
-    named = add.with_options(task_run_name=lambda parameters: f"sum of {parameters['x']} and {parameters['y']}")
+    named = add.with_options(
+        task_run_name=lambda parameters: f"sum of {parameters['x']} and {parameters['y']}"
+    )
     plain = add.with_options(task_run_name=lambda: "plain")
     in_flow(lambda: [named.submit(1), plain.submit(1)])
     assert [row.name for row in record.tasks()] == ["sum of 1 and 10", "plain"]

@@ -425,31 +425,35 @@ def test_parents_that_fill_all_slots_give_them_to_their_children(session: Sessio
 # ------------------------------------------------------------------------------------------------- other clusters
 
 
+@contextlib.contextmanager
+def foreign_cluster(folder: Path, workers: int) -> Iterator[dict[str, Any]]:
+    """A scheduler and workers as somebody else has started them, where penstock is not installed."""
+    hidden = folder / "sitecustomize.py"
+    hidden.write_text(f"import sys\nsys.path[:] = [one for one in sys.path if one != {str(ROOT)!r}]\n")
+    file = folder / "scheduler.json"
+    with (folder / "log.txt").open("w") as log:
+        shared: dict[str, Any] = {"env": {**os.environ, "PYTHONPATH": str(folder)}, "cwd": folder}
+        shared |= {"stdout": subprocess.DEVNULL, "stderr": log}
+        command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0"]
+        command += ["--dashboard-address", "127.0.0.1:0", "--scheduler-file", str(file)]
+        processes = [subprocess.Popen(command, **shared)]
+        wait_until(file.exists)
+        address = json.loads(file.read_text())["address"]
+        command = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-dashboard"]
+        processes.append(subprocess.Popen([*command, "--nworkers", str(workers)], **shared))
+        yield {"address": address, "file": str(file), "processes": processes}
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
+            process.kill()
+            process.wait()
+
+
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """A scheduler and a worker as somebody else has started them, where penstock is not installed."""
-    folder = tmp_path_factory.mktemp("foreign")
-    hidden = folder / "sitecustomize.py"
-    hidden.write_text("import sys\nsys.path[:] = [one for one in sys.path if one != " + repr(str(ROOT)) + "]\n")
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
-    file = folder / "scheduler.json"
-    shared: dict[str, Any] = {"env": environment, "cwd": folder, "stdout": subprocess.DEVNULL}
-    log = (folder / "log.txt").open("w")
-    command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0"]
-    command += ["--dashboard-address", "127.0.0.1:0", "--scheduler-file", str(file)]
-    processes = [subprocess.Popen(command, stderr=log, **shared)]
-    wait_until(file.exists)
-    address = json.loads(file.read_text())["address"]
-    command = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-dashboard"]
-    processes.append(subprocess.Popen([*command, "--nworkers", "2"], stderr=log, **shared))
-    yield {"address": address, "file": str(file), "processes": processes, "log": folder / "log.txt"}
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(process.pid).children(recursive=True):
-                child.kill()
-        process.kill()
-        process.wait()
-    log.close()
+    with foreign_cluster(tmp_path_factory.mktemp("foreign"), 2) as found:
+        yield found
 
 
 def plugins_of(address: str) -> list[str]:
@@ -503,8 +507,7 @@ def test_a_client_of_the_users_stays_as_it_is(foreign: dict[str, Any]) -> None:
         assert client.submit(abs, -3).result() == 3
 
 
-def test_a_worker_without_a_nanny_keeps_its_process(foreign: dict[str, Any]) -> None:
-    report = None
+def test_a_death_on_a_foreign_cluster_is_told(foreign: dict[str, Any]) -> None:
     with DaskTaskRunner(foreign["address"]) as runner:
         session = Session(runner)
         ref = session.send(lambda: os.kill(os.getpid(), signal.SIGKILL), name="killer")
@@ -513,22 +516,22 @@ def test_a_worker_without_a_nanny_keeps_its_process(foreign: dict[str, Any]) -> 
     assert report.kind == "lost" and "died while it ran task 'killer'" in str(report.cause)
 
 
-def test_a_scheduler_that_dies_is_told_at_once(foreign: dict[str, Any]) -> None:
-    runner = DaskTaskRunner(foreign["address"], client_kwargs={"timeout": 3}).open()
-    wait_until(lambda: runner.info.workers >= 1)
-    session = Session(runner)
-    refs = runner.send([session.submission(nap, 60.0) for _ in range(3)])
-    foreign["processes"][0].kill()
-    begun = time.monotonic()
-    for report in session.wait(*refs):
-        assert report.kind == "lost" and isinstance(report.cause, errors.SchedulerLost)
-    assert time.monotonic() - begun < 3
-    late = session.send(lambda: 1)
-    assert isinstance(session.wait(late)[0].cause, errors.SchedulerLost)
-    begun = time.monotonic()
-    session.close()
-    runner.close()
-    assert time.monotonic() - begun < 8
+def test_a_scheduler_that_dies_is_told_at_once(tmp_path: Path) -> None:
+    with foreign_cluster(tmp_path, 1) as foreign:
+        runner = DaskTaskRunner(foreign["address"], client_kwargs={"timeout": 3}).open()
+        session = Session(runner)
+        refs = runner.send([session.submission(nap, 60.0, announce=True) for _ in range(3)])
+        session.wait_start(refs[0])
+        foreign["processes"][0].kill()
+        begun = time.monotonic()
+        for report in session.wait(*refs):
+            assert report.kind == "lost" and isinstance(report.cause, errors.SchedulerLost)
+        assert time.monotonic() - begun < 3
+        assert isinstance(session.wait(session.send(lambda: 1))[0].cause, errors.SchedulerLost)
+        begun = time.monotonic()
+        session.close()
+        runner.close()
+        assert time.monotonic() - begun < 8
 
 
 def test_an_address_where_nobody_is_says_so() -> None:

@@ -26,7 +26,13 @@ def future() -> PenstockFuture[Any]:
 
 def test_futures_are_found_everywhere() -> None:
     futures = [future() for _ in range(5)]
-    value = {"a": futures[0], "b": [futures[1], (futures[2],)], "c": {futures[3]: 1}, "d": futures[0], "e": futures[4]}
+    value = {
+        "a": futures[0],
+        "b": [futures[1], (futures[2],)],
+        "c": {futures[3]: 1},
+        "d": futures[0],
+        "e": futures[4],
+    }
     assert members_of(value).runs == [one._run for one in futures]
     assert not members_of({"a": 1})
     assert not members_of(None)

@@ -26,7 +26,9 @@ def run(*upstreams: TaskRun, tolerant: bool = False, after: tuple[TaskRun, ...] 
     return made
 
 
-def end(graph: Graph, one: TaskRun, kind: StateType = StateType.COMPLETED) -> tuple[list[TaskRun], list[TaskRun]]:
+def end(
+    graph: Graph, one: TaskRun, kind: StateType = StateType.COMPLETED
+) -> tuple[list[TaskRun], list[TaskRun]]:
     one.position = Position(kind, "", 1)
     one.done = True
     return graph.ended(one)

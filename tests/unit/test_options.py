@@ -1,12 +1,19 @@
 """Options: what is refused, and what makes a name."""
 
-import datetime
+import datetime as dt
 from typing import Any
 
 import pytest
 
 from penstock import ConfigurationError, ReservedArgumentError, flow, task
-from penstock.engine.options import NOT_GIVEN, backend_options, check_choices, check_signature, retry_policy, run_name
+from penstock.engine.options import (
+    NOT_GIVEN,
+    backend_options,
+    check_choices,
+    check_signature,
+    retry_policy,
+    run_name,
+)
 
 
 @pytest.mark.parametrize(
@@ -42,9 +49,9 @@ def test_options_of_a_wrong_type(options: dict[str, Any], sentence: str) -> None
 
 def test_decorators_need_a_function() -> None:
     with pytest.raises(TypeError, match="@task needs a function, got int"):
-        task(3)  # type: ignore[type-var]
+        task(3)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="@flow needs a function, got str"):
-        flow("name")  # type: ignore[type-var]
+        flow("name")  # type: ignore[call-overload]
 
 
 def test_choices_that_are_fine() -> None:
@@ -66,7 +73,7 @@ def test_placement() -> None:
 
 
 def test_run_names() -> None:
-    parameters = {"date": datetime.date(2026, 1, 5), "input": {"number": 3}}
+    parameters = {"date": dt.date(2026, 1, 5), "input": {"number": 3}}
     assert run_name(None, "default", parameters) == "default"
     assert run_name("{date:%A}-{input[number]:02}", "", parameters) == "Monday-03"
     assert run_name(lambda: "fixed", "", parameters) == "fixed"
@@ -86,12 +93,12 @@ def test_reserved_parameters(name: str) -> None:
 
 
 def test_with_options_changes_what_is_given_and_nothing_else() -> None:
-    @task(retries=3, retry_delay_seconds=2, tags=["a"], timeout_seconds=5, description="one")
+    @task(retries=3, retry_delay_seconds=2, tags=["a"], timeout_seconds=5.0, description="one")
     def work() -> None: ...
 
     other = work.with_options(retries=0, timeout_seconds=None, tags=["b"])
-    assert (other.retries, other.options.timeout_seconds, other.tags) == (0, None, {"b"})
-    assert (work.retries, work.options.timeout_seconds, work.tags) == (3, 5, {"a"})
+    assert (other.retries, other.options.timeout_seconds, set(other.tags)) == (0, None, {"b"})
+    assert (work.retries, work.options.timeout_seconds, set(work.tags)) == (3, 5.0, {"a"})
     assert other.options.description == "one"
     assert other.options.retry.delays == (2.0,)
     assert other.fn is work.fn

@@ -1,18 +1,27 @@
 """Finding leaves in structures, and putting others in their place."""
 
 import dataclasses
-from collections import OrderedDict, namedtuple
-from typing import Any
+from collections import OrderedDict
+from typing import Any, NamedTuple
 
 import hypothesis
 import numpy as np
+import pydantic
 import pytest
 from hypothesis import strategies as st
 
 from penstock import allow_failure, quote, unmapped
 from penstock.engine.refs import WALKED, Slot, fill, replace
 
-Point = namedtuple("Point", "x y")
+
+class Point(NamedTuple):
+    x: Any
+    y: Any
+
+
+class Model(pydantic.BaseModel):
+    name: str
+    content: Any = None
 
 
 class Mark:
@@ -49,6 +58,7 @@ def swapped(value: Any) -> Any:
         ([[[{"a": (Mark(),)}]]], [[[{"a": ("found",)}]]]),
         (Record("m51", [Mark()]), Record("m51", ["found"])),
         (Slotted(Mark()), Slotted("found")),
+        (Model(name="m51", content=[Mark()]), Model(name="m51", content=["found"])),
     ],
 )
 def test_places_that_are_searched(value: Any, expected: Any) -> None:
@@ -106,10 +116,12 @@ def test_marks() -> None:
 
 STRUCTURES = st.recursive(
     st.integers() | st.text(max_size=3) | st.none(),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.tuples(inner, inner)
-    | st.dictionaries(st.integers(), inner, max_size=3)
-    | st.builds(Record, st.just("r"), inner),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.integers(), inner, max_size=3)
+        | st.builds(Record, st.just("r"), inner)
+    ),
     max_leaves=12,
 )
 

@@ -161,4 +161,9 @@ def test_what_is_inside_is_raised() -> None:
 def test_states_pickle() -> None:
     state = State(StateType.FAILED, "TimedOut", "too late", ValueError("x"))
     arrived = pickle.loads(pickle.dumps(state))
-    assert (arrived.type, arrived.name, arrived.message, str(arrived.data)) == ("FAILED", "TimedOut", "too late", "x")
+    assert (arrived.type, arrived.name, arrived.message, str(arrived.data)) == (
+        "FAILED",
+        "TimedOut",
+        "too late",
+        "x",
+    )

@@ -55,7 +55,14 @@ def test_all_of_them_stay_below_the_limit() -> None:
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3 << 20, "3.0 MiB"), (5 << 30, "5.0 GiB"), (2 << 40, "2.0 TiB")],
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (3 << 20, "3.0 MiB"),
+        (5 << 30, "5.0 GiB"),
+        (2 << 40, "2.0 TiB"),
+    ],
 )
 def test_bytes_for_people(number: int, text: str) -> None:
     assert human_bytes(number) == text
