@@ -233,6 +233,8 @@ class FlowRunScope:
             state = conclusion.aggregate(states) if states else State(StateType.COMPLETED)
             if state.is_completed():
                 state.data = Returned(value, members.runs) if members.runs else value
+                if self.outer is None and members.runs:
+                    state.data.load()  # the one implicit download; before the record says how much came here
         self._finish(state)
         return state
 
@@ -363,9 +365,13 @@ class Returned(Stored):
     def __init__(self, value: Any, runs: list[TaskRun]) -> None:
         self.value = value
         self.runs = runs
+        self._loaded: list[Any] = []
 
     def load(self) -> Any:
         """Bring the values of the futures here and put them in their places."""
+        if self._loaded:
+            return self._loaded[0]
         ended = [run for run in self.runs if run.completed or (run.done and run.type is StateType.SKIPPED)]
         found = dict(zip(ended, values.results(ended), strict=True))
-        return conclusion.with_values(self.value, found)
+        self._loaded = [conclusion.with_values(self.value, found)]
+        return self._loaded[0]

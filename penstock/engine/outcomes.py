@@ -58,7 +58,7 @@ def ended(session: Session, run: TaskRun, record: dict[str, Any], nbytes: int, w
     status = record["status"]
     if status == "upstream":
         return
-    run.started, run.nbytes = record["started"], nbytes or record["nbytes"]
+    run.started, run.nbytes = record["started"], max(nbytes, record["nbytes"])
     run.worker = worker or record["worker"] or f"{record['host']}:{record['pid']}"
     lines, dropped = [list(line) for line in record.get("logs", ())], record.get("dropped", 0)
     if run.tracked:
@@ -110,7 +110,7 @@ def _made_by_hand(session: Session, run: TaskRun, state: dict[str, Any], details
     elif to is StateType.FAILED:
         _failed(session, run, state["name"], state["message"], error, details)
     elif to.is_final:
-        run.error = error
+        run.error = error.exception(run.id) if error is not None else None
         session.settle(run, to, state["name"], state["message"], **details)
     else:
         text = f"Task run returned a state that is not final: {state['name']}"

@@ -30,6 +30,20 @@ class Interrupts:
             raise errors.TerminationSignal
         raise KeyboardInterrupt
 
+    def noting(self, handler: Any) -> Any:
+        """Return a handler that takes note of a signal and leaves the rest to another one."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self.received = number
+            handler(number, frame)
+
+        return note
+
+
+def _is_asyncios(handler: Any) -> bool:
+    owner = getattr(getattr(handler, "func", None), "__self__", None)
+    return type(owner).__module__ == "asyncio.runners"
+
 
 @contextmanager
 def watched() -> Iterator[Interrupts]:
@@ -42,6 +56,8 @@ def watched() -> Iterator[Interrupts]:
             # A handler that the user installed stays; an ignored signal stays ignored.
             if present in (signal.default_int_handler, signal.SIG_DFL):
                 before[number] = signal.signal(number, interrupts)
+            elif _is_asyncios(present):  # it cancels the main task; we only take note
+                before[number] = signal.signal(number, interrupts.noting(present))
     try:
         yield interrupts
     finally:

@@ -33,18 +33,27 @@ _LIBRARIES = {"dask": "distributed", "ray": "ray"}
 def runner_class(name: str) -> type[TaskRunner]:
     """Load the class of a runner.
 
-    Raises
-    ------
-    MissingExtra
-        With the pip line, if the library behind it is not installed.
+    Returns
+    -------
+    type
+        If the library behind it is not installed, a class that cannot be made: the attempt raises
+        `MissingExtra` with the pip line.
     """
+    name = "ThreadPoolTaskRunner" if name == "ConcurrentTaskRunner" else name
     module = CLASSES[name]
     library = _LIBRARIES.get(module)
     if library is not None and importlib.util.find_spec(library) is None:
-        message = f'{name} needs {module}, which is not installed: pip install "penstock[{module}]"'
-        raise errors.MissingExtra(message)
+        return _absent(name, module)
     found: type[TaskRunner] = getattr(importlib.import_module(f"penstock.runners.{module}"), name)
     return found
+
+
+def _absent(name: str, extra: str) -> type[TaskRunner]:
+    def refuse(*_: Any, **__: Any) -> Any:
+        message = f'{name} needs {extra}, which is not installed: pip install "penstock[{extra}]"'
+        raise errors.MissingExtra(message)
+
+    return type(name, (TaskRunner,), {"__new__": refuse, "__doc__": f"Needs {extra}, which is not installed."})
 
 
 def runner_of(wish: Any) -> TaskRunner:
@@ -113,7 +122,9 @@ def auto_runner() -> tuple[TaskRunner, str]:
         return runner_class("DaskTaskRunner")(**arguments), f"the Dask scheduler at {address} (environment)"
     if scheduler_file:
         arguments = {"scheduler_file": scheduler_file}
-        return runner_class("DaskTaskRunner")(**arguments), f"the Dask scheduler of {scheduler_file} (environment)"
+        return runner_class("DaskTaskRunner")(
+            **arguments
+        ), f"the Dask scheduler of {scheduler_file} (environment)"
     ray_address = os.environ.get("RAY_ADDRESS")
     if ray_address:
         arguments = {"address": ray_address}

@@ -103,7 +103,7 @@ class Options:
     crash_retries: int = 0
 
 
-NO_OPTIONS = Options()
+NO_OPTIONS: Options = Options()
 
 UNSENT: Any = object()
 """Handle of a reference whose work is not in the backend's hands yet."""

@@ -223,7 +223,9 @@ class Watch:
             return [Report(key, "lost", cause=errors.BackendStalled(text)) for key in keys]
         self._answered = time.monotonic()
         # The graph of a task may be on its way still: only what is unknown twice is gone.
-        found = [key for key in unknown if key in self._unknown and self.outstanding.pop(key, None) is not None]
+        found = [
+            key for key in unknown if key in self._unknown and self.outstanding.pop(key, None) is not None
+        ]
         self._unknown = set(unknown)
         if not self._unknown:
             self._heard = self._answered

@@ -44,7 +44,7 @@ class ThreadPoolTaskRunner(TaskRunner):
 
     def __eq__(self, other: object) -> bool:
         """Compare settings."""
-        return type(other) is type(self) and other.max_workers == self.max_workers  # type: ignore[attr-defined]
+        return type(other) is type(self) and other.max_workers == self.max_workers
 
     def __hash__(self) -> int:
         """Hash by settings."""

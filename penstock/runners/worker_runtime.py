@@ -74,7 +74,7 @@ _HIDDEN = {__file__}  # frames of these files are not the user's
 worker_name = ""  # set by the backend's half where a worker has a name of its own
 
 # One context variable for the whole process, whichever copy of this file was imported.
-_shared = sys.modules.setdefault("_penstock_running", types.ModuleType("_penstock_running"))
+_shared: Any = sys.modules.setdefault("_penstock_running", types.ModuleType("_penstock_running"))
 if not hasattr(_shared, "running"):
     _shared.running = contextvars.ContextVar("penstock_running", default=None)
     _shared.upstairs = contextvars.ContextVar("penstock_upstairs", default=None)
@@ -172,7 +172,8 @@ def run(
             return attempt.not_started()
     with attempt:
         attempt.value = _call(attempt.running, function, arguments, values, on_start)
-    return attempt.outcome
+    outcome: tuple[Any, bytes] = attempt.outcome
+    return outcome
 
 
 class Attempt:
@@ -203,7 +204,7 @@ class Attempt:
             self.running.cancelled = True
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         running = self.running
         while not running.over:
             try:
@@ -470,7 +471,7 @@ def run_coroutine(coroutine: Any) -> Any:
 class _Loop:
     """Closes the loop of a thread when the thread ends."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         import asyncio
 
         self.loop = asyncio.new_event_loop()
@@ -518,8 +519,8 @@ def in_thread(function: Any, *args: Any) -> Any:
         ask, reply = asked
         try:
             reply.put((ask(), None))
-        except BaseException as error:
-            reply.put((None, error))
+        except BaseException as raised:
+            reply.put((None, raised))
     value, error = box[0]
     if error is not None:
         raise error
@@ -718,7 +719,8 @@ def dumps(value: Any) -> bytes:
         import cloudpickle
     except ImportError:
         return pickle.dumps(value, 5)
-    return cloudpickle.dumps(value, 5)
+    pickled: bytes = cloudpickle.dumps(value, 5)
+    return pickled
 
 
 # -- prints, sizes, memory ------------------------------------------------------------------
@@ -735,7 +737,9 @@ def set_outside(receive: Any) -> None:
     _shared.outside = receive
 
 
-def _print(*args: Any, sep: str | None = " ", end: str | None = "\n", file: Any = None, flush: bool = False) -> None:
+def _print(
+    *args: Any, sep: str | None = " ", end: str | None = "\n", file: Any = None, flush: bool = False
+) -> None:
     if file in (None, sys.stdout):
         text = (" " if sep is None else sep).join(map(str, args))
         running = _running.get()
