@@ -283,7 +283,7 @@ class RayTaskRunner(TaskRunner):
         key is then reported as lost, by `CancelledRun`, and none is returned.
         """
         pump = self._running()
-        flights = pump.find([ref.handle.note for ref in refs if ref.handle is not None])
+        flights = pump.find([ref.handle.note for ref in refs if isinstance(ref.handle, Handle)])
         for flight in flights:
             ray.cancel(flight.note, force=force, recursive=False)
         if force or not flights:

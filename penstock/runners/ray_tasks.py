@@ -106,6 +106,7 @@ def begin(runtime: Any) -> None:
     node = ray.get_runtime_context().get_node_id()
     rt.worker_name = f"{node[:8]}:{os.getpid()}"
     rt._HIDDEN.add(__file__)
+    _WAITS.add(rt.__file__)  # a task whose stack goes on in another thread waits in there
 
 
 # -- one task -----------------------------------------------------------------------------

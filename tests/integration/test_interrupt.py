@@ -75,7 +75,7 @@ def shared_files() -> set[str]:
     return set(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else set()  # noqa: S108 - it is looked at only
 
 
-def eventually_gone(mark: str, seconds: float) -> list[psutil.Process]:
+def eventually(mark: str, seconds: float) -> list[psutil.Process]:
     """Wait until no process with the mark is left; answer those that are."""
     end = time.monotonic() + seconds
     left = marked(mark)
@@ -119,7 +119,7 @@ def test_ctrl_c_leaves_nothing_behind(name: str, tmp_path: Path) -> None:
             process.communicate()
             pytest.fail(f"{name}: still running 20 s after Ctrl-C at {pause:.2f} s of attempt {attempt}")
         assert process.returncode in (130, -signal.SIGINT), problems
-        left = eventually_gone(mark, 10)
+        left = eventually(mark, 10)
         ports = listening(left)
         commands = [" ".join(p.cmdline())[:200] for p in left if p.is_running()]
         for one in left:
