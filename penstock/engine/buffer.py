@@ -40,6 +40,10 @@ class Buffer:
         """Count the runs that wait."""
         return len(self._runs)
 
+    def __contains__(self, run: TaskRun) -> bool:
+        """Whether a run waits here."""
+        return run in self._runs
+
     def add(self, run: TaskRun, *, leading: bool) -> None:
         """Append a run (the caller holds the session's lock).
 

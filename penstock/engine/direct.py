@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from penstock.engine import invoke, values
 from penstock.engine.calls import Bound, Call, Source, TaskRun
+from penstock.engine.graph import admits
 from penstock.engine.states import StateType, advance
 from penstock.engine.steps import Invoke, Sleep, Steps, Wait
 from penstock.engine.waiting import HOP
@@ -75,4 +76,4 @@ def _attempts(run: TaskRun, scope: Scope, call: Call, inputs: list[Any]) -> Step
 
 def _blocks(source: Source) -> bool:
     run = source.run
-    return run is not None and not run.completed and not source.tolerant
+    return run is not None and not admits(run, source.tolerant)

@@ -162,10 +162,7 @@ class PenstockFuture(Generic[R]):
         if run.done:
             return
         loop = asyncio.get_running_loop()
-        if waiting.kept_back(run):  # a task awaits its child, which was not sent: do it here
-            helper = worker_runtime.working_for(loop)
-            await loop.run_in_executor(None, helper.run, waiting.do_one_here, [run])
-            waiting.let_go()
+        await self._done_here(loop)
         waiter: asyncio.Future[None] = loop.create_future()
 
         def release() -> None:
@@ -183,6 +180,19 @@ class PenstockFuture(Generic[R]):
         session.flush()
         with waiting.slot_given_back(run):
             await waiter
+
+    async def _done_here(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Inside a task: do a child that was not sent beside the event loop, one at a time."""
+        run = self._run
+        while worker_runtime.current() is not None and waiting.is_unsent(run):
+            if waiting.kept_back(run):
+                helper = worker_runtime.working_for(loop)
+                await loop.run_in_executor(None, helper.run, waiting.do_one_here, [run])
+                waiting.let_go()
+                continue
+            run.carrier.flush()  # another child is done here: this one may go to another worker
+            if waiting.is_unsent(run):  # there is no other worker
+                await asyncio.sleep(0.002)
 
     # -- acting -----------------------------------------------------------------------------
     def cancel(self, force: bool = False) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from penstock.engine.calls import Source, TaskRun
+from penstock.engine.states import StateType
 
 
 @dataclass(slots=True, eq=False)
@@ -57,7 +58,7 @@ class Graph:
                 continue
             run.depth = max(run.depth, upstream.depth + 1)
             if upstream.done:
-                if not (upstream.completed or source.tolerant):
+                if not admits(upstream, source.tolerant):
                     return upstream
                 continue
             edge = Edge(run, source.tolerant)
@@ -92,7 +93,7 @@ class Graph:
         for edge in run.dependants or ():
             if edge.run.done:
                 continue
-            if not (run.completed or edge.tolerant):
+            if not admits(run, edge.tolerant):
                 dead.append(edge.run)
             elif not edge.satisfied:
                 edge.satisfied = True
@@ -124,6 +125,11 @@ class Graph:
                     withdrawn.append(edge.run)
                     pending.append(edge.run)
         return withdrawn
+
+
+def admits(upstream: TaskRun, tolerant: bool) -> bool:
+    """Whether a run may start after an upstream that has ended; `allow_failure` never admits a cancelled one."""
+    return upstream.completed or (tolerant and upstream.type is not StateType.CANCELLED)
 
 
 def sources_of(run: TaskRun) -> Iterator[Source]:

@@ -23,7 +23,7 @@ from penstock.engine.buffer import Buffer
 from penstock.engine.calls import FlowRun, Source, TaskRun
 from penstock.engine.clock import clock
 from penstock.engine.context import Scope
-from penstock.engine.graph import Graph, sources_of
+from penstock.engine.graph import Graph, admits, sources_of
 from penstock.engine.journal import Journal
 from penstock.engine.objects import Objects
 from penstock.engine.states import StateType, advance
@@ -61,7 +61,6 @@ class Session:
             int, tuple[Any, bytes]
         ] = {}  # the function is kept, so that its id stays its own
         self._counter = itertools.count()
-        self._calls_due: deque[Callable[[], None]] = deque()
         self.buffer = Buffer(self._pump)
         self.bytes_fetched = 0
         self.failures = 0
@@ -171,7 +170,7 @@ class Session:
 
         def ended() -> None:
             run.waiting -= 1
-            if not run.done and not (upstream.completed or source.tolerant):
+            if not run.done and not admits(upstream, source.tolerant):
                 self._never(run, upstream)
             elif not run.done and run.waiting == 0:
                 self._release(run)
@@ -225,16 +224,13 @@ class Session:
         self._pump()
 
     def later(self, call: Callable[[], None], delay: float = 0.0) -> None:
-        """Run a piece of work of the session, in turn with all others."""
+        """Change states after a delay, on the clock's thread."""
 
         def due() -> None:
-            self._calls_due.append(call)
-            self._pump()
+            with self.changing():
+                call()
 
-        if delay > 0:
-            clock.call_later(delay, due)
-        else:
-            due()
+        clock.call_later(delay, due)
 
     # -- the pump -----------------------------------------------------------------------------
     def _receive(self, reports: list[Report]) -> None:
@@ -243,13 +239,10 @@ class Session:
 
     def _pump(self) -> None:
         """Do what is due, unless another thread is at it: that one will see it."""
-        while (self._inbox or self.buffer.due or self._calls_due) and self._working.acquire(blocking=False):
+        while (self._inbox or self.buffer.due) and self._working.acquire(blocking=False):
             try:
                 if self._inbox:
                     self._read(self._inbox.popleft())
-                elif self._calls_due:
-                    with self.changing():
-                        self._calls_due.popleft()()
                 else:
                     self._send()
             finally:
@@ -424,7 +417,6 @@ class Session:
     def _release_again(self, run: TaskRun) -> None:
         if not run.done:
             self._release(run)
-            self.buffer.flush()
 
     def _fail(self, run: TaskRun, error: Exception) -> None:
         run.error = error

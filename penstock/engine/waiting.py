@@ -47,33 +47,42 @@ def wait(runs: Sequence[TaskRun], timeout: float | None = None, *, until_failure
 
 
 def _wait(session: Session, runs: list[TaskRun], deadline: float | None, until_failure: bool) -> None:
-    running = worker_runtime.current()
-    if running is not None:
-        _check(runs)
-        _do_here(session, runs)
-    session.flush()
-    with contextlib.ExitStack() as stack:
-        if running is not None and not all(run.done for run in runs):
-            pending = [run.ref for run in runs if not run.done and run.ref is not None]
-            stack.enter_context(session.runner.blocked([ref for ref in pending if ref.handle is not UNSENT]))
+    if worker_runtime.current() is None:
+        session.flush()
         _wait_here(session, runs, deadline, until_failure)
+        return
+    _check(runs)
+    while True:
+        _do_here(session, runs)
+        session.flush()
+        pending = [run.ref for run in runs if not run.done and run.ref is not None]
+        with contextlib.ExitStack() as stack:
+            if not all(run.done for run in runs):
+                stack.enter_context(session.runner.blocked([ref for ref in pending if ref.handle is not UNSENT]))
+            if _wait_here(session, runs, deadline, until_failure, inside=True):
+                return
 
 
-def _wait_here(session: Session, runs: list[TaskRun], deadline: float | None, until_failure: bool) -> None:
+def _wait_here(
+    session: Session, runs: list[TaskRun], deadline: float | None, until_failure: bool, *, inside: bool = False
+) -> bool:
+    """Wait; inside a task answer False as soon as there is a run that can be done here, such as a retry."""
     position, failures = 0, -1
     with session.changed:
         while True:
             while position < len(runs) and runs[position].done:
                 position += 1
             if position == len(runs):
-                return
+                return True
             if until_failure and session.failures != failures:  # looks at all of them only if any failed
                 failures = session.failures
                 if any(values.has_failed(run) for run in runs):
-                    return
+                    return True
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
-                return
+                return True
+            if inside and any(run in session.buffer for run in runs):
+                return False
             session.changed.wait(left)
 
 
@@ -100,6 +109,12 @@ def kept_back(run: TaskRun) -> bool:
     with run.carrier.lock:
         running.helps = run.carrier.buffer.discard(run)
     return bool(running.helps)
+
+
+def is_unsent(run: TaskRun) -> bool:
+    """Whether a run waits in the buffer of its session."""
+    with run.carrier.lock:
+        return run in run.carrier.buffer
 
 
 def let_go() -> None:

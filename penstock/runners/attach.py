@@ -93,6 +93,13 @@ class Attachment:
     own_client: bool = True
     local: bool = False
 
+    def hasten(self) -> None:
+        """Stop what still runs on a cluster that is about to be closed."""
+        if self.local and self.cluster is not None:
+            from penstock.runners import dask_local
+
+            dask_local.end_busy_workers(self.cluster)
+
     def close(self) -> None:
         """Close what is ours; never raises."""
         if self.own_client:
@@ -275,8 +282,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return found
 
 
-def performance_report(client: Any, path: str) -> Any:
-    """Begin Dask's own report; leave it like a context manager, with the client as the current one.
+def check_report() -> None:
+    """See to it that a report can be written.
 
     Raises
     ------
@@ -286,9 +293,13 @@ def performance_report(client: Any, path: str) -> Any:
     if importlib.util.find_spec("bokeh") is None:
         message = "'performance_report_path' needs bokeh, which is not installed: pip install bokeh"
         raise errors.MissingExtra(message)
-    from distributed import performance_report as report_of
 
-    report = report_of(filename=path)
+
+def begin_report(client: Any, path: str) -> Any:
+    """Begin Dask's own report; leave it like a context manager, with the client as the current one."""
+    from distributed import performance_report
+
+    report = performance_report(filename=path)
     with client.as_current():
         report.__enter__()
     return report
@@ -307,9 +318,10 @@ __all__ = [
     "Attachment",
     "Wish",
     "attach",
+    "begin_report",
+    "check_report",
     "check_versions",
     "named_by_environment",
-    "performance_report",
     "reaches",
     "read_yaml",
 ]

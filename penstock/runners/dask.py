@@ -180,12 +180,14 @@ class DaskTaskRunner(TaskRunner):
         RunnerUnavailable
             If it does not answer, does not fit, or does not let its tasks be followed.
         """
+        if self.performance_report_path is not None:
+            attach.check_report()
         attachment = attach.attach(self._wish)
         try:
             self._runtime = dask_runtime.local() if attachment.local else dask_runtime.ship(attachment.client)
             self._follow(attachment)
             if self.performance_report_path is not None:
-                self._report = attach.performance_report(attachment.client, self.performance_report_path)
+                self._report = attach.begin_report(attachment.client, self.performance_report_path)
         except BaseException:
             self._let_go(attachment)
             raise
@@ -225,6 +227,7 @@ class DaskTaskRunner(TaskRunner):
         if watch is not None:
             left = [ref.handle for ref in watch.outstanding.values() if ref.handle is not None]
             watch.close()
+            attachment.hasten()
             with contextlib.suppress(Exception):
                 dask_graph.release(attachment.client, left)
         if runtime is not None and not attachment.local and attachment.client.status == "running":
@@ -340,7 +343,7 @@ class DaskTaskRunner(TaskRunner):
         """
         client = self.client
         for ref in refs:
-            if ref.handle is None or ref.handle.status in {"cancelled", "lost", "error"}:
+            if ref.handle is None or ref.handle.status in {"cancelled", "error"}:  # "lost" is made again
                 raise errors.ResultLost(
                     f"the value of task {ref.key[0].rpartition('-')[0]!r} no longer exists"
                 )
@@ -390,7 +393,7 @@ class DaskTaskRunner(TaskRunner):
             submissions = [one for one in submissions if one.key not in dead]
         for batch in dask_graph.batches(submissions):
             keys = [one.key for one in batch]
-            watch.outstanding.update((key, refs[key]) for key in keys)
+            watch.expect({key: refs[key] for key in keys})
             try:
                 futures = dask_graph.send(
                     client, runtime.plugin.Batch(*dask_graph.columns(batch, self._tag)), keys

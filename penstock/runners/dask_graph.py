@@ -96,7 +96,7 @@ def without_input(client: Any, submissions: Sequence[Submission]) -> dict[Key, E
     for one in submissions:
         for ref in (*one.refs, *one.after):
             if ref.handle is not None:
-                gone = ref.handle.status in {"cancelled", "lost"}
+                gone = ref.handle.status == "cancelled"
             else:
                 gone = ref.key in dead or (ref.key not in keys and ref.key not in client.futures)
             if gone:

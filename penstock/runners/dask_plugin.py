@@ -11,6 +11,7 @@ message that commits the result, so that neither is known without the other. A f
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 import pickle
@@ -21,14 +22,15 @@ import threading
 from mmap import mmap
 from typing import Any
 
-from dask._task_spec import Task, TaskRef
+from dask._task_spec import DataNode, Task, TaskRef
 from distributed import get_worker
 
 runtime: Any = importlib.import_module(f"{__package__}.worker_runtime")  # has another name when shipped
 # Under which name tasks that submit tasks find this module again.
 sys.modules["_penstock_running"].__dict__.setdefault("dask_plugin", __name__)
 
-MARK = "penstock"  # our entry in the metadata of a task
+MARK = __name__  # our entry in the metadata of a task; other versions of this file have other names
+LARGE_FUNCTION = 65_536  # bytes from which a function is sent once for all its tasks
 
 
 def topic_of(key: Any) -> str:
@@ -233,7 +235,7 @@ def name_of(key: Any) -> str:
 
 
 def _marks_file(pid: int, address: str) -> str:
-    name = "".join(letter if letter.isalnum() else "_" for letter in address)
+    name = "".join(letter if letter.isalnum() else "_" for letter in f"{address}-{__name__}")
     return os.path.join(tempfile.gettempdir(), f"penstock-{os.getuid()}", f"{pid}-{name}")
 
 
@@ -259,6 +261,11 @@ def marker_of(name: str, key: Any) -> Any:
     return ("penstock-after", name, key)
 
 
+def function_key(function: bytes) -> Any:
+    """Return the key under which a large function lies on the cluster."""
+    return ("penstock-function", hashlib.sha256(function).hexdigest())
+
+
 class Batch:
     """What the driver sends: columns of bytes that become tasks on the scheduler.
 
@@ -282,15 +289,27 @@ class Batch:
     def __dask_graph__(self) -> dict[Any, Any]:
         name, keys, flags, orders, functions, arguments, uses, waits, _ = self.columns
         graph: dict[Any, Any] = {}
+        large = self._large()
+        for function, key in large.items():
+            graph[key] = DataNode(key, function)
         for number, key in enumerate(keys):
             upstream = [TaskRef(one) for one in uses[number]] if uses else []
             for one in waits[number] if waits else ():
                 marker = marker_of(name, one)
                 graph[marker] = Task(marker, ended, TaskRef(one))
                 upstream.append(TaskRef(marker))
-            payload = (flags[number], orders[number], functions[number], arguments[number])
-            graph[key] = Task(key, run_one, *payload, *upstream)
+            function = functions[number]
+            if function in large:
+                function = TaskRef(large[function])
+            graph[key] = Task(
+                key, run_one, flags[number], orders[number], function, arguments[number], *upstream
+            )
         return graph
+
+    def _large(self) -> dict[bytes, Any]:
+        """Dask sends the payload of a task with each task: a large function becomes one of its own."""
+        functions = {id(one): one for one in self.columns[4] if len(one) > LARGE_FUNCTION}
+        return {one: function_key(one) for one in functions.values()}
 
     def __dask_annotations__(self) -> dict[str, dict[Any, Any]]:
         annotations: dict[str, dict[Any, Any]] = self.columns[-1]
@@ -300,6 +319,7 @@ class Batch:
         """Return a place in the order for each key of the graph; Dask fails on a key without."""
         name, keys, waits = self.columns[0], self.columns[1], self.columns[7]
         found = {key: number for number, key in enumerate(keys)}
+        found.update(dict.fromkeys(self._large().values(), 0))
         for number, some in enumerate(waits or ()):
             found.update((marker_of(name, one), number) for one in some)
         return found

@@ -69,14 +69,15 @@ class Runtime:
     ----------
     package : str
         Where scheduler and workers can import it from.
-    name : str
-        Of the tracker on the scheduler.
+    known : str
+        Hash of the code.
     """
 
-    def __init__(self, package: str, name: str) -> None:
+    def __init__(self, package: str, known: str) -> None:
+        # One tracker for each name under which task bodies exist; it leaves others' tasks alone.
+        self.name = f"penstock-{known}" if package.startswith(_PREFIX) else f"penstock-{known}-installed"
         self.plugin: Any = importlib.import_module(f"{package}.dask_plugin")
         self.tracker: Any = importlib.import_module(f"{package}.dask_tracker")
-        self.name = name
 
     def join(self, client: Any) -> dict[str, Any]:
         """Have the tracker on the scheduler know the client; return the cluster's summary."""
@@ -147,7 +148,7 @@ class Runtime:
 
 def local() -> Runtime:
     """Return the code by reference to penstock itself, for a cluster of this environment."""
-    return Runtime("penstock.runners", f"penstock-{digest()}")
+    return Runtime("penstock.runners", digest())
 
 
 def of_worker() -> Runtime:
@@ -155,7 +156,7 @@ def of_worker() -> Runtime:
     name: str = getattr(sys.modules["_penstock_running"], "dask_plugin", "penstock.runners.dask_plugin")
     package = name.rpartition(".")[0]
     known = package.removeprefix(_PREFIX) if package.startswith(_PREFIX) else digest()
-    return Runtime(package, f"penstock-{known}")
+    return Runtime(package, known)
 
 
 def ship(client: Any) -> Runtime:
@@ -166,7 +167,7 @@ def ship(client: Any) -> Runtime:
     RunnerUnavailable
         If the cluster refuses plugins.
     """
-    runtime = Runtime(_loaded(), f"penstock-{digest()}")
+    runtime = Runtime(_loaded(), digest())
     from distributed.diagnostics.plugin import SchedulerUploadFile, UploadFile
 
     with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,7 @@ connection loses all its tasks with it. An event is ``(kind, key, record, nbytes
 with one of the kinds
 
 ``ended``
-    `record` says how.
+    `record` says how; `details` are set if it is not the first time, its value having been lost.
 ``started``
     The user's code begins; only for submissions that ask for it.
 ``lost``
@@ -43,6 +43,7 @@ from distributed.protocol.serialize import deserialize
 
 plugin: Any = importlib.import_module(f"{__package__}.dask_plugin")  # has another name when shipped
 MARK, topic_of = plugin.MARK, plugin.topic_of
+MADE = f"{MARK}:made"  # in the metadata of a task: its value existed once
 
 REASON = "penstock: withdrawn"  # why a client's future was cancelled by us
 SHORTEST, LONGEST = 0.002, 0.02  # seconds between two messages of one topic
@@ -85,21 +86,31 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
             if finish == "memory":
                 if start == "processing" and MARK in (details.get("metadata") or ()):
                     self._completed(key, details)
-            elif finish == "erred":
-                topic = topic_of(key)
-                if topic:
-                    self._erred(topic, key, stimulus_id, details)
-            elif start == "processing":
-                if topic_of(key):
-                    self._displace(key, stimulus_id, given_up=False)
-            elif finish == "no-worker":
-                topic = topic_of(key)
-                if topic:
-                    self._add(topic, ("waiting", key, b"", 0, "", None))
             elif finish == "forgotten":
                 self._blamed.pop(key, None)
-        except Exception:  # a guest does not break the house
-            self._add(topic_of(key), ("broken", key, b"", 0, "", {"error": "the tracker failed"}))
+            elif finish in {"erred", "no-worker"} or start == "processing":
+                topic = self._topic_of(key)
+                if not topic:
+                    return
+                if finish == "erred":
+                    self._erred(topic, key, stimulus_id, details)
+                elif finish == "no-worker":
+                    self._add(topic, ("waiting", key, b"", 0, "", None))
+                else:
+                    self._displace(key, stimulus_id, given_up=False)
+        except Exception as error:  # a guest does not break the house
+            text = f"{type(error).__name__}: {error}"
+            self._add(topic_of(key), ("broken", key, b"", 0, "", {"error": f"the tracker failed: {text}"}))
+
+    def _topic_of(self, key: Any) -> str:
+        """Return the topic of a task of ours; another version of penstock has a tracker of its own."""
+        topic: str = topic_of(key)
+        if topic:
+            task = self.scheduler.tasks.get(key)
+            body = getattr(task.run_spec, "func", None) if task is not None else None
+            if getattr(body, "__module__", None) != plugin.__name__:
+                return ""
+        return topic
 
     def add_worker(self, scheduler: Any, worker: str) -> None:
         """Remember what identifies a worker, for the day it dies."""
@@ -146,13 +157,13 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
 
     # -- what the hooks do ------------------------------------------------------------------
     def _completed(self, key: Any, details: dict[str, Any]) -> None:
-        task = self.scheduler.tasks[key]
-        record = task.metadata.get(MARK)
-        task.metadata[MARK] = True  # kept: if the value is lost and made again, that is the second time
-        if type(record) is bytes:
-            self._blamed.pop(key, None)
-            worker, nbytes = details.get("worker") or "", details.get("nbytes") or 0
-            self._add(topic_of(key), ("ended", key, record, nbytes, worker, None))
+        metadata = self.scheduler.tasks[key].metadata
+        record = metadata.pop(MARK)  # Dask would keep it as long as the value
+        again = {"again": True} if MADE in metadata else None
+        metadata[MADE] = True
+        self._blamed.pop(key, None)
+        worker, nbytes = details.get("worker") or "", details.get("nbytes") or 0
+        self._add(topic_of(key), ("ended", key, record, nbytes, worker, again))
 
     def _displace(self, key: Any, stimulus_id: str, *, given_up: bool) -> None:
         if self._displaced[0] != stimulus_id:
@@ -164,7 +175,7 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         if exception is None:
             task = self.scheduler.tasks.get(key)
             blamed = task and task.exception_blame
-            again = bool(blamed and (blamed.metadata or {}).get(MARK))
+            again = bool(blamed and MADE in (blamed.metadata or ()))
             self._add(topic, ("orphaned" if again else "upstream", key, b"", 0, worker, None))
             return
         try:
@@ -202,7 +213,7 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         found, pending = set(roots), list(roots)
         while pending:
             task = pending.pop()
-            again = bool((task.metadata or {}).get(MARK))
+            again = MADE in (task.metadata or ())
             for dependant in list(task.dependents):
                 if dependant in found or dependant.state in {"memory", "erred", "forgotten"}:
                     continue

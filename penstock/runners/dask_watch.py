@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from penstock import errors
@@ -25,6 +25,7 @@ from penstock.runners.base import Key, Ref, Report
 log = logging.getLogger("penstock.runners.dask")
 
 LOOK_SECONDS = 0.5  # between two looks at what the client knows by itself
+LATE_SECONDS = 5.0  # that a message may be later than what the client knows
 QUIET_SECONDS = 10.0  # without any message, until the scheduler is asked
 STALLED_SECONDS = 60.0  # without an answer
 WAITING_SECONDS = 10.0  # for a worker that may run a task, until the user is told
@@ -59,7 +60,7 @@ class Watch:
         self._reconnected = reconnected
         self._connection = dask_graph.connection(client)
         self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._odd: set[Key] = set()  # seemed to be over at the last look
+        self._odd: dict[Key, float] = {}  # since when a task seems to be over
         self._unknown: set[Key] = set()  # to the scheduler, when it was asked last
         self._waiting: dict[Key, float] = {}
         self._told: set[str] = set()
@@ -67,6 +68,11 @@ class Watch:
         self._heard = self._answered = time.monotonic()
         self._thread = threading.Thread(target=self._serve, name="penstock-dask", daemon=True)
         self._thread.start()
+
+    def expect(self, refs: Mapping[Key, Ref]) -> None:
+        """Follow tasks that are about to be sent."""
+        self.outstanding.update(refs)
+        self._heard = time.monotonic()  # their graph takes its time to arrive
 
     def hear(self, message: Any) -> None:
         """Take a message of the tracker; returns at once."""
@@ -93,9 +99,11 @@ class Watch:
                 if message is None:
                     return
                 reports.extend(message if isinstance(message, list) else self._read(message))
-            if time.monotonic() >= next_look:
+            begun = time.monotonic()
+            if begun >= next_look:
                 reports.extend(self._look())
-                next_look = time.monotonic() + LOOK_SECONDS
+                now = time.monotonic()
+                next_look = now + max(LOOK_SECONDS, 20 * (now - begun))
             if reports:
                 try:
                     self._deliver(reports)
@@ -126,7 +134,7 @@ class Watch:
                 continue
             ref = self.outstanding.pop(key, None)
             if ref is None:
-                self._recomputed += kind == "ended"
+                self._recomputed += kind == "ended" and details is not None
                 continue
             if kind == "ended":
                 ref.nbytes, ref.worker = nbytes, worker
@@ -173,12 +181,15 @@ class Watch:
 
     def _look_at_futures(self) -> list[Report]:
         """Report what the client knows to be over since the last look, and the tracker never said."""
-        reports, odd = [], set()
+        reports: list[Report] = []
+        odd: dict[Key, float] = {}
+        now = time.monotonic()
         for key, ref in list(self.outstanding.items()):
-            if ref.handle is None or ref.handle.status == "pending":
+            if ref.handle is None or ref.handle.status in {"pending", "lost"}:
                 continue
-            if key not in self._odd:
-                odd.add(key)
+            since = self._odd.get(key, now)
+            if now - since < LATE_SECONDS:
+                odd[key] = since
             elif self.outstanding.pop(key, None) is not None:
                 reports.append(self._by_future(key, ref))
         self._odd = odd
@@ -198,8 +209,6 @@ class Watch:
             else:
                 shown = f"{type(exception).__name__}: {exception}"[:2000]
                 cause = errors.CrashedRun(f"the Dask cluster could not run task {_name(key)!r}: {shown}")
-        elif reason == self._tracker.REASON:
-            return Report(key, "upstream")
         elif self._connection is None:
             cause = errors.SchedulerLost(f"the Dask scheduler is gone, and with it task {_name(key)!r}")
         elif reason.startswith("scheduler"):

@@ -188,7 +188,7 @@ class RayTaskRunner(TaskRunner):
             except TypeError as error:
                 message = f"a value of type {type(value).__qualname__} cannot be sent to Ray: {error}"
                 raise errors.UnserializableArgument(message) from error
-            found.append(Ref(key, Handle(key, reference, None), worker_runtime.size(value)))
+            found.append(Ref(key, Handle(key, reference, None), worker_runtime._size_or_nothing(value)))
         return found
 
     def send(self, submissions: Sequence[Submission]) -> list[Ref]:
@@ -283,7 +283,9 @@ class RayTaskRunner(TaskRunner):
         key is then reported as lost, by `CancelledRun`, and none is returned.
         """
         pump = self._running()
-        flights = pump.find([ref.handle.note for ref in refs if isinstance(ref.handle, Handle)])
+        flights = pump.find(
+            [ref.handle.note for ref in refs if isinstance(ref.handle, Handle)], claim=not force
+        )
         for flight in flights:
             ray.cancel(flight.note, force=force, recursive=False)
         if force or not flights:
@@ -291,7 +293,7 @@ class RayTaskRunner(TaskRunner):
         notes = [flight.note for flight in flights]
         patience = CANCEL_SECONDS + len(notes) / 5_000
         ended, _ = ray.wait(notes, num_returns=len(notes), timeout=patience, fetch_local=False)
-        return pump.take_cancelled(ended)
+        return pump.settle(flights, ended)
 
     # -- inside a task --------------------------------------------------------------------
     @contextmanager

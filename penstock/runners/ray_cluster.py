@@ -124,6 +124,7 @@ class _Keeper(threading.Thread):
         self._loopback = loopback
         self._error: BaseException | None = None
         self._watchdog: _Watchdog | None = None
+        self._connection = ""
         self._abandoned = False
         self._gate = threading.Lock()
         self._ready = threading.Event()
@@ -134,6 +135,8 @@ class _Keeper(threading.Thread):
             _init(self._arguments, loopback=self._loopback)
         except BaseException as error:  # handed to whoever waits; Ray may even raise SystemExit
             self._error = error
+        if self._error is None:
+            self._connection = _connection()
         if self._error is None and self._arguments["address"] == "local":
             self._watchdog = _Watchdog()
         with self._gate:
@@ -161,19 +164,27 @@ class _Keeper(threading.Thread):
             message = f"{trouble}: no answer in {timeout:.0f} s."
             raise RunnerUnavailable(message)
         if self._error is not None:
-            reason = " ".join(str(self._error).split())[:500] or type(self._error).__name__
-            message = f"{trouble}: {reason}"
+            message = f"{trouble}: {_reason(self._error)}"
             raise RunnerUnavailable(message) from None
         return self
 
     def close(self) -> None:
         """Close the connection, and the cluster if it was started here."""
         try:
-            _shutdown()
+            if _connection() == self._connection:  # else the user has closed ours and opened another
+                _shutdown()
         finally:
             if self._watchdog is not None:
                 self._watchdog.close()
             self._over.set()
+
+
+def _reason(error: BaseException) -> str:
+    """Say in a sentence why Ray did not start; it hides its reasons in causes of causes."""
+    said = f"{error} {error.__cause__}"
+    if "InvalidAuthToken" in said:
+        return "it asks for a token; with RAY_AUTH_MODE=token Ray uses the one of this account."
+    return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 class _Watchdog:
@@ -241,6 +252,14 @@ def _shutdown() -> None:
         except TypeError:  # an older Ray, which does not wait
             ray.shutdown()
     _print_messages(wanted=True)
+
+
+def _connection() -> str:
+    """Name the present connection of this process; empty if there is none."""
+    if not ray.is_initialized():
+        return ""
+    context = ray.get_runtime_context()
+    return f"{getattr(context, 'gcs_address', '')} {context.get_job_id()}"
 
 
 def _print_messages(*, wanted: bool) -> None:
@@ -333,7 +352,7 @@ def describe() -> RunnerInfo:
     """Ask Ray what there is; the answer stays as it was when the runner was opened."""
     resources = ray.cluster_resources()
     threads = max(1, int(resources.get("CPU", 1)))
-    address = ray.get_runtime_context().gcs_address
+    address = getattr(ray.get_runtime_context(), "gcs_address", "")  # Ray's client has none
     return RunnerInfo(
         "ray",
         address=str(address),

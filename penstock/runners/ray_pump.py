@@ -63,6 +63,8 @@ class Flight:
         The values it depends on.
     announce : bool
         The engine waits for the news that it has started.
+    claimed, dropped : bool
+        Somebody cancels it and will answer for it, if it never ran; it never ran.
     """
 
     handle: Handle
@@ -70,6 +72,8 @@ class Flight:
     note: Any
     upstream: tuple[Handle, ...]
     announce: bool
+    claimed: bool = False
+    dropped: bool = False
 
 
 class Pump:
@@ -125,23 +129,31 @@ class Pump:
         self._moved = time.monotonic()
         self._wake.set()
 
-    def find(self, notes: Iterable[Any]) -> list[Flight]:
-        """Return the tasks behind notes that have not ended."""
+    def find(self, notes: Iterable[Any], *, claim: bool = False) -> list[Flight]:
+        """Return the tasks behind notes that have not ended; claimed ones go to `settle`."""
         with self._lock:
-            return [flight for note in notes if (flight := self._flying.get(note)) is not None]
+            found = [flight for note in notes if (flight := self._flying.get(note)) is not None]
+            for flight in found:
+                flight.claimed = claim
+        return found
 
-    def take_cancelled(self, notes: Sequence[Any]) -> list[Key]:
-        """Forget those of these ended tasks that never ran; return their keys."""
-        keys = []
-        for note, answer in zip(notes, _read(notes), strict=True):
-            if isinstance(answer, exceptions.TaskCancelledError) and not _is_propagated(answer):
+    def settle(self, flights: Sequence[Flight], ended: Sequence[Any]) -> list[Key]:
+        """Return the keys of claimed tasks that never ran; the others are reported as usual."""
+        for note, answer in zip(ended, _read(ended), strict=True):
+            if _never_ran(answer):
                 with self._lock:
                     flight = self._flying.pop(note, None)
-                if flight is not None:  # else the thread was faster and reports it
-                    _look_at(flight)
-                    self._unstarted.discard(flight.handle.key)
-                    keys.append(flight.handle.key)
-        return keys
+                if flight is not None:  # else the thread was faster
+                    self._drop(flight)
+        with self._lock:
+            for flight in flights:
+                flight.claimed = False
+            return [flight.handle.key for flight in flights if flight.dropped]
+
+    def _drop(self, flight: Flight) -> None:
+        flight.dropped = True
+        self._unstarted.discard(flight.handle.key)
+        _look_at(flight)
 
     def unfinished(self) -> list[Any]:
         """Return some notes of tasks that have not ended.
@@ -213,7 +225,12 @@ class Pump:
         for note, answer in zip(notes, _read(notes), strict=True):
             with self._lock:
                 flight = self._flying.pop(note, None)
-            if flight is None:
+                if flight is None:
+                    continue
+                if flight.claimed and _never_ran(answer):
+                    flight.dropped = True
+            if flight.dropped:
+                self._drop(flight)
                 continue
             self._unstarted.discard(flight.handle.key)
             if isinstance(answer, bytes):
@@ -298,6 +315,11 @@ def _unwritten(flight: Flight, error: Any) -> list[Report]:
         return [Report(key, "upstream")]
     message = f"the task could not be set up on its worker: {first_words(error.cause)}"
     return [Report(key, "lost", cause=errors.WorkerLost(message))]
+
+
+def _never_ran(answer: Any) -> bool:
+    """Whether Ray dropped a task by itself; one that ran writes down that it was cancelled."""
+    return isinstance(answer, exceptions.TaskCancelledError) and not _is_propagated(answer)
 
 
 def _is_propagated(error: Any) -> bool:

@@ -184,15 +184,23 @@ def test_a_dropped_future_frees_its_value(apart: TaskRunner, in_flow: InFlow, wa
         time.sleep(0.02)
         return os.getpid()
 
+    @task
+    def rest() -> None:
+        time.sleep(0.4)  # values are freed in the background
+
     def body() -> None:
         pids = set(pid.map(range(8)).result())
-        first_of.submit(make.submit()).wait()
+        touched = make.map(range(3))  # a store that was used once does not shrink: it is used again
+        touched.wait()
+        del touched
         gc.collect()
+        rest.submit().wait()
         before = held(pids)
-        for i in range(10):
+        for i in range(5):  # two more than were touched
             make.submit(i).wait()  # nobody keeps the future
-        gc.collect()
-        wait_until(lambda: held(pids) - before < 3 * SIZE, 10)
+            gc.collect()
+            rest.submit().wait()
+        wait_until(lambda: held(pids) - before < SIZE, 10)
 
     in_flow(body)
 
