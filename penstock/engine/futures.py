@@ -144,13 +144,12 @@ class PenstockFuture(Generic[R]):
         return self._await().__await__()
 
     async def _await(self) -> R:
-        loop = asyncio.get_running_loop()
         try:
             await self.settled()
             if values.is_at_hand(self._run):
                 value: R = values.results([self._run])[0]
             else:
-                value = (await loop.run_in_executor(None, values.results, [self._run]))[0]
+                value = (await worker_runtime.beside_loop(values.results, [self._run]))[0]
         except BaseException as error:
             errors.hide_frames(error)
             raise
@@ -162,7 +161,7 @@ class PenstockFuture(Generic[R]):
         if run.done:
             return
         loop = asyncio.get_running_loop()
-        await self._done_here(loop)
+        await self._done_here()
         waiter: asyncio.Future[None] = loop.create_future()
 
         def release() -> None:
@@ -181,13 +180,12 @@ class PenstockFuture(Generic[R]):
         with waiting.slot_given_back(run):
             await waiter
 
-    async def _done_here(self, loop: asyncio.AbstractEventLoop) -> None:
+    async def _done_here(self) -> None:
         """Inside a task: do a child that was not sent beside the event loop, one at a time."""
         run = self._run
         while worker_runtime.current() is not None and waiting.is_unsent(run):
             if waiting.kept_back(run):
-                helper = worker_runtime.working_for(loop)
-                await loop.run_in_executor(None, helper.run, waiting.do_one_here, [run])
+                await worker_runtime.beside_loop(waiting.do_one_here, [run])
                 waiting.let_go()
                 continue
             run.carrier.flush()  # another child is done here: this one may go to another worker
@@ -425,12 +423,12 @@ class as_completed:  # noqa: N801 - the standard library's name; an iterator, pl
             return self._take()
 
     def _help(self) -> None:
-        """Inside a task that waits, do one of the runs here: the slot may be the only one."""
-        if len(self._ended) > self._taken:
+        """Inside a task that waits, do one of the runs here, or give the slot back: it may be the only one."""
+        if worker_runtime.current() is None or len(self._ended) > self._taken:
             return
         pending = [future._run for future in self._futures if not future._run.done]
         if pending:
-            waiting.do_one_here(pending)
+            waiting.wait_any(pending, self._deadline)
 
     def _take(self) -> PenstockFuture[Any]:
         future = self._ended[self._taken]

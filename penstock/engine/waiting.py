@@ -128,6 +128,33 @@ def do_one_here(runs: Sequence[TaskRun]) -> None:
         _do_here(runs[0].carrier, runs[:1])
 
 
+def wait_any(runs: Sequence[TaskRun], deadline: float | None) -> None:
+    """Inside a task, wait until one of the runs has ended, and do one here if it was not sent.
+
+    Parameters
+    ----------
+    runs : sequence of TaskRun
+        Not done when last looked at.
+    deadline : float or None
+        By the monotonic clock.
+    """
+    session = runs[0].carrier
+    while not any(run.done for run in runs):
+        with session.lock:
+            unsent = next((run for run in runs if session.buffer.discard(run)), None)
+        session.flush()
+        if unsent is not None:
+            _run_here(session, unsent)
+            continue
+        pending = [run.ref for run in runs if run.ref is not None and run.ref.handle is not UNSENT]
+        with session.runner.blocked(pending), session.changed:
+            while not any(run.done or run in session.buffer for run in runs):
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    return
+                session.changed.wait(left)
+
+
 def surrounds(run: TaskRun, around: TaskRun | None) -> bool:
     """Whether `around`, or a run around it, is `run`."""
     while around is not None:

@@ -208,6 +208,10 @@ class TaskRunner(ABC):
         self._at_exit: list[Callable[[], None]] = []
         self._tokens: list[Token[TaskRunner | None]] = []
 
+    def __reduce__(self) -> Any:
+        """Travel as a name: a runner is the driver's, and what needs it elsewhere makes its own."""
+        return (_named, (self.name,))
+
     # -- life -----------------------------------------------------------------------------
     def open(self) -> Self:
         """Count one more user; the first one starts the runner.
@@ -379,6 +383,12 @@ class TaskRunner(ABC):
         Empty if tasks run in this process and can use the object itself.
         """
         return ""
+
+
+def _named(name: str) -> TaskRunner:
+    from penstock.runners import runner_of
+
+    return runner_of(name)
 
 
 _kept_runners: list[TaskRunner] = []

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from typing import Any, ClassVar
 
 import dask
@@ -56,12 +57,14 @@ def start(kwargs: dict[str, Any]) -> Any:
     kwargs : dict
         What the user wants of `distributed.LocalCluster`.
     """
-    options: dict[str, Any] = {"silence_logs": logging.CRITICAL, "host": "127.0.0.1"}
+    options: dict[str, Any] = {"silence_logs": logging.CRITICAL}
     if "n_workers" not in kwargs and "threads_per_worker" not in kwargs:
         options["n_workers"], options["threads_per_worker"] = shape(CPU_COUNT)
-    if kwargs.get("processes", True) and "worker_class" not in kwargs:
-        options["worker_class"] = LocalNanny
-        options["preload"] = [__name__]
+    if kwargs.get("processes", True):
+        options["host"] = "127.0.0.1"
+        if "worker_class" not in kwargs:
+            options["worker_class"] = LocalNanny
+            options["preload"] = [__name__]
     options.update(kwargs)
     if options.get("dashboard_address") is None:  # to Dask that means port 8787, and a warning if it is taken
         options["dashboard_address"] = "127.0.0.1:0"
@@ -108,6 +111,7 @@ def _interruptible(start: Callable[[], Any]) -> Any:
             close(cluster)
 
     thread = threading.Thread(target=target, name="penstock-dask-start", daemon=True)
+    resource_tracker.ensure_running()  # it unblocks the signal in the thread that starts it
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         thread.start()
@@ -174,6 +178,7 @@ class LocalNanny(Nanny):  # type: ignore[misc]
 
     async def instantiate(self) -> Any:
         """Start the worker process."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of this thread; children inherit it
         with _unchanged:
             status = await super().instantiate()
         self.worker_pid = self.pid or 0

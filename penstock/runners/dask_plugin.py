@@ -11,6 +11,8 @@ message that commits the result, so that neither is known without the other. A f
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import hashlib
 import importlib
 import os
@@ -208,6 +210,7 @@ class Marks:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
             os.truncate(descriptor, self.SLOT * self.SLOTS)
+            atexit.register(_unlink, path)
             self._free = list(range(self.SLOTS))[::-1]
             return mmap(descriptor, self.SLOT * self.SLOTS)
         finally:
@@ -236,7 +239,7 @@ def name_of(key: Any) -> str:
 
 def _marks_file(pid: int, address: str) -> str:
     name = "".join(letter if letter.isalnum() else "_" for letter in f"{address}-{__name__}")
-    return os.path.join(tempfile.gettempdir(), f"penstock-{os.getuid()}", f"{pid}-{name}")
+    return os.path.join(tempfile.gettempdir(), f"penstock-marks-{os.getuid()}", f"{pid}-{name}")
 
 
 def _sweep(folder: str) -> None:
@@ -245,9 +248,14 @@ def _sweep(folder: str) -> None:
         try:
             os.kill(int(name.partition("-")[0]), 0)
         except ProcessLookupError:
-            os.unlink(os.path.join(folder, name))
+            _unlink(os.path.join(folder, name))
         except (ValueError, OSError):
             continue
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
 
 
 _marks = Marks()

@@ -270,12 +270,15 @@ def interrupted_after(seconds: float | None, name: Any) -> Iterator[None]:
         raise TimedOut(f"Run {name!r} exceeded timeout of {seconds} second(s)")
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    begun = time.monotonic()
+    due, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if due:  # somebody else's alarm goes on
+            signal.setitimer(signal.ITIMER_REAL, max(due - (time.monotonic() - begun), 1e-3), interval)
 
 
 def is_signal(error: BaseException) -> bool:
@@ -537,21 +540,42 @@ def on_task_thread(function: Any) -> Any:
     return function() if upstairs is None else upstairs(function)
 
 
-def working_for(loop: Any) -> contextvars.Context:
-    """Return a copy of the context for a thread that works while `loop` runs in this one."""
-    context = contextvars.copy_context()
+async def beside_loop(function: Any, *args: Any) -> Any:
+    """Call a function in a thread beside the running event loop, and await its value."""
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    done = loop.create_future()
 
     def upstairs(ask: Any) -> Any:
         async def answer() -> Any:
             return ask()
 
-        import asyncio
-
         return asyncio.run_coroutine_threadsafe(answer(), loop).result()
 
+    context = contextvars.copy_context()
     if _shared.upstairs.get() is None:
         context.run(_shared.upstairs.set, upstairs)
-    return context
+
+    def settle(value: Any, error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error is None:
+            done.set_result(value)
+        else:
+            done.set_exception(error)
+
+    def target() -> None:
+        value, problem = None, None
+        try:
+            value = context.run(function, *args)
+        except BaseException as error:  # handed to the coroutine
+            problem = error
+        with contextlib.suppress(RuntimeError):  # the loop has ended; nobody waits any more
+            loop.call_soon_threadsafe(settle, value, problem)
+
+    threading.Thread(target=target, name="penstock-hop", daemon=True).start()
+    return await done
 
 
 # -- cancel -------------------------------------------------------------------------------
