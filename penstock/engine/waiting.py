@@ -58,13 +58,20 @@ def _wait(session: Session, runs: list[TaskRun], deadline: float | None, until_f
         pending = [run.ref for run in runs if not run.done and run.ref is not None]
         with contextlib.ExitStack() as stack:
             if not all(run.done for run in runs):
-                stack.enter_context(session.runner.blocked([ref for ref in pending if ref.handle is not UNSENT]))
+                stack.enter_context(
+                    session.runner.blocked([ref for ref in pending if ref.handle is not UNSENT])
+                )
             if _wait_here(session, runs, deadline, until_failure, inside=True):
                 return
 
 
 def _wait_here(
-    session: Session, runs: list[TaskRun], deadline: float | None, until_failure: bool, *, inside: bool = False
+    session: Session,
+    runs: list[TaskRun],
+    deadline: float | None,
+    until_failure: bool,
+    *,
+    inside: bool = False,
 ) -> bool:
     """Wait; inside a task answer False as soon as there is a run that can be done here, such as a retry."""
     position, failures = 0, -1

@@ -53,7 +53,9 @@ def _absent(name: str, extra: str) -> type[TaskRunner]:
         message = f'{name} needs {extra}, which is not installed: pip install "penstock[{extra}]"'
         raise errors.MissingExtra(message)
 
-    return type(name, (TaskRunner,), {"__new__": refuse, "__doc__": f"Needs {extra}, which is not installed."})
+    return type(
+        name, (TaskRunner,), {"__new__": refuse, "__doc__": f"Needs {extra}, which is not installed."}
+    )
 
 
 def runner_of(wish: Any) -> TaskRunner:

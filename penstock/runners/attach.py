@@ -94,11 +94,11 @@ class Attachment:
     local: bool = False
 
     def hasten(self) -> None:
-        """Stop what still runs on a cluster that is about to be closed."""
+        """End the work on a cluster of ours that is about to be closed."""
         if self.local and self.cluster is not None:
             from penstock.runners import dask_local
 
-            dask_local.end_busy_workers(self.cluster)
+            dask_local.end_workers(self.cluster)
 
     def close(self) -> None:
         """Close what is ours; never raises."""
@@ -193,9 +193,13 @@ def _address_in(path: str) -> str:
 
 
 def _create(wish: Wish, factory: Callable[..., Any] | None) -> Attachment:
+    from distributed import LocalCluster
+
     from penstock.runners import dask_local
 
     kwargs = dict(wish.cluster_kwargs or {})
+    if factory is LocalCluster:
+        factory = None
     try:
         cluster = dask_local.start(kwargs) if factory is None else factory(**kwargs)
     except Exception as error:

@@ -103,6 +103,7 @@ class DaskTaskRunner(TaskRunner):
         self._tag = new_tag()
         self._puts = itertools.count()
         self._direct: bool | None = None
+        self._abandoned = False  # a session has left with work in progress
         # Flows leave a cluster open that took seconds to start; a report is due at the end of each.
         self.keeps = not self._wish.exists and performance_report_path is None
         self._summary: tuple[float, dict[str, Any]] = (0.0, {})
@@ -227,7 +228,8 @@ class DaskTaskRunner(TaskRunner):
         if watch is not None:
             left = [ref.handle for ref in watch.outstanding.values() if ref.handle is not None]
             watch.close()
-            attachment.hasten()
+            if left or self._abandoned:
+                attachment.hasten()
             with contextlib.suppress(Exception):
                 dask_graph.release(attachment.client, left)
         if runtime is not None and not attachment.local and attachment.client.status == "running":
@@ -302,7 +304,9 @@ class DaskTaskRunner(TaskRunner):
         if watch is None or attachment is None or runtime is None:
             return
         ending = f"-{tag}"
-        self.release([ref for key, ref in list(watch.outstanding.items()) if key[0].endswith(ending)])
+        left = [ref for key, ref in list(watch.outstanding.items()) if key[0].endswith(ending)]
+        self._abandoned = self._abandoned or bool(left)
+        self.release(left)
         with contextlib.suppress(Exception):  # the connection may be gone
             runtime.unsubscribe(attachment.client, f"penstock-{tag}")
 

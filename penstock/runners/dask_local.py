@@ -131,15 +131,14 @@ def _interruptible(start: Callable[[], Any]) -> Any:
     return box[0]
 
 
-def end_busy_workers(cluster: Any) -> None:
-    """Before a cluster is closed, end workers that are at work.
+def end_workers(cluster: Any) -> None:
+    """End the workers of a cluster that is about to be closed in the middle of its work.
 
     A nanny gives its worker four seconds to finish what it does; nobody waits for that any more.
     """
-    with contextlib.suppress(Exception):  # other classes of clusters do as they like
-        busy = {state.address for state in cluster.scheduler.workers.values() if state.processing}
+    with contextlib.suppress(Exception):
         for nanny in list(cluster.workers.values()):
-            if isinstance(nanny, LocalNanny) and nanny.worker_address in busy and nanny.pid:
+            if isinstance(nanny, LocalNanny) and nanny.pid:
                 nanny.close_gracefully()  # it will not start another one
                 os.kill(nanny.pid, signal.SIGKILL)
 

@@ -16,6 +16,8 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import threading
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,12 +29,13 @@ import ray
 from ray.experimental import internal_kv
 
 from penstock import errors
-from penstock.runners import ray_cluster, ray_tasks, worker_runtime
+from penstock.runners import ray_cluster, ray_nodes, ray_tasks, worker_runtime
 from penstock.runners.base import Key, Options, Ref, RunnerInfo, Submission, TaskRunner
 from penstock.runners.ray_pump import Flight, Handle, Pump, arrived, first_words
 
 FUNCTION_BYTES = 8_192  # larger functions are stored once, not sent with each task
 CANCEL_SECONDS = 0.2
+DEAF_SECONDS, DEAF_LOOKS = 0.5, 10
 
 _numbers = itertools.count()
 
@@ -130,8 +133,8 @@ class RayTaskRunner(TaskRunner):
             self._joined = True
         try:
             if not self._inner:
-                ray_cluster.check_versions(strict=self.strict)
-                self._info = ray_cluster.describe()
+                ray_nodes.check_versions(strict=self.strict)
+                self._info = ray_nodes.describe()
             self._prefix = uuid.uuid4().hex.encode() + b":"
             self._pump = Pump(self.deliver, self._prefix + b"started:")
             self._pump.start()
@@ -283,11 +286,16 @@ class RayTaskRunner(TaskRunner):
         key is then reported as lost, by `CancelledRun`, and none is returned.
         """
         pump = self._running()
-        flights = pump.find(
-            [ref.handle.note for ref in refs if isinstance(ref.handle, Handle)], claim=not force
-        )
+        notes = [ref.handle.note for ref in refs if isinstance(ref.handle, Handle)]
+        flights = pump.find(notes, claim=not force)
+        deaf = [flight for flight in flights if force and flight.asked]
         for flight in flights:
+            flight.asked = True
             ray.cancel(flight.note, force=force, recursive=False)
+        if deaf:
+            threading.Thread(
+                target=_end_deaf, args=(pump, deaf), name="penstock-ray-kill", daemon=True
+            ).start()
         if force or not flights:
             return []
         notes = [flight.note for flight in flights]
@@ -306,6 +314,21 @@ class RayTaskRunner(TaskRunner):
             return
         with ray_tasks.slot_given_back(pump.unfinished):
             yield
+
+
+def _end_deaf(pump: Pump, flights: Sequence[Flight]) -> None:
+    """See to it that tasks end which did not listen to the first request.
+
+    A process whose code holds Python's lock for long is stuck in that request: it cannot read the
+    second one, by which it would end itself.
+    """
+    for _ in range(DEAF_LOOKS):
+        time.sleep(DEAF_SECONDS)  # Ray's head hears once a second which process runs what
+        left = pump.find(flight.note for flight in flights)
+        if not left:
+            return
+        with contextlib.suppress(Exception):  # private ground of Ray: nothing else depends on it
+            ray_nodes.end_processes({flight.note.task_id().binary() for flight in left})
 
 
 # -- what Ray is asked for ----------------------------------------------------------------
@@ -338,18 +361,6 @@ def _ray_options(options: Options) -> dict[str, Any]:
     if options.workers:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as OnNode
 
-        nodes = [_node_id(name) for name in options.workers]
+        nodes = [ray_nodes.node_id(name) for name in options.workers]
         wishes["scheduling_strategy"] = OnNode(nodes[0], soft=len(nodes) > 1)
     return wishes
-
-
-def _node_id(name: str) -> str:
-    """Find a node by its id, the beginning of it, its address or its host name."""
-    wanted = name.partition(":")[0]
-    for node in ray.nodes():
-        known = (node["NodeManagerAddress"], node["NodeManagerHostname"])
-        if node["Alive"] and (wanted in known or node["NodeID"].startswith(wanted)):
-            found: str = node["NodeID"]
-            return found
-    message = f"no node of the Ray cluster is called {name!r}."
-    raise errors.ConfigurationError(message)

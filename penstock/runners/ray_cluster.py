@@ -5,25 +5,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import platform
 import shutil
 import socket
 import subprocess
 import threading
-import warnings
 from typing import Any
 
 import psutil
 import ray
 
 from penstock.errors import RunnerUnavailable
-from penstock.runners import versions
-from penstock.runners.base import RunnerInfo
 
 NAMESPACE = "penstock"
 ATTACH_SECONDS = 30.0
 ANSWER_SECONDS = 5.0
-PROBE_SECONDS = 10.0
 STORE_FLOOR = 512 * 2**20  # a smaller /dev/shm is left to Ray, which then uses the disk
 
 _lock = threading.RLock()
@@ -317,76 +312,3 @@ def _speaks(host: str, port: int) -> bool:
     except OSError:
         return False
     return len(answer) == 4 and answer[3] == _SETTINGS
-
-
-# -- what there is ------------------------------------------------------------------------
-
-
-def check_versions(*, strict: bool) -> None:
-    """Compare libraries on other machines; Python and Ray itself are checked by Ray.
-
-    Raises
-    ------
-    RunnerUnavailable
-        If they do not fit and `strict` is set; else there is a warning.
-    """
-    here = platform.node()
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeManagerHostname"] != here]
-    if not nodes:
-        return
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as OnNode
-
-    probe = ray.remote(num_cpus=0, max_retries=0)(_probe())
-    asked = [probe.options(scheduling_strategy=OnNode(node["NodeID"], soft=False)).remote() for node in nodes]
-    answered, _ = ray.wait(asked, num_returns=len(asked), timeout=PROBE_SECONDS)
-    rows = versions.compare(_probe()(), {}, ray.get(answered))
-    if not rows:
-        return
-    message = f"the libraries of the Ray cluster do not fit the driver's:\n{versions.table(rows)}"
-    if strict:
-        raise RunnerUnavailable(message)
-    warnings.warn(message, stacklevel=5)
-
-
-def describe() -> RunnerInfo:
-    """Ask Ray what there is; the answer stays as it was when the runner was opened."""
-    resources = ray.cluster_resources()
-    threads = max(1, int(resources.get("CPU", 1)))
-    address = getattr(ray.get_runtime_context(), "gcs_address", "")  # Ray's client has none
-    return RunnerInfo(
-        "ray",
-        address=str(address),
-        dashboard=_dashboard(),
-        workers=threads,
-        threads=threads,
-        memory=int(resources.get("memory", 0)),
-        dependencies=True,
-        interrupts=True,
-        versions=(("python", platform.python_version()), ("ray", ray.__version__)),
-    )
-
-
-def _dashboard() -> str:
-    worker = getattr(getattr(ray, "_private", None), "worker", None)
-    node = getattr(worker, "_global_node", None)
-    url = getattr(node, "webui_url", None) or ""
-    return f"http://{url}" if url and "://" not in url else str(url)
-
-
-def _probe() -> Any:
-    """Make the function that lists versions on a worker; a closure, so it travels by value."""
-    libraries = ("cloudpickle", "numpy", "pandas")
-
-    def versions_here() -> dict[str, str | None]:
-        import importlib.metadata
-        import platform
-
-        found: dict[str, str | None] = {"python": platform.python_version()}
-        for library in libraries:
-            try:
-                found[library] = importlib.metadata.version(library)
-            except importlib.metadata.PackageNotFoundError:
-                found[library] = None
-        return found
-
-    return versions_here

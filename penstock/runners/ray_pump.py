@@ -63,6 +63,10 @@ class Flight:
         The values it depends on.
     announce : bool
         The engine waits for the news that it has started.
+    asked : bool
+        It was asked to stop.
+    worker : str
+        Who runs it, if that was announced.
     claimed, dropped : bool
         Somebody cancels it and will answer for it, if it never ran; it never ran.
     """
@@ -72,6 +76,8 @@ class Flight:
     note: Any
     upstream: tuple[Handle, ...]
     announce: bool
+    asked: bool = False
+    worker: str = ""
     claimed: bool = False
     dropped: bool = False
 
@@ -95,7 +101,7 @@ class Pump:
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._closing = False
-        self._unstarted: set[Key] = set()
+        self._unstarted: dict[Key, Flight] = {}
         self._looked = self._moved = 0.0
         self._slices: list[list[Any]] = []
         self._thread = threading.Thread(target=self._run, name="penstock-ray-pump", daemon=True)
@@ -122,7 +128,7 @@ class Pump:
             return
         with self._lock:
             self._flying.update((flight.note, flight) for flight in flights)
-            announced = [flight.handle.key for flight in flights if flight.announce]
+            announced = {flight.handle.key: flight for flight in flights if flight.announce}
             self._unstarted.update(announced)
         if announced:
             self.has_announced = True
@@ -134,7 +140,7 @@ class Pump:
         with self._lock:
             found = [flight for note in notes if (flight := self._flying.get(note)) is not None]
             for flight in found:
-                flight.claimed = claim
+                flight.claimed = flight.claimed or claim
         return found
 
     def settle(self, flights: Sequence[Flight], ended: Sequence[Any]) -> list[Key]:
@@ -152,7 +158,7 @@ class Pump:
 
     def _drop(self, flight: Flight) -> None:
         flight.dropped = True
-        self._unstarted.discard(flight.handle.key)
+        self._unstarted.pop(flight.handle.key, None)
         _look_at(flight)
 
     def unfinished(self) -> list[Any]:
@@ -232,7 +238,7 @@ class Pump:
             if flight.dropped:
                 self._drop(flight)
                 continue
-            self._unstarted.discard(flight.handle.key)
+            self._unstarted.pop(flight.handle.key, None)
             if isinstance(answer, bytes):
                 reports.append(_written(flight, answer))
             else:
@@ -248,10 +254,10 @@ class Pump:
         reports = []
         for name in internal_kv._internal_kv_list(self._starts, namespace=ray_tasks.STORE):
             key = pickle.loads(internal_kv._internal_kv_get(name, namespace=ray_tasks.STORE) or _NOTHING)
-            if key in self._unstarted:
-                self._unstarted.discard(key)
-                worker = name.removeprefix(self._starts).decode()
-                reports.append(Report(key, "started", worker=worker))
+            flight = self._unstarted.pop(key, None)
+            if flight is not None:
+                flight.worker = name.removeprefix(self._starts).decode()
+                reports.append(Report(key, "started", worker=flight.worker))
         return reports
 
     def _all_lost(self, error: Exception) -> list[Report]:
@@ -304,7 +310,7 @@ def _unwritten(flight: Flight, error: Any) -> list[Report]:
     """Say what became of a task that left no note."""
     key = flight.handle.key
     if not _is_propagated(error):
-        return [Report(key, "lost", cause=neutral(error))]
+        return [Report(key, "lost", cause=neutral(error), worker=flight.worker)]
     if isinstance(error.cause, exceptions.ObjectLostError):
         # The engine believes that the value is there: both have to be told.
         cause = neutral(error.cause)

@@ -18,7 +18,7 @@ import pytest
 from penstock.api import queries
 from penstock.api.embedded import reading
 
-SCRIPT = '''
+SCRIPT = """
 import sys, time
 from penstock import flow, task, unmapped
 
@@ -42,7 +42,7 @@ def long_flow():
     work.map(parts, unmapped(30)).result()
 
 long_flow.with_options(task_runner=sys.argv[1])()
-'''
+"""
 MOMENTS = 10
 RUNNERS = ["sequential", "threads", "processes", "dask", "ray"]
 
@@ -52,7 +52,10 @@ def marked(mark: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get("PENSTOCK_TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
+            if (
+                process.environ().get("PENSTOCK_TEST_MARK") == mark
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
                 found.append(process)
         except (psutil.Error, OSError):
             continue
@@ -72,7 +75,7 @@ def listening(processes: list[psutil.Process]) -> list[int]:
 
 def shared_files() -> set[str]:
     """Return the files in shared memory."""
-    return set(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else set()  # noqa: S108 - it is looked at only
+    return set(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else set()
 
 
 def eventually(mark: str, seconds: float) -> list[psutil.Process]:

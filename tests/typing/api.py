@@ -92,7 +92,7 @@ def plain(n: int) -> float:
         return sum(futures.result())
 
 
-@flow(name="with a runner", task_runner=ThreadPoolTaskRunner(max_workers=2), retries=1)
+@flow(name="with a runner", task_runner=ThreadPoolTaskRunner(max_workers=2), log_prints=True)
 def with_runner(n: int = 3) -> list[float]:
     return [plain(n)]
 

@@ -1,0 +1,133 @@
+"""What Ray knows of its nodes and processes, and what it is asked about them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import warnings
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+import ray
+
+from penstock import errors
+from penstock.runners import versions
+from penstock.runners.base import RunnerInfo
+
+PROBE_SECONDS = 10.0
+
+
+def check_versions(*, strict: bool) -> None:
+    """Compare libraries on other machines; Python and Ray itself are checked by Ray.
+
+    Raises
+    ------
+    RunnerUnavailable
+        If they do not fit and `strict` is set; else there is a warning.
+    """
+    here = platform.node()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeManagerHostname"] != here]
+    if not nodes:
+        return
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as OnNode
+
+    probe = ray.remote(num_cpus=0, max_retries=0)(_probe())
+    asked = [probe.options(scheduling_strategy=OnNode(node["NodeID"], soft=False)).remote() for node in nodes]
+    answered, _ = ray.wait(asked, num_returns=len(asked), timeout=PROBE_SECONDS)
+    rows = versions.compare(_probe()(), {}, ray.get(answered))
+    if not rows:
+        return
+    message = f"the libraries of the Ray cluster do not fit the driver's:\n{versions.table(rows)}"
+    if strict:
+        raise errors.RunnerUnavailable(message)
+    warnings.warn(message, stacklevel=5)
+
+
+def describe() -> RunnerInfo:
+    """Ask Ray what there is; the answer stays as it was when the runner was opened."""
+    resources = ray.cluster_resources()
+    threads = max(1, int(resources.get("CPU", 1)))
+    address = getattr(ray.get_runtime_context(), "gcs_address", "")  # Ray's client has none
+    return RunnerInfo(
+        "ray",
+        address=str(address),
+        dashboard=_dashboard(),
+        workers=threads,
+        threads=threads,
+        memory=int(resources.get("memory", 0)),
+        dependencies=True,
+        interrupts=True,
+        versions=(("python", platform.python_version()), ("ray", ray.__version__)),
+    )
+
+
+def _dashboard() -> str:
+    worker = getattr(getattr(ray, "_private", None), "worker", None)
+    node = getattr(worker, "_global_node", None)
+    url = getattr(node, "webui_url", None) or ""
+    return f"http://{url}" if url and "://" not in url else str(url)
+
+
+def _probe() -> Any:
+    """Make the function that lists versions on a worker; a closure, so it travels by value."""
+    libraries = ("cloudpickle", "numpy", "pandas")
+
+    def versions_here() -> dict[str, str | None]:
+        import importlib.metadata
+        import platform
+
+        found: dict[str, str | None] = {"python": platform.python_version()}
+        for library in libraries:
+            try:
+                found[library] = importlib.metadata.version(library)
+            except importlib.metadata.PackageNotFoundError:
+                found[library] = None
+        return found
+
+    return versions_here
+
+
+def node_id(name: str) -> str:
+    """Find a node by its id, the beginning of it, its address or its host name."""
+    wanted = name.partition(":")[0]
+    for node in ray.nodes():
+        known = (node["NodeManagerAddress"], node["NodeManagerHostname"])
+        if node["Alive"] and (wanted in known or node["NodeID"].startswith(wanted)):
+            found: str = node["NodeID"]
+            return found
+    message = f"no node of the Ray cluster is called {name!r}."
+    raise errors.ConfigurationError(message)
+
+
+def end_processes(tasks: AbstractSet[bytes]) -> None:
+    """Kill the worker processes that run tasks, as far as Ray's head knows them.
+
+    Parameters
+    ----------
+    tasks : set of bytes
+        Ids of tasks, which have not ended.
+    """
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as OnNode
+
+    here = ray.get_runtime_context().get_node_id()
+    kill = ray.remote(num_cpus=0, max_retries=0)(_killer())
+    for event in ray._private.state.state._get_all_task_events():
+        found = event.state_updates
+        if event.task_id not in tasks or not found.worker_pid:
+            continue
+        node = found.node_id.hex()
+        if node == here:
+            os.kill(found.worker_pid, signal.SIGKILL)
+        else:
+            kill.options(scheduling_strategy=OnNode(node, soft=False)).remote(found.worker_pid)
+
+
+def _killer() -> Any:
+    def kill(pid: int) -> None:
+        import os
+        import signal
+
+        os.kill(pid, signal.SIGKILL)
+
+    return kill
