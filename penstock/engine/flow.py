@@ -174,6 +174,7 @@ class Flow(Generic[P, R]):
                 state = yield from run.raised(error)
                 if not isinstance(error, Exception):
                     raise
+                run.raise_if_interrupted()
             if return_state:
                 return run.give_state(state)
             return run.give_value(state)

@@ -250,6 +250,7 @@ class FlowRunScope:
     def raised(self, error: BaseException) -> Steps:
         """Conclude from what the function (or the start) raised; stop what still runs."""
         asked = self._interrupts.received is not None
+        self._interrupts.heard = asked
         urgent = asked or not isinstance(error, Exception)
         if self.session is not None and self.flow_run.live:
             live = list(self.flow_run.live)
@@ -322,6 +323,11 @@ class FlowRunScope:
         run.message = message
         run.done = to.is_final or name == "NotReady"
         self.journal.task_state(run, **details)
+
+    def raise_if_interrupted(self) -> None:
+        """A signal ends the process, also where its exception was turned into another one on the way."""
+        if self._interrupts.received is not None:
+            raise self._interrupts.exception() from None
 
     # -- what the caller gets -------------------------------------------------------------------------
     def give_state(self, state: State) -> State:

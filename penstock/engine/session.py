@@ -376,6 +376,9 @@ class Session:
         if run.done:
             return
         self.withdraw(run)
+        if run.cancelling:
+            self.settle(run, StateType.CANCELLED, None, "Cancelled before it started.")
+            return
         if upstream.type is StateType.SKIPPED:
             reason = f"Upstream task run '{upstream.id}' was skipped: {upstream.message}"
             self.settle(run, StateType.SKIPPED, None, reason, upstream=upstream.id)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,24 +14,48 @@ from types import FrameType
 from typing import Any
 
 from penstock import errors
+from penstock.engine.clock import clock
+
+AGAIN = 0.5  # seconds after which a signal that nobody heard is raised once more
 
 
 class Interrupts:
-    """What signals the driver has received during a root flow run."""
+    """What signals the driver has received during a root flow run.
+
+    Attributes
+    ----------
+    received : int or None
+        The signal.
+    heard : bool
+        The flow run is stopping because of it.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.heard = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Interrupt the main thread; a second signal ends the process at once."""
-        if self.received is not None:
+        """Interrupt the main thread; a signal while the flow is stopping ends the process at once."""
+        del frame
+        if self.heard:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
         self.received = number
-        if number == signal.SIGTERM:
-            raise errors.TerminationSignal
-        raise KeyboardInterrupt
+        # An exception that strikes in a destructor or an import lock is swallowed by Python.
+        clock.call_later(AGAIN, self._insist)
+        raise self.exception()
+
+    def _insist(self) -> None:
+        if self.heard or self.received is None:
+            return
+        handler: Any = signal.getsignal(self.received)
+        if handler is self:
+            signal.pthread_kill(threading.main_thread().ident or 0, self.received)
+
+    def exception(self) -> BaseException:
+        """Return what the signal raises in the user's code."""
+        return errors.TerminationSignal() if self.received == signal.SIGTERM else KeyboardInterrupt()
 
     def noting(self, handler: Any) -> Any:
         """Return a handler that takes note of a signal and leaves the rest to another one."""
@@ -63,3 +90,25 @@ def watched() -> Iterator[Interrupts]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@atexit.register
+def _end_by_signal() -> None:
+    """End the process by the signal that ended its main code, as a shell expects (130, 143).
+
+    Python does so itself, but forgets the signal if code is compiled during the exit, which
+    closing a cluster may do. Registered early, hence called late.
+    """
+    kind = getattr(sys, "last_type", None)  # what the main code ended with, if nobody caught it
+    numbers: dict[Any, signal.Signals] = {
+        KeyboardInterrupt: signal.SIGINT,
+        errors.TerminationSignal: signal.SIGTERM,
+    }
+    number = numbers.get(kind)
+    if number is None or threading.current_thread() is not threading.main_thread():
+        return
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)

@@ -275,9 +275,8 @@ class RayTaskRunner(TaskRunner):
     def release(self, refs: Sequence[Ref]) -> None:
         """Drop our references; Ray frees what nobody else refers to."""
         for ref in refs:
-            handle: Handle = ref.handle
-            handle.value = None
-            handle.note = None
+            if isinstance(ref.handle, Handle):
+                ref.handle.value = ref.handle.note = None
 
     def cancel(self, refs: Sequence[Ref], *, force: bool = False) -> list[Key]:
         """Stop work. Pending tasks are dropped, and their keys returned.

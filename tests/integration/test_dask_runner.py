@@ -297,13 +297,14 @@ def test_a_reference_may_go_before_the_work_ends(session: Session) -> None:
 # ------------------------------------------------------------------------------------------------------- deaths
 
 
-def test_a_killed_worker_is_reported_and_its_queue_goes_elsewhere(session: Session) -> None:
-    def die() -> None:
+def test_a_killed_worker_is_reported_and_its_queue_goes_elsewhere(session: Session, tmp_path: Path) -> None:
+    def die(folder: str) -> None:
+        Path(folder, str(time.time_ns())).touch()
         time.sleep(0.3)  # work: the others are assigned meanwhile
         os.kill(os.getpid(), signal.SIGKILL)
 
     begun = time.monotonic()
-    killer = session.send(die, name="killer")
+    killer = session.send(die, str(tmp_path), name="killer")
     heir = session.send(lambda x: x, Slot(0), refs=[killer])
     others = session.runner.send([session.submission(lambda x: x, number) for number in range(20)])
     report = session.wait(killer)[0]
@@ -315,6 +316,7 @@ def test_a_killed_worker_is_reported_and_its_queue_goes_elsewhere(session: Sessi
     assert session.wait(heir)[0].kind == "upstream"
     assert [status(one) for one in session.wait(*others)] == ["completed"] * 20
     assert session.runner.fetch(others) == list(range(20))
+    assert len(list(tmp_path.iterdir())) == 1, "it was not started again"
 
 
 def test_an_exit_code_is_told(session: Session) -> None:

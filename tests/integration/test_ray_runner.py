@@ -172,14 +172,14 @@ def session(runner: RayTaskRunner) -> Iterator[Session]:
 
 def nap(seconds: float) -> float:
     """Sleep in one call into C."""
-    time.sleep(seconds)
+    time.sleep(seconds)  # work: one call into C
     return seconds
 
 
 def loop(seconds: float) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        time.sleep(0.005)
+        time.sleep(0.005)  # work: many bytecodes
 
 
 # ---------------------------------------------------------------------------------------------- values and records
@@ -261,7 +261,7 @@ def test_waiting_moves_no_bytes_to_the_driver(session: Session) -> None:
 
 def test_work_that_comes_first_ends_first(session: Session, tmp_path: Path) -> None:
     def mark(path: str) -> None:
-        time.sleep(0.3)
+        time.sleep(0.3)  # work: the other one would be faster
         Path(path).touch()
 
     first = session.send(mark, str(tmp_path / "done"))
@@ -402,22 +402,26 @@ def test_running_code_is_stopped(session: Session, code: Callable[..., Any]) -> 
     assert session.value(session.send(lambda: 5)) == 5
 
 
-def test_force_ends_the_process_also_of_code_that_does_not_listen(session: Session) -> None:
-    def deaf(seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            with contextlib.suppress(BaseException):
-                time.sleep(0.1)
+def deaf() -> int:
+    """Stay in C code that holds Python's lock."""
+    return sum(range(10**11))
 
-    ref = session.send(deaf, 20.0, announce=True)
+
+@pytest.mark.parametrize("softly_first", [False, True])
+def test_force_ends_the_process_also_of_code_that_does_not_listen(
+    session: Session, softly_first: bool
+) -> None:
+    ref = session.send(deaf, announce=True)
     session.wait_start(ref)
-    session.runner.cancel([ref])
+    if softly_first:
+        assert session.runner.cancel([ref]) == []
     begun = time.monotonic()
     assert session.runner.cancel([ref], force=True) == []
     report = session.wait(ref)[0]
     assert report.kind == "lost"
     assert isinstance(report.cause, errors.CancelledRun)
-    assert time.monotonic() - begun < 5
+    assert report.worker != ""
+    assert time.monotonic() - begun < 8
 
 
 def test_a_start_is_announced_soon(session: Session) -> None:
@@ -425,7 +429,7 @@ def test_a_start_is_announced_soon(session: Session) -> None:
 
     def report_time() -> float:
         begun = time.time()
-        time.sleep(1.5)
+        time.sleep(1.5)  # work: longer than the news may take
         return begun
 
     ref = session.send(report_time, announce=True)
@@ -445,21 +449,26 @@ def inner_session() -> Any:
     return Session(inside_worker("ray").open())
 
 
-def parent(root: str, children: int, seconds: float, patience: float) -> tuple[list[Any], float, list[str]]:
+def parent(
+    root: str, children: int, seconds: float, patience: float, mark: str = os.devnull
+) -> tuple[list[Any], float, list[str]]:
     sys.path.insert(0, root)
     session = inner_session()
     begun = time.monotonic()
 
     def child(number: int) -> int:
-        time.sleep(seconds)
+        Path(mark).touch()
+        time.sleep(seconds)  # work: what the parent waits for
         return number
 
-    refs = [session.send(child, number) for number in range(children)]
-    with contextlib.suppress(AssertionError), session.runner.blocked(refs):
-        session.wait(*refs, seconds=patience)
-    waited = time.monotonic() - begun
-    values = session.runner.fetch(refs) if len(session.reports) == children else []
-    session.runner.close()
+    try:
+        refs = [session.send(child, number) for number in range(children)]
+        with contextlib.suppress(AssertionError), session.runner.blocked(refs):
+            session.wait(*refs, seconds=patience)
+        waited = time.monotonic() - begun
+        values = session.runner.fetch(refs) if len(session.reports) == children else []
+    finally:
+        session.runner.close()  # stops children that still run
     return (
         values,
         waited,
@@ -482,10 +491,9 @@ def test_a_task_that_is_tired_of_waiting_goes_on(session: Session) -> None:
     assert 1.0 <= waited < 3.0
 
 
-def test_a_task_that_waits_can_be_cancelled(session: Session) -> None:
-    ref = session.send(parent, str(ROOT), 1, 20.0, 30.0, options=WHOLE, announce=True)
-    session.wait_start(ref)
-    time.sleep(1.0)  # until it has sent its child and waits
+def test_a_task_that_waits_can_be_cancelled(session: Session, tmp_path: Path, wait_until: Any) -> None:
+    ref = session.send(parent, str(ROOT), 1, 20.0, 30.0, str(tmp_path / "child"), options=WHOLE)
+    wait_until((tmp_path / "child").exists, SECONDS)
     begun = time.monotonic()
     session.runner.cancel([ref])
     assert status(session.wait(ref)[0]) == "cancelled"
