@@ -19,8 +19,7 @@ import itertools
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
@@ -88,6 +87,7 @@ class RayTaskRunner(TaskRunner):
         self._prefix = b""
         self._info = RunnerInfo("ray", dependencies=True, interrupts=True)
         self._pump: Pump | None = None
+        self._end_lending: Callable[[], None] = _nothing
         self._remotes: dict[tuple[Options, str], Any] = {}
         self._functions: dict[bytes, str] = {}
 
@@ -138,6 +138,8 @@ class RayTaskRunner(TaskRunner):
             self._prefix = uuid.uuid4().hex.encode() + b":"
             self._pump = Pump(self.deliver, self._prefix + b"started:")
             self._pump.start()
+            if self._inner:  # hence `blocked` has nothing to do
+                self._end_lending = ray_tasks.lend_slot(self._pump.unfinished)
         except BaseException:
             self.stop()
             raise
@@ -149,6 +151,8 @@ class RayTaskRunner(TaskRunner):
         self._leave()
 
     def _leave(self) -> None:
+        self._end_lending()
+        self._end_lending = _nothing
         pump, self._pump = self._pump, None
         if pump is not None:
             left = pump.close()
@@ -302,17 +306,9 @@ class RayTaskRunner(TaskRunner):
         ended, _ = ray.wait(notes, num_returns=len(notes), timeout=patience, fetch_local=False)
         return pump.settle(flights, ended)
 
-    # -- inside a task --------------------------------------------------------------------
-    @contextmanager
-    def blocked(self, refs: Sequence[Ref]) -> Iterator[None]:
-        """Give the CPU of the current task back while the body waits."""
-        del refs  # tasks that replace them after a crash are waited for as well
-        pump = self._running()
-        if not self._inner:
-            yield
-            return
-        with ray_tasks.slot_given_back(pump.unfinished):
-            yield
+
+def _nothing() -> None:
+    pass
 
 
 def _end_deaf(pump: Pump, flights: Sequence[Flight]) -> None:

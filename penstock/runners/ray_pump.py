@@ -164,10 +164,10 @@ class Pump:
     def unfinished(self) -> list[Any]:
         """Return some notes of tasks that have not ended.
 
-        Called from a signal handler, so it must not take the lock; copying a dict's keys is one
-        step for Python.
+        Called from a signal handler, so it must not take the lock; no other thread gets between
+        the steps of such a list.
         """
-        return list(self._flying)[:100]
+        return list(itertools.islice(self._flying, 100))
 
     # -- the thread -----------------------------------------------------------------------
     def _run(self) -> None:

@@ -23,8 +23,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from types import FrameType, SimpleNamespace
 from typing import Any
 
@@ -35,7 +34,8 @@ COMPLETED, FAILED, UPSTREAM = 0, 1, 2
 STORE = b"penstock"
 """Namespace of our keys in the key-value store of Ray's head."""
 
-SLICE = 0.1  # seconds that a blocked task waits in Ray before it looks up
+SLICE = 0.05  # seconds that a task waits in Ray before it looks up
+LOOK_SECONDS = 0.003
 FUNCTIONS_KEPT = 64
 FAILURE_BYTES = 32_768  # a longer record is not repeated in the value of a failed task
 
@@ -317,7 +317,7 @@ def _on_interrupt(signum: int, frame: FrameType | None) -> None:
         for running in (task.running, rt.current()):
             if running is not None:
                 running.cancelled = True
-        hop = next((t for t in reversed(threading.enumerate()) if t.name == "penstock-hop"), None)
+        hop = _newest_hop()
         if hop is not None and hop.ident is not None:  # the stack goes on there; it ends from its top
             import ctypes
 
@@ -348,52 +348,67 @@ def _nudge() -> None:
     signal.pthread_kill(ident, signal.SIGURG)
 
 
-# -- being blocked ------------------------------------------------------------------------
+# -- waiting for other tasks ----------------------------------------------------------------
 
-_blocked: list[Callable[[], list[Any]]] = []
+_lenders: list[Callable[[], list[Any]]] = []
 _waiting = False
-_WAITS = {threading.__file__, selectors.__file__}
+_WAITS = {threading.__file__, selectors.__file__}  # and the runtime: see `begin`
 
 
-@contextmanager
-def slot_given_back(unfinished: Callable[[], list[Any]]) -> Iterator[None]:
-    """Give the CPU of this process back while the body waits for other tasks.
+def lend_slot(unfinished: Callable[[], list[Any]]) -> Callable[[], None]:
+    """Give the CPU of this task back while it waits for tasks of its own, whatever it waits in.
 
-    Ray lends the CPU of a task to others while its main thread waits in `ray.wait`. The body waits
-    for a lock, in the main thread or in another one for which the main thread waits. So the main
-    thread is nudged out of that lock again and again to wait in Ray, in its signal handler.
+    Ray lends the CPU of a task to others while its main thread waits in `ray.wait`. Ours waits for
+    a lock, an event loop, or a thread in which the stack goes on. So whenever it is found waiting
+    while tasks of its own run, it is nudged out of there, to wait in Ray for a moment, in its
+    signal handler.
 
     Parameters
     ----------
     unfinished : callable
-        Returns references of which at least one ends when the body has something to look at.
+        Returns references of tasks that this one has submitted and that have not ended.
+
+    Returns
+    -------
+    callable
+        Call it when the task submits no more.
     """
-    _blocked.append(unfinished)
     over = threading.Event()
-    threading.Thread(target=_keep_nudging, args=(over,), name="penstock-blocked", daemon=True).start()
-    try:
-        yield
-    finally:
+
+    def look() -> None:
+        while not over.wait(LOOK_SECONDS):
+            if not _waiting and unfinished() and _task_waits():
+                _nudge()
+
+    def end() -> None:
+        _lenders.remove(unfinished)
         over.set()
-        _blocked.remove(unfinished)
+        thread.join()
+
+    _lenders.append(unfinished)
+    thread = threading.Thread(target=look, name="penstock-slot", daemon=True)
+    thread.start()
+    return end
 
 
-def _keep_nudging(over: threading.Event) -> None:
-    main = threading.main_thread().ident
-    assert main is not None
-    while not over.wait(0.003):
-        frame = sys._current_frames().get(main)
-        if not _waiting and frame is not None and frame.f_code.co_filename in _WAITS:
-            _nudge()
+def _task_waits() -> bool:
+    """Whether the main thread waits, and whoever it waits for if the stack goes on elsewhere."""
+    frames = sys._current_frames()
+    hop = _newest_hop()
+    threads = [threading.main_thread().ident, hop.ident if hop is not None else None]
+    tops = [frames[ident] for ident in threads if ident in frames]
+    return all(top.f_code.co_filename in _WAITS for top in tops)
+
+
+def _newest_hop() -> threading.Thread | None:
+    return next((one for one in reversed(threading.enumerate()) if one.name == "penstock-hop"), None)
 
 
 def _on_nudge(signum: int, frame: FrameType | None) -> None:
-    """Wait in Ray on behalf of whoever is blocked; otherwise, just leave the system call."""
+    """Wait in Ray for a moment if this task waits for others; else, just leave the system call."""
     global _waiting
-    if _waiting or not _blocked:
-        return
-    references = list(dict.fromkeys(one for unfinished in list(_blocked) for one in unfinished()))
-    if not references:
+    references = list(dict.fromkeys(one for unfinished in list(_lenders) for one in unfinished()))
+    if _waiting or not references:
         return
     import ray
 
