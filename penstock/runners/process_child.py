@@ -198,9 +198,9 @@ class Child:
         """Reap the process and close what belongs to it; return how it ended, in words."""
         self.kill()
         self.channel.close()
-        if self.death is not None:
-            os.close(self.death)
-            self.death = None
+        death, self.death = self.death, None  # first: two threads that close it would close a stranger's
+        if death is not None:
+            os.close(death)
         try:
             code = self.process.wait(timeout=1)
         except subprocess.TimeoutExpired:  # it hangs in the kernel, on a file system that is away

@@ -465,6 +465,13 @@ def run_coroutine(coroutine: Any) -> Any:
         pass
     else:
         return in_thread(run_coroutine, coroutine)
+    if threading.current_thread() is threading.main_thread():
+        # The main thread is the user's: nothing of ours stays open in it between two tasks.
+        loop = asyncio.new_event_loop()
+        try:
+            return loop.run_until_complete(coroutine)
+        finally:
+            loop.close()
     holder = getattr(_loops, "holder", None)
     if holder is None:
         holder = _loops.holder = _Loop()
