@@ -93,6 +93,13 @@ class Attachment:
     own_client: bool = True
     local: bool = False
 
+    def planned(self) -> tuple[int, int]:
+        """Return workers and threads that our cluster has, or will have again after a death."""
+        if not self.local or self.cluster is None:
+            return 0, 0
+        wanted = [one["options"].get("nthreads") or 1 for one in list(self.cluster.worker_spec.values())]
+        return len(wanted), sum(wanted)
+
     def hasten(self) -> None:
         """End the work on a cluster of ours that is about to be closed."""
         if self.local and self.cluster is not None:

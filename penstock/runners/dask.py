@@ -278,12 +278,13 @@ class DaskTaskRunner(TaskRunner):
             with contextlib.suppress(Exception):
                 summary = dask_graph.ask(attachment.client, self._runtime.tracker.summary, timeout=2)
             self._summary = (time.monotonic(), summary)
+        workers, threads = attachment.planned()
         return RunnerInfo(
             "dask",
             address=self._address(),
             dashboard=str(attachment.client.dashboard_link) if summary["dashboard"] else "",
-            workers=max(summary["workers"], 1),
-            threads=max(summary["threads"], 1),
+            workers=max(summary["workers"], workers, 1),
+            threads=max(summary["threads"], threads, 1),
             memory=summary["memory"],
             dependencies=True,
             interrupts=True,
@@ -430,7 +431,7 @@ class DaskTaskRunner(TaskRunner):
     @contextlib.contextmanager
     def blocked(self, refs: Sequence[Ref]) -> Iterator[None]:
         """Give the slot of the current task back while the body waits."""
-        from distributed import rejoin, secede
+        from distributed import secede
 
         del refs
         if not worker_runtime.on_task_thread(dask_graph.holds_slot):
@@ -440,7 +441,7 @@ class DaskTaskRunner(TaskRunner):
         try:
             yield
         finally:
-            worker_runtime.on_task_thread(rejoin)
+            worker_runtime.on_task_thread(dask_graph.retake_slot)
 
 
 _inside_lock = threading.Lock()

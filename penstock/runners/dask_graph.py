@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from penstock import errors
-from penstock.runners.base import Key, Submission
+from penstock.runners.base import NO_OPTIONS, Key, Ref, Submission
 
 TASKS = 5_000  # in one message: a cancel waits behind the graph that is before it
 BYTES = 8_000_000  # Dask warns at 10 MB
@@ -51,22 +51,29 @@ def columns(submissions: Sequence[Submission], tag: str) -> tuple[Any, ...]:
     tuple
         The columns.
     """
-    uses = [
-        tuple([ref.handle.key if ref.handle is not None else ref.key for ref in one.refs])
-        for one in submissions
-    ]
-    waits = [tuple(dict.fromkeys(ref.key for ref in one.after)) for one in submissions]
+    uses = waits = None
+    if any(one.refs for one in submissions):
+        uses = [tuple([_key(ref) for ref in one.refs]) for one in submissions]
+    if any(one.after for one in submissions):
+        waits = [tuple(dict.fromkeys(map(_key, one.after))) for one in submissions]
+        flags = [len(wait) * 2 + one.announce for one, wait in zip(submissions, waits, strict=True)]
+    else:
+        flags = [int(one.announce) for one in submissions]
     return (
         f"{tag}-{next(_names)}",
         [one.key for one in submissions],
-        [len(wait) * 2 + one.announce for one, wait in zip(submissions, waits, strict=True)],
+        flags,
         [one.order for one in submissions],
         [one.function for one in submissions],
         [one.arguments for one in submissions],
-        uses if any(uses) else None,
-        waits if any(waits) else None,
+        uses,
+        waits,
         _annotations(submissions),
     )
+
+
+def _key(ref: Ref) -> Key:
+    return ref.key if ref.handle is None else ref.handle.key
 
 
 def _annotations(submissions: Sequence[Submission]) -> dict[str, dict[Key, Any]]:
@@ -75,6 +82,8 @@ def _annotations(submissions: Sequence[Submission]) -> dict[str, dict[Key, Any]]
         if one.priority:
             found.setdefault("priority", {})[one.key] = one.priority
         options = one.options
+        if options is NO_OPTIONS:
+            continue
         if options.resources:
             found.setdefault("resources", {})[one.key] = dict(options.resources)
         if options.workers:
@@ -92,8 +101,9 @@ def without_input(client: Any, submissions: Sequence[Submission]) -> dict[Key, E
         What was lost, by key.
     """
     dead: dict[Key, Exception] = {}
-    keys = {one.key for one in submissions}
-    for one in submissions:
+    dependent = [one for one in submissions if one.refs or one.after]
+    keys = {one.key for one in submissions} if dependent else set()
+    for one in dependent:
         for ref in (*one.refs, *one.after):
             if ref.handle is not None:
                 gone = ref.handle.status == "cancelled"
@@ -234,6 +244,18 @@ def holds_slot() -> bool:
     from distributed.worker import thread_state as task
 
     return getattr(task, "key", None) is not None and bool(getattr(thread, "proceed", False))
+
+
+def retake_slot() -> None:
+    """Take a slot again, in the thread of a task that gave its own back.
+
+    This waits until one is free. On a thread with an event loop it would keep other coroutines of
+    the task waiting, whose children may need that very slot: such a thread goes on without one.
+    """
+    from distributed import rejoin
+
+    if asyncio._get_running_loop() is None:
+        rejoin()
 
 
 def ask(client: Any, function: Callable[..., Any], *args: Any, timeout: float = 20.0) -> Any:

@@ -307,7 +307,7 @@ class Batch:
                 graph[marker] = Task(marker, ended, TaskRef(one))
                 upstream.append(TaskRef(marker))
             function = functions[number]
-            if function in large:
+            if large and function in large:
                 function = TaskRef(large[function])
             graph[key] = Task(
                 key, run_one, flags[number], orders[number], function, arguments[number], *upstream
@@ -316,8 +316,8 @@ class Batch:
 
     def _large(self) -> dict[bytes, Any]:
         """Dask sends the payload of a task with each task: a large function becomes one of its own."""
-        functions = {id(one): one for one in self.columns[4] if len(one) > LARGE_FUNCTION}
-        return {one: function_key(one) for one in functions.values()}
+        functions = {id(one): one for one in self.columns[4]}.values()
+        return {one: function_key(one) for one in functions if len(one) > LARGE_FUNCTION}
 
     def __dask_annotations__(self) -> dict[str, dict[Any, Any]]:
         annotations: dict[str, dict[Any, Any]] = self.columns[-1]
@@ -326,7 +326,7 @@ class Batch:
     def places(self) -> dict[Any, int]:
         """Return a place in the order for each key of the graph; Dask fails on a key without."""
         name, keys, waits = self.columns[0], self.columns[1], self.columns[7]
-        found = {key: number for number, key in enumerate(keys)}
+        found = dict(zip(keys, range(len(keys)), strict=True))
         found.update(dict.fromkeys(self._large().values(), 0))
         for number, some in enumerate(waits or ()):
             found.update((marker_of(name, one), number) for one in some)

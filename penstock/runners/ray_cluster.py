@@ -26,7 +26,7 @@ _users = 0
 _keeper: _Keeper | None = None
 
 
-def join(address: str | None, init_kwargs: dict[str, Any]) -> bool:
+def join(address: str | None, init_kwargs: dict[str, Any]) -> None:
     """Connect this process to Ray, unless it is.
 
     Parameters
@@ -36,11 +36,6 @@ def join(address: str | None, init_kwargs: dict[str, Any]) -> bool:
     init_kwargs : dict
         For ``ray.init``.
 
-    Returns
-    -------
-    bool
-        Whether the Ray that is used now was started or attached to by us.
-
     Raises
     ------
     RunnerUnavailable
@@ -49,10 +44,11 @@ def join(address: str | None, init_kwargs: dict[str, Any]) -> bool:
     global _users, _keeper
     with _lock:
         if not ray.is_initialized():
-            _users = 0  # whatever we had, somebody else has shut it down
+            if _keeper is not None:  # somebody else has shut our Ray down
+                _keeper.close()
+            _users, _keeper = 0, None
             _keeper = _start(address, init_kwargs)
         _users += 1
-        return _keeper is not None
 
 
 def leave() -> None:

@@ -1,4 +1,4 @@
-"""The thread that hears from Ray how tasks ended, and what its errors mean in our words."""
+"""The thread that hears from Ray how tasks ended, and turns it into reports."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ray.experimental import internal_kv
 from penstock import errors
 from penstock.runners import ray_tasks, worker_runtime
 from penstock.runners.base import Key, Report
+from penstock.runners.ray_errors import first_words, is_propagated, neutral, never_ran
 
 FEW = 64  # tasks in flight, for whose end we wait in Ray itself
 WINDOW, SLICE = 512, 1_000  # notes in one question to Ray: it takes time by their number
@@ -26,8 +27,13 @@ LOOK_SECONDS = 0.01  # a new task is not in the question that is being asked
 LIVELY_SECONDS = 0.002  # the same while tasks come and go
 GATHER_SECONDS = 0.05
 STARTS_SECONDS = 0.1
+CANCELS = 200  # in one callback, during which Ray hears of nothing else
+CALLBACK_SECONDS = 5.0
 
 log = logging.getLogger("penstock.runners.ray")
+
+# Without the wrapper that starts a new Ray in any call that finds none: here, it has been closed.
+_wait, _get, _cancel = (getattr(call, "__wrapped__", call) for call in (ray.wait, ray.get, ray.cancel))
 
 
 @dataclass(slots=True, eq=False)
@@ -104,6 +110,7 @@ class Pump:
         self._unstarted: dict[Key, Flight] = {}
         self._looked = self._moved = 0.0
         self._slices: list[list[Any]] = []
+        self._token = ray.put(None)
         self._thread = threading.Thread(target=self._run, name="penstock-ray-pump", daemon=True)
 
     # -- for the runner -------------------------------------------------------------------
@@ -143,23 +150,53 @@ class Pump:
                 flight.claimed = flight.claimed or claim
         return found
 
+    def cancel(self, flights: Sequence[Flight], *, force: bool = False) -> None:
+        """Ask Ray to stop tasks, from that thread of Ray which hears how tasks end.
+
+        From any other thread a cancel may strike between two steps of Ray that belong together, and
+        Ray then aborts this process: "Tried to complete task that was not pending" (Ray 2.60, seen
+        within seconds; ray-project/ray#54798 mended another case). Callbacks run in that thread.
+        """
+        waiting = []
+        for at in range(0, len(flights), CANCELS):
+            done = threading.Event()
+            part = flights[at : at + CANCELS]
+
+            def stop(_: Any, part: Sequence[Flight] = part, done: threading.Event = done) -> None:
+                try:
+                    for flight in part:
+                        _cancel(flight.note, force=force, recursive=False)
+                except Exception as error:  # Ray is about to close
+                    log.debug("Ray cannot cancel: %r", error)
+                finally:
+                    done.set()
+
+            for flight in part:
+                flight.asked = True
+            if ray.util.client.ray.is_connected():  # the tasks belong to another process
+                stop(None)
+            else:
+                self._token._on_completed(stop)
+            waiting.append(done)
+        for done in waiting:
+            done.wait(CALLBACK_SECONDS)
+
     def settle(self, flights: Sequence[Flight], ended: Sequence[Any]) -> list[Key]:
         """Return the keys of claimed tasks that never ran; the others are reported as usual."""
         for note, answer in zip(ended, _read(ended), strict=True):
-            if _never_ran(answer):
+            if never_ran(answer):
                 with self._lock:
                     flight = self._flying.pop(note, None)
                 if flight is not None:  # else the thread was faster
-                    self._drop(flight)
+                    flight.dropped = True
         with self._lock:
             for flight in flights:
                 flight.claimed = False
-            return [flight.handle.key for flight in flights if flight.dropped]
-
-    def _drop(self, flight: Flight) -> None:
-        flight.dropped = True
-        self._unstarted.pop(flight.handle.key, None)
-        _look_at(flight)
+            dropped = [flight for flight in flights if flight.dropped]
+        for flight in dropped:
+            self._unstarted.pop(flight.handle.key, None)
+        _look_at(dropped)
+        return [flight.handle.key for flight in dropped]
 
     def unfinished(self) -> list[Any]:
         """Return some notes of tasks that have not ended.
@@ -200,13 +237,13 @@ class Pump:
         found: list[Any]
         if count <= FEW:
             patience = LIVELY_SECONDS if time.monotonic() - self._moved < 0.1 else LOOK_SECONDS
-            found, _ = ray.wait(window, num_returns=1, timeout=patience, fetch_local=False)
+            found, _ = _wait(window, num_returns=1, timeout=patience, fetch_local=False)
             if found and count > 1:
-                found, _ = ray.wait(window, num_returns=count, timeout=0, fetch_local=False)
+                found, _ = _wait(window, num_returns=count, timeout=0, fetch_local=False)
             return found
         # A question costs as much as some tasks: ask seldom, for many at a time.
         time.sleep(min(GATHER_SECONDS, count / 20_000))
-        found, _ = ray.wait(window, num_returns=len(window), timeout=0, fetch_local=False)
+        found, _ = _wait(window, num_returns=len(window), timeout=0, fetch_local=False)
         if count > WINDOW:
             found.extend(self._ready_behind(set(found)))
         return found
@@ -223,27 +260,27 @@ class Pump:
         if not looked:
             return []
         found: list[Any]
-        found, _ = ray.wait(looked, num_returns=len(looked), timeout=0, fetch_local=False)
+        found, _ = _wait(looked, num_returns=len(looked), timeout=0, fetch_local=False)
         return found
 
     def _ended(self, notes: Sequence[Any]) -> list[Report]:
         reports: list[Report] = []
+        silent: list[Flight] = []
         for note, answer in zip(notes, _read(notes), strict=True):
             with self._lock:
                 flight = self._flying.pop(note, None)
                 if flight is None:
                     continue
-                if flight.claimed and _never_ran(answer):
-                    flight.dropped = True
-            if flight.dropped:
-                self._drop(flight)
-                continue
+                if flight.claimed and never_ran(answer):
+                    flight.dropped = True  # `settle` answers for it
+                    continue
             self._unstarted.pop(flight.handle.key, None)
             if isinstance(answer, bytes):
                 reports.append(_written(flight, answer))
             else:
-                _look_at(flight)
+                silent.append(flight)
                 reports.extend(_unwritten(flight, answer))
+        _look_at(silent)
         return reports
 
     def _started(self) -> list[Report]:
@@ -252,8 +289,14 @@ class Pump:
             return []
         self._looked = time.monotonic()
         reports = []
-        for name in internal_kv._internal_kv_list(self._starts, namespace=ray_tasks.STORE):
-            key = pickle.loads(internal_kv._internal_kv_get(name, namespace=ray_tasks.STORE) or _NOTHING)
+        try:
+            names = internal_kv._internal_kv_list(self._starts, namespace=ray_tasks.STORE)
+            values = [internal_kv._internal_kv_get(name, namespace=ray_tasks.STORE) for name in names]
+        except Exception as error:  # the head may be busy: ask again later
+            log.debug("Ray's head does not answer: %r", error)
+            return []
+        for name, value in zip(names, values, strict=True):
+            key = pickle.loads(value or _NOTHING)
             flight = self._unstarted.pop(key, None)
             if flight is not None:
                 flight.worker = name.removeprefix(self._starts).decode()
@@ -271,26 +314,33 @@ class Pump:
 _NOTHING = pickle.dumps(None)
 
 
-def _read(notes: Sequence[Any]) -> list[Any]:
+def _read(references: Sequence[Any]) -> list[Any]:
     """Return the contents of notes that are there; an error of Ray stands for itself."""
-    if not notes:
+    if not references:
         return []
+    found: list[Any]
     try:
-        found: list[Any] = ray.get(list(notes))
+        found = _get(list(references))
     except exceptions.RayError:
+        pass
+    else:
+        return found
+    try:  # private, and ten times faster than an exception for each
+        found, _ = ray._private.worker.global_worker.get_objects(list(references), return_exceptions=True)
+    except Exception:
         found = []
-        for note in notes:
+        for reference in references:
             try:
-                found.append(ray.get(note))
+                found.append(_get(reference))
             except exceptions.RayError as error:
                 found.append(error)
     return found
 
 
-def _look_at(flight: Flight) -> None:
-    """Look at the error in place of the value, or Ray prints it as one that nobody handled."""
+def _look_at(flights: Sequence[Flight]) -> None:
+    """Look at the errors in place of values, or Ray prints them as some that nobody handled."""
     with contextlib.suppress(Exception):
-        ray.get(flight.value, timeout=0)
+        _read([flight.value for flight in flights])
 
 
 def _written(flight: Flight, note: bytes) -> Report:
@@ -303,13 +353,13 @@ def _written(flight: Flight, note: bytes) -> Report:
     return Report(key, "ended", record, nbytes=nbytes, worker=worker)
 
 
-# -- errors of Ray ------------------------------------------------------------------------
+# -- tasks that left no note --------------------------------------------------------------
 
 
 def _unwritten(flight: Flight, error: Any) -> list[Report]:
     """Say what became of a task that left no note."""
     key = flight.handle.key
-    if not _is_propagated(error):
+    if not is_propagated(error):
         return [Report(key, "lost", cause=neutral(error), worker=flight.worker)]
     if isinstance(error.cause, exceptions.ObjectLostError):
         # The engine believes that the value is there: both have to be told.
@@ -323,16 +373,6 @@ def _unwritten(flight: Flight, error: Any) -> list[Report]:
     return [Report(key, "lost", cause=errors.WorkerLost(message))]
 
 
-def _never_ran(answer: Any) -> bool:
-    """Whether Ray dropped a task by itself; one that ran writes down that it was cancelled."""
-    return isinstance(answer, exceptions.TaskCancelledError) and not _is_propagated(answer)
-
-
-def _is_propagated(error: Any) -> bool:
-    """Whether Ray passes on what happened to an argument (our own function raises nothing)."""
-    return isinstance(error, exceptions.RayTaskError)
-
-
 def _is_about(error: Any, handle: Handle) -> bool:
     value = handle.value
     return value is not None and value.hex() == getattr(error, "object_ref_hex", "")
@@ -342,7 +382,7 @@ def _is_broken(handle: Handle) -> bool:
     if handle.note is None:
         return False
     try:
-        ray.get(handle.note, timeout=0)
+        _get(handle.note, timeout=0)
     except exceptions.GetTimeoutError:
         return False
     except exceptions.RayError:
@@ -350,37 +390,7 @@ def _is_broken(handle: Handle) -> bool:
     return False
 
 
-def neutral(error: Any) -> errors.RunError:
-    """Turn an error of Ray into one of ours."""
-    if isinstance(error, exceptions.TaskCancelledError):
-        return errors.CancelledRun("the task was cancelled.")
-    if isinstance(error, exceptions.OutOfMemoryError):
-        return errors.OutOfMemory(f"the worker was ended, since memory ran out: {first_words(error, 2)}")
-    if isinstance(error, exceptions.NodeDiedError):
-        return errors.WorkerLost(f"the node that ran the task died: {first_words(error)}")
-    if isinstance(error, exceptions.WorkerCrashedError):
-        return errors.WorkerLost(
-            "the worker process that ran the task died (killed, out of memory, or it crashed); "
-            "the logs of Ray name the signal or exit code."
-        )
-    if isinstance(error, exceptions.ObjectLostError):
-        return errors.ResultLost(f"a value is gone: {first_words(error)}")
-    if isinstance(error, exceptions.LocalRayletDiedError):
-        return errors.SchedulerLost("Ray's own process on this machine died.")
-    return errors.WorkerLost(f"Ray could not run the task: {first_words(error)}")
-
-
-def first_words(error: Any, sentences: int = 1) -> str:
-    """Return the beginning of a message: those of Ray go on for a page."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    line = next((line for line in lines if line), type(error).__name__)
-    return ". ".join(line.split(". ")[:sentences])[:500]
-
-
 def arrived(value: Any) -> Any:
     """Turn what stands for the value of a failed task into `worker_runtime.Failed`."""
     record = ray_tasks.failure(value)
     return value if record is None else worker_runtime.Failed(record)
-
-
-__all__ = ["Flight", "Handle", "Pump", "arrived", "first_words", "neutral"]

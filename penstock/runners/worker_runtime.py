@@ -695,7 +695,7 @@ def _strip(error: BaseException | None) -> None:
             step = step.tb_next
         head: types.TracebackType | None = None
         for frame in reversed(kept):
-            head = types.TracebackType(head, frame.tb_frame, frame.tb_lasti, frame.tb_lineno)
+            head = types.TracebackType(head, frame.tb_frame, frame.tb_lasti, frame.tb_lineno or 0)
         error.__traceback__ = head
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 

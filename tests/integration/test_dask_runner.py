@@ -376,6 +376,15 @@ def test_an_end_whose_message_is_lost_is_found(session: Session, monkeypatch: py
     assert session.runner.fetch([good]) == [1]
 
 
+def test_a_wish_that_no_worker_grants_is_told(
+    session: Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dask_watch, "WAITING_SECONDS", 0.1)
+    ref = session.send(lambda: 1, name="trained", options=Options(resources=(("GPU", 1.0),)))
+    wait_until(lambda: "task 'trained' waits for a worker" in caplog.text)
+    assert session.runner.cancel([ref]) == [ref.key]
+
+
 # ------------------------------------------------------------------------------------------------------ cancels
 
 
