@@ -243,5 +243,5 @@ def _users_frames(traceback: TracebackType | None) -> TracebackType | None:
         step = step.tb_next
     head: TracebackType | None = None
     for frame in reversed(kept):
-        head = TracebackType(head, frame.tb_frame, frame.tb_lasti, frame.tb_lineno)
+        head = TracebackType(head, frame.tb_frame, frame.tb_lasti, frame.tb_lineno or 0)
     return head
