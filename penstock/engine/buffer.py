@@ -1,4 +1,4 @@
-"""Runs that wait to be sent: when a batch goes out.
+"""Runs that wait to be sent: when a batch goes out, and what is in it.
 
 A loop of submits would cost the backend a message each; a batch of even ten recovers nearly
 all of that. The first run after a pause goes at once, so that a single submit keeps the latency
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 from penstock.engine.calls import TaskRun
+from penstock.engine.chunks import Packer
 from penstock.engine.clock import Alarm, clock
 
 BATCH = 256
@@ -21,7 +22,7 @@ PAUSE = 0.003
 
 
 class Buffer:
-    """Runs in the order in which they became ready.
+    """Runs in the order in which they became ready; elements of a map wait with their packer.
 
     Parameters
     ----------
@@ -31,6 +32,7 @@ class Buffer:
 
     def __init__(self, pump: Callable[[], None]) -> None:
         self._runs: dict[TaskRun, None] = {}
+        self._packers: dict[Packer, None] = {}  # those in which elements wait
         self._pump = pump
         self._alarm: Alarm | None = None
         self._last = 0.0
@@ -38,11 +40,11 @@ class Buffer:
 
     def __len__(self) -> int:
         """Count the runs that wait."""
-        return len(self._runs)
+        return len(self._runs) + sum(len(packer.ready) for packer in self._packers)
 
     def __contains__(self, run: TaskRun) -> bool:
         """Whether a run waits here."""
-        return run in self._runs
+        return run in _place_of(run, self._runs)
 
     def add(self, run: TaskRun, *, leading: bool) -> None:
         """Append a run (the caller holds the session's lock).
@@ -54,26 +56,36 @@ class Buffer:
         leading : bool
             Whether it may go at once if the buffer was idle.
         """
-        idle = leading and not self._runs and time.monotonic() - self._last > PAUSE
-        self._runs[run] = None
-        if idle or len(self._runs) >= BATCH:
+        idle = leading and not self._runs and not self._packers and time.monotonic() - self._last > PAUSE
+        place = _place_of(run, self._runs)
+        place[run] = None
+        if place is not self._runs and run.mapped is not None and run.mapped.packer is not None:
+            self._packers[run.mapped.packer] = None
+        if idle or len(place) >= BATCH:
             self.due = True
         elif self._alarm is None and not self.due:
             self._alarm = clock.call_later(PAUSE, self._time_out)
 
     def discard(self, run: TaskRun) -> bool:
         """Take one run out; answer whether it was there."""
-        return self._runs.pop(run, self) is None
+        return _place_of(run, self._runs).pop(run, self) is None
 
     def flush(self) -> None:
-        """Make whatever waits due."""
-        if self._runs:
+        """Make whatever may go due."""
+        if self._runs or any(packer.has_room for packer in self._packers):
             self.due = True
 
-    def take(self) -> list[TaskRun]:
-        """Hand the batch over (the caller holds the session's lock)."""
-        batch = list(self._runs)
+    def take(self) -> list[TaskRun | list[TaskRun]]:
+        """Hand the batch over: runs that go alone, and lists of runs that go together.
+
+        The caller holds the session's lock.
+        """
+        batch: list[TaskRun | list[TaskRun]] = list(self._runs)
         self._runs.clear()
+        for packer in list(self._packers):
+            batch.extend(packer.take())
+            if not packer.ready:
+                del self._packers[packer]
         self.due = False
         self._last = time.monotonic()
         if self._alarm is not None:
@@ -85,3 +97,8 @@ class Buffer:
         self._alarm = None
         self.flush()
         self._pump()
+
+
+def _place_of(run: TaskRun, singles: dict[TaskRun, None]) -> dict[TaskRun, None]:
+    packer = run.mapped.packer if run.mapped is not None else None
+    return singles if packer is None else packer.ready

@@ -50,15 +50,13 @@ class Caller:
         """
         sources: list[Source] = []
         positions: dict[int, Slot] = {}
-        session = self.session
 
         def leaf(value: Any, tolerant: bool) -> Any:
             run = run_of(value)
             if run is not None:
                 return self._slot(id(run) * 2 + tolerant, positions, sources, Source(run, None, tolerant))
-            if not self.local and session.objects.is_large(value):
-                self._kept.append(value)
-                source = session.objects.place(value, self._placed)
+            source = None if self.local else self.placed(value)
+            if source is not None:
                 return self._slot(id(source), positions, sources, source)
             return value
 
@@ -70,6 +68,13 @@ class Caller:
         else:
             arguments = payload.pack_arguments(new_args, new_kwargs, len(sources), self.task.name)
         return Call(self.task, self.function, arguments, tuple(sources), after, self.context)
+
+    def placed(self, value: Any) -> Source | None:
+        """Place a large value, once for all calls; None if it is small."""
+        if not self.session.objects.is_large(value):
+            return None
+        self._kept.append(value)
+        return self.session.objects.place(value, self._placed)
 
     @staticmethod
     def _slot(key: int, positions: dict[int, Slot], sources: list[Source], source: Source) -> Slot:

@@ -13,6 +13,7 @@ from penstock.engine.states import Position, StateType
 if TYPE_CHECKING:
     from penstock.engine.clock import Alarm
     from penstock.engine.graph import Edge
+    from penstock.engine.mapped import Mapped
     from penstock.engine.session import Session
     from penstock.engine.task import Task
     from penstock.runners.base import Key, Ref
@@ -82,6 +83,9 @@ class Call:
     context: dict[str, Any] = field(default_factory=dict)
 
 
+_NEW = Position(StateType.PENDING, "Pending", 0)  # one for all: a hundred thousand runs begin here
+
+
 class TaskRun:
     """One task run in the driver.
 
@@ -92,6 +96,7 @@ class TaskRun:
     __slots__ = (
         "__weakref__",
         "_id",
+        "_name",
         "alarm",
         "call",
         "callbacks",
@@ -111,9 +116,10 @@ class TaskRun:
         "inside",
         "key",
         "map_id",
+        "mapped",
         "message",
-        "name",
         "nbytes",
+        "place",
         "position",
         "ref",
         "released",
@@ -132,7 +138,7 @@ class TaskRun:
     def __init__(
         self,
         task: Task[..., Any],
-        name: str,
+        name: str = "",
         *,
         root: str = "",
         flow_run: FlowRun | None = None,
@@ -143,7 +149,7 @@ class TaskRun:
         tracked: bool = True,
     ) -> None:
         self.task = task
-        self.name = name
+        self._name = name
         self.flow_run = flow_run
         self.map_id = map_id
         self.index = index
@@ -151,11 +157,13 @@ class TaskRun:
         self.root = root or self._id
         self.tags = tags
         self.tracked = tracked  # False for the engine's own helpers, such as the length of a list
-        self.position = Position(StateType.PENDING, "Pending", 0)
+        self.position = _NEW
         self.message = ""
         self.call: Call | None = None
+        self.mapped: Mapped | None = None  # of an element: the map, which knows its arguments
         self.key: Key | None = None
         self.ref: Ref | None = None
+        self.place = -1  # of a run that is one of many in a chunk: where in its value this one's is
         self.value: Any = None  # of a run that ended in this process with its value at hand
         self.error: BaseException | None = None
         self.done = False
@@ -180,11 +188,22 @@ class TaskRun:
         self.child_flow_run: str | None = None
 
     @property
+    def name(self) -> str:
+        """The name of the run; elements of a map are numbered."""
+        return self._name or f"{self.task.name}-{self.index}"
+
+    @property
     def id(self) -> str:
         """The id of the run; that of an element of a map follows from map and index."""
         if not self._id:
             self._id = events.element_id(str(self.map_id), self.index)
         return self._id
+
+    def invocation(self) -> Call | None:
+        """What is called with what; None once the run has ended."""
+        if self.call is None and self.mapped is not None:
+            self.call = self.mapped.call(self.index)
+        return self.call
 
     @property
     def carrier(self) -> Session:

@@ -1,7 +1,7 @@
-"""From runs that are ready to submissions: the one place that compiles; runners only translate.
+"""From units that are ready to submissions: the one place that compiles; runners only translate.
 
-One submission per run for now. Chunks of a map and fused chains belong here too: they change how
-many runs a submission stands for, and nothing that a runner sees.
+A unit is a run that goes alone, or a chunk: many elements of a map, perhaps through several tasks.
+A runner sees no difference: one key, one function, arguments, references, one value and one record.
 """
 
 from __future__ import annotations
@@ -11,21 +11,24 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from penstock.engine import invoke
-from penstock.engine.calls import TaskRun
-from penstock.runners.base import Submission
+from penstock.engine.calls import Source, TaskRun
+from penstock.engine.chunks import BOX, Chunk
+from penstock.runners.base import Ref, Submission
 
 if TYPE_CHECKING:
     from penstock.engine.session import Session
 
+Unit = TaskRun | Chunk
+
 
 def submissions(
-    batch: Sequence[TaskRun], session: Session, refuse: Callable[[TaskRun, Exception], None]
+    batch: Sequence[Unit], session: Session, refuse: Callable[[TaskRun, Exception], None]
 ) -> list[Submission]:
     """Compile a batch.
 
     Parameters
     ----------
-    batch : sequence of TaskRun
+    batch : sequence of TaskRun or Chunk
         Ready, each after its upstreams, with the key of its next attempt.
     session : Session
         Knows where upstream values lie.
@@ -39,19 +42,29 @@ def submissions(
         higher is its priority, so that consumers run before new producers.
     """
     compiled = []
-    for run in batch:
+    for unit in batch:
         try:
-            compiled.append(_submission(run, session))
+            compiled.append(_of_chunk(unit, session) if isinstance(unit, Chunk) else _of_run(unit, session))
         except Exception as error:  # an upstream's value that cannot be put, say
-            refuse(run, error)
+            for run in list(unit.runs) if isinstance(unit, Chunk) else [unit]:
+                refuse(run, error)
     return compiled
 
 
-def _submission(run: TaskRun, session: Session) -> Submission:
-    call = run.call
+def _of_run(run: TaskRun, session: Session) -> Submission:
+    call = run.invocation()
     assert call is not None
     assert run.key is not None
+    refs: list[Ref] = []
+    picks: dict[int, int] = {}
+    for position, source in enumerate(call.sources):
+        ref, place = session.located(source)
+        refs.append(ref)
+        if place is not None:
+            picks[position] = place
     order: Any = invoke.work_order(run, call, session.prints_of(run))
+    if picks:
+        order["picks"] = picks
     if session.in_process:
         order["scope"] = session.scope_of(run)
         order["interrupt_after"] = call.task.options.timeout_seconds
@@ -63,9 +76,51 @@ def _submission(run: TaskRun, session: Session) -> Submission:
         order=order,
         function=call.function,
         arguments=call.arguments,
-        refs=tuple(session.reference(source) for source in call.sources),
+        refs=tuple(refs),
         after=tuple(session.reference(source) for source in call.after if session.orders(source)),
         priority=run.depth + options.priority,
         options=options.backend,
         announce=options.timeout_seconds is not None and run.tracked,
+    )
+
+
+def _of_chunk(chunk: Chunk, session: Session) -> Submission:
+    refs: list[Ref] = []
+    positions: dict[Any, int] = {}
+    stage_of = {id(run): number for number, stage in enumerate(chunk.stages) for run in stage}
+
+    def locate(source: Source) -> tuple[Any, ...]:
+        run = source.run
+        if run is not None and run.key is chunk.key:
+            return "stage", stage_of[id(run)]
+        ref, place = session.located(source)
+        if ref.key not in positions:
+            positions[ref.key] = len(refs)
+            refs.append(ref)
+        return "value", positions[ref.key], place
+
+    stages, arguments, functions, after = [], [], [], {}
+    for runs in chunk.stages:
+        mapped = runs[0].mapped
+        assert mapped is not None  # only elements of maps go together
+        stages.append(invoke.stage_order(runs, mapped, session))
+        arguments.append(mapped.columns([run.index for run in runs], locate))
+        functions.append(mapped.function)
+        for source in mapped.after:
+            if session.orders(source):
+                ref = session.reference(source)
+                after[ref.key] = ref
+    first = chunk.stages[0][0]
+    options = first.task.options
+    order: Any = {"stages": stages, "count": chunk.count, "box": BOX if options.chunk_size == "auto" else None}
+    together = session.in_process
+    return Submission(
+        key=chunk.key,
+        order=order if together else pickle.dumps(order, 4),
+        function=functions if together else session.functions(functions),
+        arguments=arguments if together else pickle.dumps(arguments, 5),
+        refs=tuple(refs),
+        after=tuple(after.values()),
+        priority=first.depth + options.priority,
+        options=options.backend,
     )

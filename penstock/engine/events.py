@@ -44,7 +44,6 @@ events of one root run. No clock decides anything.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 import time
@@ -53,6 +52,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgpack
+
+from penstock.runners.worker_runtime import element_id
+
+__all__ = ["HOST", "Bus", "Event", "bus", "element_id", "new_id", "pack", "unpack"]
 
 HOST = os.uname().nodename
 
@@ -129,25 +132,6 @@ def new_id() -> str:
     tail = int.from_bytes(os.urandom(10), "big")
     value = millis << 80 | 0x7 << 76 | (tail >> 68 & 0xFFF) << 64 | 0b10 << 62 | tail & (1 << 62) - 1
     return f"{value:032x}"
-
-
-def element_id(map_id: str, index: int) -> str:
-    """Return the id of one element of a map; every process computes the same one.
-
-    Parameters
-    ----------
-    map_id : str
-        Id of the map run.
-    index : int
-        Position of the element.
-
-    Returns
-    -------
-    str
-        32 hexadecimal digits: the time of the map, then a digest of map and index (UUIDv8).
-    """
-    digest = hashlib.blake2b(f"{map_id}:{index}".encode(), digest_size=10).hexdigest()
-    return f"{map_id[:12]}8{digest[:3]}{'89ab'[int(digest[3], 16) & 3]}{digest[4:19]}"
 
 
 class Bus:

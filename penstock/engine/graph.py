@@ -52,6 +52,8 @@ class Graph:
         TaskRun or None
             An upstream that ended without a value, because of which the run can never start.
         """
+        if run.call is None and run.mapped is not None and not run.mapped.has_upstreams:
+            return None
         for source in sources_of(run):
             upstream = source.run
             if upstream is None or upstream.session is not run.session:
@@ -74,6 +76,8 @@ class Graph:
     @staticmethod
     def foreign(run: TaskRun) -> list[Source]:
         """Return the upstreams of a run that another session carries."""
+        if run.call is None and run.mapped is not None and not run.mapped.has_upstreams:
+            return []
         return [s for s in sources_of(run) if s.run is not None and s.run.session is not run.session]
 
     def released(self, run: TaskRun) -> Iterator[TaskRun]:
@@ -137,3 +141,5 @@ def sources_of(run: TaskRun) -> Iterator[Source]:
     if run.call is not None:
         yield from run.call.sources
         yield from run.call.after
+    elif run.mapped is not None and run.mapped.has_upstreams:
+        yield from run.mapped.sources(run.index)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import pickle
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from penstock.engine.calls import Call, TaskRun
+
+if TYPE_CHECKING:
+    from penstock.engine.mapped import Mapped
+    from penstock.engine.session import Session
 
 
 def work_order(run: TaskRun, call: Call, prints: bool) -> dict[str, Any]:
@@ -19,6 +24,42 @@ def work_order(run: TaskRun, call: Call, prints: bool) -> dict[str, Any]:
         "prints": prints,
         "context": call.context,
     }
+
+
+def stage_order(runs: Sequence[TaskRun], mapped: Mapped, session: Session) -> dict[str, Any]:
+    """Make the part of a chunk's work order that says what one of its tasks is, and for which elements.
+
+    Parameters
+    ----------
+    runs : sequence of TaskRun
+        The elements, in the order of the chunk.
+    mapped : Mapped
+        Their map.
+    session : Session
+        Who sends them.
+    """
+    options = mapped.task.options
+    attempts = [run.position.attempt for run in runs]
+    order: dict[str, Any] = {
+        "map": runs[0].map_id,
+        "task": options.name,
+        "indices": _range_or_list([run.index for run in runs]),
+        "attempts": attempts[0] if attempts.count(attempts[0]) == len(attempts) else attempts,
+        "inputs": options.inputs,
+        "prints": session.prints_of(runs[0]),
+        "context": mapped.context,
+    }
+    if options.task_run_name is not None:
+        order["names"] = [run.name for run in runs]
+    if session.in_process:
+        order["scopes"] = [session.scope_of(run) for run in runs]
+    return order
+
+
+def _range_or_list(numbers: list[int]) -> Sequence[int]:
+    first, last = numbers[0], numbers[-1]
+    whole = range(first, last + 1)
+    return whole if len(whole) == len(numbers) and all(map(int.__eq__, whole, numbers)) else numbers
 
 
 def read_record(data: bytes) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,10 @@ from penstock.engine.summary import describe_all
 
 if TYPE_CHECKING:
     from penstock.engine.calls import FlowRun, TaskRun
-    from penstock.engine.states import StateType
 
 PRESENT = 0
 TERMINAL = 2
+_DETAILS = ("started", "seconds", "peak")
 
 
 class Journal:
@@ -35,6 +35,7 @@ class Journal:
         self._publish = publish
         self._count = itertools.count(1)
         self._ended: list[tuple[TaskRun, dict[str, Any]]] = []
+        self._completed: list[tuple[Sequence[TaskRun], Sequence[float], Sequence[float], int]] = []
         self.callbacks: list[Callable[[], None]] = []
 
     def publish(self, event: Event) -> None:
@@ -86,42 +87,56 @@ class Journal:
         if run.tracked:
             self._ended.append((run, details))
 
+    def add_completed(
+        self, runs: Sequence[TaskRun], started: Sequence[float], seconds: Sequence[float], peak: int
+    ) -> None:
+        """Elements of one map have completed; told with the next `write_out`, in one event."""
+        self._completed.append((runs, started, seconds, peak))
+
     def write_out(self) -> None:
         """Publish what has gathered."""
+        completed, self._completed = self._completed, []
+        for runs, started, seconds, peak in completed:
+            self._write_columns(runs, started, seconds, [peak] * len(runs))
         ended, self._ended = self._ended, []
-        groups: dict[tuple[str, StateType, str], list[tuple[TaskRun, dict[str, Any]]]] = {}
+        groups: dict[tuple[str, str], list[tuple[TaskRun, dict[str, Any]]]] = {}
         for run, details in ended:
-            plain = run.map_id is not None and run.completed
-            if not plain:
+            if run.map_id is not None and run.completed:
+                groups.setdefault((run.map_id, run.state_name), []).append((run, details))
+            else:
                 self.task_state(run, **details)
-                continue
-            groups.setdefault((str(run.map_id), run.type, run.state_name), []).append((run, details))
-        for (map_id, kind, name), members in groups.items():
+        for members in groups.values():
             if len(members) == 1:
                 self.task_state(members[0][0], **members[0][1])
             else:
-                self._write_columns(map_id, kind, name, members)
+                columns = [[details.get(name, 0) for _, details in members] for name in _DETAILS]
+                self._write_columns([run for run, _ in members], *columns)
 
     def _write_columns(
-        self, map_id: str, kind: StateType, name: str, members: list[tuple[TaskRun, dict[str, Any]]]
+        self,
+        runs: Sequence[TaskRun],
+        started: Sequence[float],
+        seconds: Sequence[float],
+        peak: Sequence[int],
     ) -> None:
+        """Publish that elements of one map have completed, all under one name of state."""
         workers: dict[str, int] = {}
+        head = runs[0]
         body: dict[str, Any] = {
             "of": "task",
-            "type": str(kind),
-            "name": name,
-            "index": [run.index for run, _ in members],
-            "attempt": [run.attempt for run, _ in members],
-            "time": [run.ended for run, _ in members],
-            "started": [details.get("started", 0.0) for _, details in members],
-            "seconds": [details.get("seconds", 0.0) for _, details in members],
-            "nbytes": [run.nbytes for run, _ in members],
-            "peak": [details.get("peak", 0) for _, details in members],
-            "worker": [workers.setdefault(run.worker, len(workers)) for run, _ in members],
+            "type": str(head.type),
+            "name": head.state_name,
+            "index": [run.index for run in runs],
+            "attempt": [run.attempt for run in runs],
+            "time": [run.ended for run in runs],
+            "started": started,
+            "seconds": seconds,
+            "nbytes": [run.nbytes for run in runs],
+            "peak": peak,
+            "worker": [workers.setdefault(run.worker, len(workers)) for run in runs],
             "workers": list(workers),
         }
-        rank = TERMINAL if kind.is_final else PRESENT
-        self.write("states", map_id, members[0][0].root, body, max(body["attempt"]), rank)
+        self.write("states", str(head.map_id), head.root, body, max(body["attempt"]), TERMINAL)
 
     # -- logs and nested runs ------------------------------------------------------------------
     def lines(self, run: TaskRun, lines: list[Any], dropped: int) -> None:

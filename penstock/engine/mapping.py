@@ -14,14 +14,22 @@ from penstock.engine import events
 from penstock.engine.annotations import Annotation, allow_failure, quote, unmapped
 from penstock.engine.caller import Caller
 from penstock.engine.calls import Source, TaskRun
+from penstock.engine.chunks import Packer
 from penstock.engine.context import Scope, current_tags
 from penstock.engine.futures import PenstockFuture, run_of
-from penstock.engine.options import run_name
+from penstock.engine.mapped import Capture, Column, Mapped
+from penstock.engine.options import TaskOptions, run_name
 
 if TYPE_CHECKING:
     import inspect
 
     from penstock.engine.task import Task
+    from penstock.runners.base import TaskRunner
+
+WINDOW = 50_000
+"""Units of work of one map that are with a back end at a time, where the runner does not say."""
+WHOLE = 8 << 20
+"""Bytes up to which a value that is mapped over travels whole to where its items are needed."""
 
 
 @dataclass(slots=True)
@@ -34,10 +42,13 @@ class Part:
         A value, or a future of one, for each element.
     wrap : callable or None
         The annotation to put around each.
+    of : TaskRun or None
+        The run whose value holds the items; `items` are their positions in it.
     """
 
     items: Sequence[Any]
     wrap: Callable[[Any], Any] | None = None
+    of: TaskRun | None = None
 
     def at(self, index: int) -> Any:
         """Return the argument of one element."""
@@ -84,26 +95,29 @@ def _make(
     parts: dict[Any, Part],
     count: int,
 ) -> list[TaskRun]:
-    caller = Caller(scope.session, task, scope)
+    session = scope.session
+    caller = Caller(session, task, scope)
+    capture = Capture(task.name, run_of, None if session.in_process else caller.placed)
+    places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    arguments = [
+        (
+            place if isinstance(place, str) else None,
+            _column(capture, parts[place], place) if place in parts else capture.one(value, place),
+        )
+        for place, value in places
+    ]
+    mapped = Mapped(task, caller.function, caller.context, arguments, after, session.in_process)
+    mapped.reason = alone(task.options)
+    mapped.packer = packing(task.options, session.runner, count, mapped.reason)
     map_id = events.new_id()
-    template = task.options.task_run_name
+    names = _names(task, parts, args, kwargs, count)
     tags = task.options.tags | current_tags() | (scope.flow_run.tags if scope.flow_run else frozenset())
     root = scope.flow_run.root if scope.flow_run else map_id
     runs = []
-    names: list[str] | None = [] if template is not None else None
     for index in range(count):
-        for place, part in parts.items():
-            if isinstance(place, int):
-                args[place] = part.at(index)
-            else:
-                kwargs[place] = part.at(index)
-        name = f"{task.name}-{index}"
-        if names is not None:
-            name = run_name(template, name, with_defaults(task.signature.bind(*args, **kwargs)))
-            names.append(name)
         run = TaskRun(
             task,
-            name,
+            names[index] if names is not None else "",
             root=root,
             flow_run=scope.flow_run,
             surrounding=scope.task_run,
@@ -111,14 +125,60 @@ def _make(
             index=index,
             tags=tags,
         )
-        run.call = caller.call(tuple(args), dict(kwargs), after)
+        run.mapped = mapped
         runs.append(run)
     named = {_parameter(task, place): part for place, part in parts.items()}
-    body = {"name": task.name, "start": 0, "count": count, **_edges(runs, named, after)}
+    body = {"name": task.name, "start": 0, "count": count, **_edges(runs, named, mapped)}
     if names is not None:
         body["names"] = names
-    scope.session.journal.map_made(runs[0], body, bound.arguments)
+    session.journal.map_made(runs[0], body, bound.arguments)
     return runs
+
+
+def _column(capture: Capture, part: Part, place: int | str) -> Column:
+    if part.of is not None:
+        return Column("items", part.items, Source(part.of))
+    return capture.column(part.items, part.wrap, place)
+
+
+def _names(
+    task: Task[..., Any], parts: dict[Any, Part], args: list[Any], kwargs: dict[str, Any], count: int
+) -> list[str] | None:
+    """Return the names of the elements, None if they are just numbered."""
+    template = task.options.task_run_name
+    if template is None:
+        return None
+    names = []
+    for index in range(count):
+        for place, part in parts.items():
+            if isinstance(place, int):
+                args[place] = part.at(index)
+            else:
+                kwargs[place] = part.at(index)
+        given = with_defaults(task.signature.bind(*args, **kwargs))
+        names.append(run_name(template, f"{task.name}-{index}", given))
+    return names
+
+
+def alone(options: TaskOptions) -> str:
+    """Return why the elements of a map go alone, empty if they need not."""
+    if options.chunk_size == 1:
+        return "chunk_size is 1"
+    if options.timeout_seconds is not None:
+        return "timeout_seconds counts from the start of each element"
+    if not options.idempotent:
+        return "idempotent=False: of a lost chunk nobody could say which elements had begun"
+    if options.retry.delays and max(options.retry.delays) > 1:
+        return "long retry delays"
+    return ""
+
+
+def packing(options: TaskOptions, runner: TaskRunner, count: int, reason: str) -> Packer | None:
+    """Return what decides how many elements go together and how many are sent ahead."""
+    window = int(getattr(runner, "max_in_flight", WINDOW))
+    if reason and count <= window:
+        return None
+    return Packer(options, runner.info.threads, window, alone=bool(reason))
 
 
 def _count(task: Task[..., Any], parts: dict[Any, Part]) -> int:
@@ -143,12 +203,12 @@ def _part(value: Any, task: Task[..., Any], scope: Scope) -> Part | None:
         return None
     if isinstance(value, (allow_failure, quote)):
         inner = _part(value.unwrap(), task, scope)
-        return None if inner is None else Part(inner.items, value.rewrap)
+        return None if inner is None else Part(inner.items, value.rewrap, inner.of)
     if isinstance(value, Annotation):
         return None
     run = run_of(value)
     if run is not None:
-        return Part(_elements(PenstockFuture(run), task))
+        return _inside(PenstockFuture(run), task)
     if isinstance(value, (str, bytes, bytearray, io.IOBase)) or not isinstance(value, Iterable):
         return None
     if isinstance(value, dict) or hasattr(value, "columns"):
@@ -166,22 +226,24 @@ def _part(value: Any, task: Task[..., Any], scope: Scope) -> Part | None:
         return None
 
 
-def _elements(future: PenstockFuture[Any], task: Task[..., Any]) -> list[PenstockFuture[Any]]:
-    """Measure a value where it lies, and make a future for each element of it."""
+def _inside(future: PenstockFuture[Any], task: Task[..., Any]) -> Part:
+    """Measure a value where it lies; its items are read where they are needed, or near the rest of it."""
     from penstock.engine import ambient
 
     scope = ambient.scope_for_submit(task.name)
     future.wait()
-    if not future._run.completed:
+    run = future._run
+    if not run.completed:
         state = future.state
         message = (
             f"{task.name}.map got the future of {future.name!r}, which ended as {state.name}: {state.message}"
         )
         raise errors.UpstreamTaskError(message).of_run(future.task_run_id)
     length_task, item_task = helpers()
-    length = _helper(length_task, (future,), scope)
-    count = length.result()
-    return [_helper(item_task, (future, index), scope) for index in range(count)]
+    count = _helper(length_task, (future,), scope).result()
+    if run.session is scope.session and run.place < 0 and run.nbytes <= WHOLE:
+        return Part(range(count), None, run)
+    return Part([_helper(item_task, (future, index), scope) for index in range(count)])
 
 
 def _helper(task: Task[..., Any], args: tuple[Any, ...], scope: Scope) -> PenstockFuture[Any]:
@@ -204,18 +266,21 @@ def helpers() -> list[Task[..., Any]]:
     return _helpers
 
 
-def _edges(runs: list[TaskRun], parts: dict[Any, Part], after: tuple[Source, ...]) -> dict[str, Any]:
+def _edges(runs: list[TaskRun], parts: dict[Any, Part], mapped: Mapped) -> dict[str, Any]:
     """Describe the upstreams of a map: shared ones once, those of the elements as a range."""
-    shared: dict[str, str] = {s.run.id: "wait_for" for s in after if s.run is not None and s.run.tracked}
-    of_elements = {
-        id(item._run) for part in parts.values() for item in part.items if isinstance(item, PenstockFuture)
+    shared: dict[str, str] = {
+        s.run.id: "wait_for" for s in mapped.after if s.run is not None and s.run.tracked
     }
-    first = runs[0].call
-    for source in first.sources if first is not None else ():
-        if source.run is not None and source.run.tracked and id(source.run) not in of_elements:
+    for source in mapped.shared_sources:
+        if source.run is not None and source.run.tracked:
             shared.setdefault(source.run.id, "")
     maps, singles = [], []
     for place, part in parts.items():
+        if part.of is not None:
+            shared.setdefault(part.of.id, str(place))
+            continue
+        if isinstance(part.items, range):
+            continue
         upstream = [run for item in part.items if (run := run_of(item)) is not None and run.tracked]
         if not upstream:
             origin = next((item for item in part.items if run_of(item) is not None), None)

@@ -15,8 +15,108 @@ from penstock.runners.base import UNSENT
 
 if TYPE_CHECKING:
     from penstock.engine.calls import TaskRun
+    from penstock.engine.chunks import Chunk
     from penstock.engine.session import Session
     from penstock.runners.base import Report
+
+
+def chunk_ended(session: Session, chunk: Chunk, record: dict[str, Any], worker: str) -> None:
+    """A chunk has come to an end: each of its elements in its own way; some it may not have run at all."""
+    if record["status"] == "upstream":  # nothing of it was started: what it needs is made again
+        return
+    worker = worker or record["worker"] or f"{record['host']}:{record['pid']}"
+    done, odd = record["done"], record["odd"]
+    _learn(chunk, record)
+    place = -1
+    for runs, column in zip(chunk.stages, record["stages"], strict=True):
+        started, seconds, nbytes = column
+        plain: list[int] = []
+        for number, run in enumerate(runs):
+            place += 1
+            if run.done or run.key is not chunk.key:
+                continue
+            own = odd.get(place)
+            if number >= done or (own is not None and own["status"] == "upstream"):
+                _not_run(session, run)
+            elif own is not None or run.task.options.timeout_seconds is not None:
+                ended(session, run, _of_element(record, column, number, own), nbytes[number], worker)
+            else:
+                run.started, run.nbytes, run.worker = started[number], nbytes[number], worker
+                plain.append(number)
+        if plain:
+            session.complete(
+                [runs[number] for number in plain],
+                [started[number] for number in plain],
+                [seconds[number] for number in plain],
+                record["peak"],
+            )
+
+
+def _learn(chunk: Chunk, record: dict[str, Any]) -> None:
+    """Tell the packers of a chunk what its elements took."""
+    done = record["done"]
+    if not done:
+        return
+    rest = max(record["seconds"] - sum(sum(seconds) for _, seconds, _ in record["stages"]), 0.0)
+    for runs, (_, seconds, nbytes) in zip(chunk.stages, record["stages"], strict=True):
+        mapped = runs[0].mapped
+        packer = mapped.packer if mapped is not None else None
+        if packer is not None:
+            overhead = rest / len(chunk.stages)
+            packer.learn((sum(seconds) + overhead) / done, sum(nbytes) / done, together=True)
+
+
+def _of_element(
+    record: dict[str, Any], column: Any, number: int, own: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Make the record that an element would have had alone."""
+    started, seconds, nbytes = (values[number] for values in column)
+    common = {name: record[name] for name in ("host", "pid", "worker", "thread", "peak")}
+    ended = started + seconds
+    return {
+        **common,
+        "status": "completed",
+        "attempt": 1,
+        "started": started,
+        "ended": ended,
+        "seconds": seconds,
+        "nbytes": nbytes,
+        **(own or {}),
+    }
+
+
+def _not_run(session: Session, run: TaskRun) -> None:
+    if run.cancelling:
+        session.forget(run)
+        session.settle(run, StateType.CANCELLED, None, "Cancelled before it started.")
+    else:
+        session.put_back(run)
+
+
+def chunk_lost(session: Session, chunk: Chunk, report: Report) -> None:
+    """A chunk was lost with its worker: whatever has no record of its end runs again.
+
+    Raises no charge against elements that had not begun. The one that ran when the worker died is
+    the suspect; where nobody can tell which one that was, the elements go alone from now on, and the
+    next loss tells.
+    """
+    suspect = getattr(report.cause, "element", None)
+    began = getattr(report.cause, "began", None)
+    count = chunk.count
+    for stage in chunk.stages:
+        for number, run in enumerate(stage):
+            if run.done or run.key is not chunk.key:
+                continue
+            guilty = suspect is not None and number == suspect % count
+            if guilty or count == 1:
+                lost(session, run, report)
+            else:
+                _not_run(session, run)
+    if suspect is None and began is not False:
+        for stage in chunk.stages:
+            mapped = next((run.mapped for run in stage if run.mapped is not None), None)
+            if mapped is not None and mapped.packer is not None:
+                mapped.packer.part()
 
 
 def started(session: Session, run: TaskRun) -> None:
@@ -66,6 +166,8 @@ def ended(session: Session, run: TaskRun, record: dict[str, Any], nbytes: int, w
     if "children" in record:
         session.journal.absorb(record["children"])
     details = {"started": record["started"], "seconds": record["seconds"], "peak": record["peak"]}
+    if run.mapped is not None and run.mapped.packer is not None and run.place < 0:
+        run.mapped.packer.learn(record["seconds"], run.nbytes, together=False)
     timeout = run.task.options.timeout_seconds
     if timeout is not None and record["seconds"] > timeout and not run.direct:
         _timed_out(session, run, details)  # it ended before the deadline was heard of
@@ -120,6 +222,8 @@ def _made_by_hand(session: Session, run: TaskRun, state: dict[str, Any], details
 def _failure(run: TaskRun, described: dict[str, Any], record: dict[str, Any]) -> Any:
     where = f"(task run {run.name!r}, attempt {record['attempt']}, on {run.worker})"
     handle = run.ref.handle if run.ref is not None else None
+    if run.place >= 0 and isinstance(handle, list):
+        handle = handle[run.place]
     own = handle.error if isinstance(handle, worker_runtime.Failed) else None
     return own if own is not None else Failure(described, where)
 

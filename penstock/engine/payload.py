@@ -20,6 +20,12 @@ from penstock import errors
 from penstock.engine.refs import Slot
 
 _PLAIN = (int, float, str, bytes, bool, complex, type(None))
+SCALARS = frozenset(_PLAIN)
+"""Types whose values nobody can change."""
+_NUMPY_SCALARS = frozenset(
+    [*(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)), "float16", "float32"]
+    + ["float64", "complex64", "complex128", "bool", "bool_", "str_", "bytes_", "datetime64", "timedelta64"]
+)
 _registry = threading.RLock()  # cloudpickle's table of modules by value belongs to the process
 
 _ROOTS = tuple(
@@ -130,6 +136,37 @@ def pack_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], slots: int, ta
         message = f"argument {where} of task {task!r} cannot be sent to another process: {reason}"
         raise errors.UnserializableArgument(message) from error
     return buffer.getvalue()
+
+
+def pack_argument(value: Any, where: int | str, task: str) -> bytes:
+    """Pickle one argument of a map, with placeholders for upstream values.
+
+    Raises
+    ------
+    UnserializableArgument
+        Naming the task, the parameter and the reason.
+    """
+    try:
+        buffer = io.BytesIO()
+        _ArgumentPickler(buffer, protocol=5).dump(value)
+    except Exception as error:
+        path, culprit, reason = _path_to_culprit(value, 3) or ("", value, str(error))
+        message = (
+            f"argument {str(where)!r}{path} of task {task!r} cannot be sent to another process: "
+            f"{type(culprit).__name__} ({reason})"
+        )
+        raise errors.UnserializableArgument(message) from error
+    return buffer.getvalue()
+
+
+def is_plain(value: Any) -> bool:
+    """Whether nobody can change a value, so that it may be pickled later than now."""
+    kind = type(value)
+    if kind in SCALARS:
+        return True
+    if kind is tuple:
+        return len(value) < 100 and all(map(is_plain, value))
+    return kind.__module__ == "numpy" and kind.__name__ in _NUMPY_SCALARS
 
 
 def _are_plain(values: Any) -> bool:

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import pickle
 import threading
 import time
 from collections import deque
@@ -21,12 +22,13 @@ from penstock import errors
 from penstock.engine import compile, invoke, nested, outcomes, payload, values  # noqa: A004 - the house's word
 from penstock.engine.buffer import Buffer
 from penstock.engine.calls import FlowRun, Source, TaskRun
+from penstock.engine.chunks import Chunk, fuse
 from penstock.engine.clock import clock
 from penstock.engine.context import Scope
 from penstock.engine.graph import Graph, admits, sources_of
 from penstock.engine.journal import Journal
 from penstock.engine.objects import Objects
-from penstock.engine.states import StateType, advance
+from penstock.engine.states import Position, StateType, advance
 from penstock.engine.waiting import surrounds
 from penstock.runners import worker_runtime
 from penstock.runners.base import UNSENT, Key, Ref, Report, TaskRunner, new_tag
@@ -55,14 +57,16 @@ class Session:
         self.changed = threading.Condition(self.lock)
         self._working = threading.Lock()
         self._inbox: deque[list[Report]] = deque()
-        self._sent: dict[Key, TaskRun] = {}
+        self._sent: dict[Key, TaskRun | Chunk] = {}
         self._scopes: dict[FlowRun | None, Scope] = {}
         self._functions: dict[
             int, tuple[Any, bytes]
         ] = {}  # the function is kept, so that its id stays its own
+        self._chains: dict[tuple[int, ...], tuple[list[bytes], bytes]] = {}
         self._counter = itertools.count()
         self.buffer = Buffer(self._pump)
         self.bytes_fetched = 0
+        self.fetched: dict[Key, Any] = {}  # the chunk that was fetched last, at most 8 MB
         self.failures = 0
         self.live: dict[TaskRun, None] = {}
         runner.listen(self.tag, self._receive)
@@ -94,6 +98,16 @@ class Session:
             found = self._functions[id(task.fn)] = (task.fn, payload.pack_function(task.fn))
         return found[1]
 
+    def functions(self, packed: Sequence[bytes]) -> bytes:
+        """Return the functions of a chunk as one; the same bytes for the same functions."""
+        if len(packed) == 1:
+            return packed[0]
+        names = tuple(map(id, packed))
+        found = self._chains.get(names)
+        if found is None:
+            found = self._chains[names] = (list(packed), pickle.dumps(list(packed), 4))
+        return found[1]
+
     def prints_of(self, run: TaskRun) -> bool:
         """Whether the prints of a run go to its log."""
         wished = run.task.options.log_prints
@@ -105,21 +119,29 @@ class Session:
 
     def reference(self, source: Source) -> Ref:
         """Return the reference behind a slot; a value that lies here is put near the workers."""
+        return self.located(source)[0]
+
+    def located(self, source: Source) -> tuple[Ref, int | None]:
+        """Return the reference behind a slot, and the place in its value if that is a chunk's.
+
+        A value that lies here is put near the workers.
+        """
         if source.ref is not None:
-            return source.ref
+            return source.ref, None
         run = source.run
         assert run is not None
         if run.session is not self:
             source.ref = self.runner.put(values.results([run], raise_on_failure=False))[0]
-            return source.ref
+            return source.ref, None
         if run.done and not run.completed:  # `allow_failure`: the exception is the value
             source.ref = self.runner.put([values.exception_of(run)])[0]
-            return source.ref
+            return source.ref, None
         if run.ref is None:
-            run.ref = self.runner.put([run.value])[0]
+            run.ref, run.place = self.runner.put([run.value])[0], -1
+        place = run.place if run.place >= 0 else None
         if run.ref.handle is UNSENT:  # goes in the same batch: the backend knows it by its key
-            return Ref(run.ref.key, None)
-        return run.ref
+            return Ref(run.ref.key, None), place
+        return run.ref, place
 
     def orders(self, source: Source) -> bool:
         """Whether an edge of ``wait_for`` has to be known to the backend."""
@@ -209,12 +231,14 @@ class Session:
 
     def _release(self, run: TaskRun, *, leading: bool = False) -> None:
         """Nothing holds the run back: it may be sent, and on some backends its dependants too."""
-        pending = [run]
+        pending = deque([run])
         while pending:
-            one = pending.pop(0)
-            one.released = True
+            one = pending.popleft()
             self.buffer.add(one, leading=leading)
-            pending.extend(self.graph.released(one))
+            if one.mapped is None or one.mapped.packer is None:
+                one.released = True
+                pending.extend(self.graph.released(one))
+            # an element is handed out when its packer lets it go (`_take`)
 
     def flush(self) -> None:
         """Send whatever waits: somebody looks at a future."""
@@ -250,14 +274,7 @@ class Session:
 
     def _send(self) -> None:
         with self.changing():
-            batch = [run for run in self.buffer.take() if run.released and not run.done]
-            for run in batch:
-                attempt = run.failures + run.crashes + 1
-                run.position = advance(run.position, StateType.PENDING, "Submitting", max(attempt, 1))
-                run.key = (f"{run.task.name}-{self.tag}", next(self._counter))
-                run.ref = Ref(run.key, UNSENT)
-                self._sent[run.key] = run
-            submissions = compile.submissions(batch, self, self._fail)
+            submissions = compile.submissions(self._take(), self, self._fail)
         if not submissions:
             return
         try:
@@ -274,18 +291,75 @@ class Session:
         with self.lock:
             for ref in sent:
                 owner = self._sent.get(ref.key)
-                if owner is not None:
-                    owner.ref = ref
-                else:  # cancelled while it was on its way
+                if owner is None:  # cancelled while it was on its way
                     unwanted.append(ref)
+                elif isinstance(owner, Chunk):
+                    owner.moved(ref)
+                else:
+                    owner.ref = ref
         if unwanted:
             self.runner.cancel(unwanted)
+
+    def _take(self) -> list[TaskRun | Chunk]:
+        """Take what goes now out of the buffer; where the backend knows dependencies, what hangs on it too."""
+        units: list[TaskRun | Chunk] = []
+        while taken := self.buffer.take():
+            for unit in taken:
+                if isinstance(unit, list) and len(unit) > 1:
+                    units.append(self._pack(unit))
+                else:
+                    run = unit[0] if isinstance(unit, list) else unit
+                    if run.done:
+                        continue
+                    self._hand_out(run)
+                    self._submitting([run])
+                    run.key = (f"{run.task.name}-{self.tag}", next(self._counter))
+                    run.ref, run.place = Ref(run.key, UNSENT), -1
+                    self._sent[run.key] = run
+                    units.append(run)
+        return units
+
+    def _pack(self, runs: list[TaskRun]) -> Chunk:
+        key = (f"{runs[0].task.name}-{self.tag}", next(self._counter))
+        chunk = Chunk(key, runs)
+        fuse(chunk)
+        if len(chunk.stages) > 1:
+            names = "+".join(stage[0].task.name for stage in chunk.stages[:4])
+            chunk.key = (f"{names}-{self.tag}", key[1])
+        chunk.address(Ref(chunk.key, UNSENT))
+        self._sent[chunk.key] = chunk
+        for stage in chunk.stages:
+            self._submitting(stage)
+            for run in stage:
+                self._hand_out(run)
+        return chunk
+
+    def _hand_out(self, run: TaskRun) -> None:
+        if run.released:
+            return
+        run.released = True
+        for dependant in self.graph.released(run):
+            self._release(dependant)
+
+    @staticmethod
+    def _submitting(runs: Sequence[TaskRun]) -> None:
+        """Bring runs into the state of being sent; neighbours mostly come from one and the same."""
+        before: Position | None = None
+        after = runs[0].position
+        for run in runs:
+            if run.position is not before or run.failures or run.crashes:
+                before = run.position
+                after = advance(before, StateType.PENDING, "Submitting", run.failures + run.crashes + 1)
+            run.position = after
 
     # -- reports ------------------------------------------------------------------------------
     def _read(self, reports: list[Report]) -> None:
         with self.changing():
             for report in reports:
                 run = self._sent.get(report.key)
+                if isinstance(run, Chunk):
+                    self._read_chunk(run, report)
+                    continue
                 if run is None or run.done or run.key != report.key:
                     continue
                 if report.kind == "started":
@@ -295,6 +369,47 @@ class Session:
                 elif report.kind == "lost":
                     outcomes.lost(self, run, report)
                 # "upstream": the upstream's own report decides, by `Graph.ended`
+
+    def _read_chunk(self, chunk: Chunk, report: Report) -> None:
+        if report.kind == "ended":
+            self._landed(chunk)
+            outcomes.chunk_ended(self, chunk, invoke.read_record(report.record), report.worker)
+        elif report.kind == "lost":
+            self._landed(chunk)
+            outcomes.chunk_lost(self, chunk, report)
+        # "upstream": none of its elements has got what it needs; the upstream's own report decides
+
+    def _landed(self, unit: TaskRun | Chunk | None) -> None:
+        """A unit of work is with the backend no more."""
+        if isinstance(unit, Chunk):
+            packer = unit.packer
+            self._sent.pop(unit.key, None)
+        elif unit is not None and unit.key is not None and self._sent.pop(unit.key, None) is not None:
+            packer = unit.mapped.packer if unit.mapped is not None else None
+        else:
+            return
+        if packer is not None:
+            packer.flying -= 1
+
+    def _detach(self, run: TaskRun) -> None:
+        """Expect nothing more of the present attempt of a run; a chunk without any such run is withdrawn."""
+        unit = self._sent.get(run.key) if run.key is not None else None
+        if not isinstance(unit, Chunk):
+            self._landed(unit)
+        else:
+            unit.open -= 1
+            if unit.open == 0:
+                self._landed(unit)
+                if unit.ref.handle is not UNSENT:
+                    self.runner.release([unit.ref])
+
+    def put_back(self, run: TaskRun) -> None:
+        """An element was not run by its chunk: it waits again, and what was sent ahead on it with it."""
+        run.key, run.ref, run.place, run.released = None, None, -1, False
+        for dependant in self.graph.recalled(run):
+            self.withdraw(dependant)
+        if not run.done and run.waiting == 0:
+            self._release(run)
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
@@ -349,7 +464,7 @@ class Session:
         run.done = True
         run.ended = time.time()
         if run.key is not None:
-            self._sent.pop(run.key, None)
+            self._detach(run)
         if run.alarm is not None:
             run.alarm.cancel()
             run.alarm = None
@@ -361,8 +476,49 @@ class Session:
             run.flow_run.live.pop(run, None)
             run.flow_run.finished += 1
         self.journal.add(run, details)
+        self._let_dependants_go(run)
+
+    def complete(
+        self, runs: Sequence[TaskRun], started: Sequence[float], seconds: Sequence[float], peak: int
+    ) -> None:
+        """Bring many runs of one map to a good end (the caller holds the lock).
+
+        Parameters
+        ----------
+        runs : sequence of TaskRun
+            Elements that a chunk has run; size and worker are set.
+        started, seconds : sequence of float
+            When user code began, on the worker's clock, and how long it took.
+        peak : int
+            Peak memory of the worker in bytes.
+        """
+        now = time.time()
+        before: Position | None = None
+        after = runs[0].position
+        flow_run = runs[0].flow_run
+        for run in runs:
+            if run.position is not before:
+                before = run.position
+                running = advance(before, StateType.RUNNING) if before.type is StateType.PENDING else before
+                after = advance(running, StateType.COMPLETED)
+            run.position = after
+            run.done = True
+            run.ended = now
+            self.live.pop(run, None)
+            if flow_run is not None:
+                flow_run.live.pop(run, None)
+            if run.dependants is not None or run.callbacks is not None:
+                self._let_dependants_go(run)
+            else:
+                run.call = run.mapped = None
+        if flow_run is not None:
+            flow_run.finished += len(runs)
+        self.journal.add_completed(runs, started, seconds, peak)
+
+    def _let_dependants_go(self, run: TaskRun) -> None:
+        """A run has ended: say so to those that wait for it."""
         ready, dead = self.graph.ended(run)
-        run.call = None
+        run.call = run.mapped = None
         for one in ready:
             self._release(one)
         for one in dead:
@@ -393,16 +549,18 @@ class Session:
         """Take a run back from buffer and backend without touching its state."""
         run.released = False
         self.buffer.discard(run)
-        if run.key is not None and self._sent.pop(run.key, None) is not None and run.ref is not None:
-            ref, run.ref, run.key = run.ref, None, None
-            if ref.handle is not UNSENT:
-                self.runner.release([ref])
+        if run.key is None:
+            return
+        ref = run.ref if run.place < 0 and run.key in self._sent else None
+        self._detach(run)
+        run.key, run.ref, run.place = None, None, -1
+        if ref is not None and ref.handle is not UNSENT:
+            self.runner.release([ref])
 
     def forget(self, run: TaskRun) -> None:
         """Hear no more of the present attempt: it is over, whatever its code still does."""
-        if run.key is not None:
-            self._sent.pop(run.key, None)
-        run.key, run.ref = None, None
+        self._detach(run)
+        run.key, run.ref, run.place = None, None, -1
 
     def again(self, run: TaskRun, delay: float) -> None:
         """Start another attempt after a delay; dependants that were sent ahead are held back."""

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from penstock.engine.calls import Source, TaskRun
 from penstock.engine.failure import Failure
 from penstock.engine.states import State, StateType, Stored, failure_of
+from penstock.runners import worker_runtime
+
+if TYPE_CHECKING:
+    from penstock.engine.session import Session
+
+
+KEPT = 16 << 20
+"""Bytes of a chunk that stay here after one of its elements was asked for, until another chunk is."""
 
 
 def is_at_hand(run: TaskRun) -> bool:
@@ -26,15 +34,12 @@ def results(runs: Sequence[TaskRun], *, raise_on_failure: bool = True) -> list[A
     raise_on_failure : bool
         False puts exceptions in the place of values.
     """
-    wanted: dict[Any, dict[TaskRun, Any]] = {}
+    wanted: dict[Any, list[TaskRun]] = {}
     for run in runs:
         if run.completed and run.value is None and run.ref is not None:
-            wanted.setdefault(run.carrier, {})[run] = run.ref
-    for session, refs in wanted.items():
-        for run, value in zip(refs, session.runner.fetch(list(refs.values())), strict=True):
-            run.value = value
-            if not session.in_process:
-                session.bytes_fetched += run.nbytes
+            wanted.setdefault(run.carrier, []).append(run)
+    for session, members in wanted.items():
+        _fetch(session, members)
     found = []
     for run in runs:
         error = exception_of(run)
@@ -42,6 +47,25 @@ def results(runs: Sequence[TaskRun], *, raise_on_failure: bool = True) -> list[A
             raise error
         found.append(run.value if error is None else error)
     return found
+
+
+def _fetch(session: Session, runs: Sequence[TaskRun]) -> None:
+    """Bring the values of completed runs here; a chunk comes once for all its elements."""
+    refs = {run.ref.key: run.ref for run in runs if run.ref is not None}
+    known = session.fetched
+    missing = [ref for key, ref in refs.items() if key not in known]
+    fetched = dict(zip([ref.key for ref in missing], session.runner.fetch(missing), strict=True))
+    for run in runs:
+        assert run.ref is not None  # it was asked above
+        key = run.ref.key
+        value = fetched[key] if key in fetched else known[key]
+        run.value = value if run.place < 0 else value[run.place]
+        if not session.in_process:
+            session.bytes_fetched += run.nbytes
+    if len(refs) == 1 and runs[0].place >= 0 and fetched:
+        # Who asks for one element mostly asks for its neighbour next.
+        small = worker_runtime.size(next(iter(fetched.values()))) <= KEPT
+        session.fetched = fetched if small else {}
 
 
 def exception_of(run: TaskRun) -> BaseException | None:

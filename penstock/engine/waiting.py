@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from penstock.engine import context, invoke, values
 from penstock.engine.calls import TaskRun
+from penstock.engine.graph import sources_of
 from penstock.engine.states import StateType, advance
 from penstock.runners import worker_runtime
 from penstock.runners.base import UNSENT
@@ -193,7 +194,7 @@ def _do_here(session: Session, runs: Sequence[TaskRun]) -> None:
 
 
 def _run_here(session: Session, run: TaskRun) -> None:
-    for source in (*run.call.sources, *run.call.after) if run.call else ():
+    for source in list(sources_of(run)):
         if source.run is not None and not source.run.done:
             wait([source.run])
     order = _claim(session, run)
@@ -217,15 +218,19 @@ def _run_here(session: Session, run: TaskRun) -> None:
 
 def _claim(session: Session, run: TaskRun) -> dict[str, object] | None:
     with session.lock:
-        if run.done or run.waiting or run.call is None:
+        call = run.invocation()
+        if run.done or run.waiting or call is None:
             return None
         if run.key is not None:
-            if run.ref is None or run.ref.handle is UNSENT or not session.runner.take_back(run.ref):
+            alone = run.place < 0  # an element that was sent with others cannot be taken back by itself
+            if run.ref is None or run.ref.handle is UNSENT:
+                return None
+            if not alone or not session.runner.take_back(run.ref):
                 return None
             session.forget(run)
         session.buffer.discard(run)
         run.released = True
         run.position = advance(run.position, StateType.RUNNING, None, run.failures + run.crashes + 1)
-        order = invoke.work_order(run, run.call, session.prints_of(run))
+        order = invoke.work_order(run, call, session.prints_of(run))
         order["scope"] = session.scope_of(run)
         return order

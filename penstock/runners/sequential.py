@@ -42,8 +42,8 @@ class SequentialTaskRunner(TaskRunner):
             value, record = worker_runtime.run(one.order, one.function, one.arguments, values, one.key)
             refs.append(Ref(one.key, value))
             reports.append(Report(one.key, "ended", record, worker=f"pid {os.getpid()}"))
-            error = value.error if isinstance(value, worker_runtime.Failed) else None
-            if error is not None and worker_runtime.is_signal(error):
+            error = worker_runtime.signal_of(value)
+            if error is not None:
                 self.deliver(reports)
                 raise error  # it was meant for the driver: what has not run yet will not
         self.deliver(reports)

@@ -18,6 +18,10 @@ Work order (a pickled dict of primitives)
     Whether `print` goes to the run's log.
 ``context``
     What nested code needs to know: ids and names of the flow run, tags, depth, runner.
+``picks`` (optional)
+    ``{position: place}``: of that upstream value, which is a chunk's, only the item at the place.
+
+The order of a chunk has ``stages``, ``count`` and ``box`` instead: see `_run_chunk`.
 
 Record (a pickled dict of primitives)
 -------------------------------------
@@ -45,6 +49,7 @@ import builtins
 import contextlib
 import contextvars
 import ctypes
+import hashlib
 import inspect
 import io
 import os
@@ -166,7 +171,13 @@ def run(
     tuple
         ``(value, record)``: the value, or a `Failed`, and the packed record.
     """
+    if isinstance(order, bytes):
+        order = pickle.loads(order)
+    if "stages" in order:
+        return _run_chunk(order, function, arguments, values, key, on_start)
     attempt = Attempt(order, key, scope)
+    if "picks" in order:
+        values = [_picked(value, order["picks"].get(at)) for at, value in enumerate(values)]
     for value in values:
         if isinstance(value, Failed):
             return attempt.not_started()
@@ -184,7 +195,7 @@ class Attempt:
     """
 
     def __init__(self, order: Any, key: Any = None, scope: Any = None) -> None:
-        self.running = Running(pickle.loads(order) if isinstance(order, bytes) else order, key)
+        self.running = Running(order, key)
         self.running.scope = scope or self.running.order.get("scope")
         self.value: Any = None
         self.error: BaseException | None = None
@@ -192,7 +203,7 @@ class Attempt:
 
     def not_started(self) -> tuple[Any, bytes]:
         """Answer for an attempt whose upstream has no value."""
-        record = _record(self.running, "upstream", time.time(), 0.0)
+        record = _record(self.running, {"status": "upstream"}, time.time(), 0.0)
         return Failed(record), record
 
     def __enter__(self) -> Any:
@@ -211,27 +222,48 @@ class Attempt:
                 _leave(running)
             except BaseException as raised:  # a request to stop that came in the last moment
                 error = error or raised
-        status = "completed" if error is None else _status(error, running)
-        children = None
-        if running.nested is not None:
-            try:
-                self.value = running.nested.finish(self.value, error)
-            except BaseException as raised:
-                if error is None:
-                    error, status = raised, _status(raised, running)
-            children = running.nested.events()
+        self.value, error, details = _finished(running, self.value, error)
         seconds = time.perf_counter() - self._clock
         with contextlib.suppress(ValueError):  # a coroutine may end in another context
             _running.reset(self._token)
         self.error = error
-        state = None
-        if error is None:
-            self.value, state = _made_by_hand(self.value)
-        else:
-            self.value = None
-        record = _record(running, status, self._started, seconds, self.value, error, children, state)
+        record = _record(running, details, self._started, seconds, self.value)
         self.outcome = (self.value if error is None else Failed(record, error), record)
         return True
+
+
+def _finished(
+    running: Running, value: Any, error: BaseException | None
+) -> tuple[Any, BaseException | None, dict[str, Any]]:
+    """Do what is due when user code has ended: wait for its children, look at what it returned.
+
+    Returns
+    -------
+    tuple
+        The value, the error, and what the record says besides times and sizes.
+    """
+    children = None
+    if running.nested is not None:
+        try:
+            value = running.nested.finish(value, error)
+        except BaseException as raised:
+            error = error or raised
+        children = running.nested.events()
+    details: dict[str, Any] = {"status": "completed" if error is None else _status(error, running)}
+    if error is not None:
+        value = None
+        details["error"] = describe(error)
+    else:
+        value, state = _made_by_hand(value)
+        if state is not None:
+            details["state"] = state
+    if running.logs:
+        details["logs"] = running.logs
+    if running.dropped:
+        details["dropped"] = running.dropped
+    if children:
+        details["children"] = children
+    return value, error, details
 
 
 def _call(running: Running, function: Any, arguments: Any, values: Any, on_start: Any) -> Any:
@@ -246,12 +278,20 @@ def _call(running: Running, function: Any, arguments: Any, values: Any, on_start
         route_prints()
     with interrupted_after(order.get("interrupt_after"), order.get("name")):
         value = call(*args, **kwargs)
+    return value if type(value) in _SIMPLE else _settled(value)
+
+
+_SIMPLE = frozenset({type(None), bool, int, float, complex, str, bytes, list, tuple, dict})
+
+
+def _settled(value: Any) -> Any:
+    """Run to its end what the call of a user's function has only begun."""
     if inspect.iscoroutine(value):
-        value = run_coroutine(value)
-    elif inspect.isgenerator(value):
-        value = list(value)
-    elif inspect.isasyncgen(value):
-        value = run_coroutine(_collect(value))
+        return run_coroutine(value)
+    if inspect.isgenerator(value):
+        return list(value)
+    if inspect.isasyncgen(value):
+        return run_coroutine(_collect(value))
     return value
 
 
@@ -306,39 +346,28 @@ def _status(error: BaseException, running: Running) -> str:
 
 
 def _record(
-    running: Running,
-    status: str,
-    started: float,
-    seconds: float,
-    value: Any = None,
-    error: BaseException | None = None,
-    children: bytes | None = None,
-    state: dict[str, Any] | None = None,
+    running: Running, details: dict[str, Any], started: float, seconds: float, value: Any = None
 ) -> bytes:
     record: dict[str, Any] = {
-        "status": status,
         "attempt": running.order.get("attempt", 1),
         "started": started,
         "ended": started + seconds,
         "seconds": seconds,
         "nbytes": _size_or_nothing(value),
+        **_place_and_peak(),
+        **details,
+    }
+    return pickle.dumps(record, 4)
+
+
+def _place_and_peak() -> dict[str, Any]:
+    return {
         "peak": peak_memory(),
         "host": _HOST,
         "pid": os.getpid(),
         "worker": worker_name,
         "thread": threading.get_ident(),
     }
-    if running.logs:
-        record["logs"] = running.logs
-    if running.dropped:
-        record["dropped"] = running.dropped
-    if error is not None:
-        record["error"] = describe(error)
-    if children:
-        record["children"] = children
-    if state is not None:
-        record["state"] = state
-    return pickle.dumps(record, 4)
 
 
 def _made_by_hand(value: Any) -> tuple[Any, dict[str, Any] | None]:
@@ -391,6 +420,273 @@ def refuse(record: bytes, value: Any, error: BaseException) -> tuple[Any, bytes]
     return Failed(record), record
 
 
+# -- many elements of a map ---------------------------------------------------------------
+
+
+class _ElementOrder(dict[str, Any]):
+    """The work order of one element, whose id and name are made when somebody asks."""
+
+    def __missing__(self, name: str) -> Any:
+        if name == "run":
+            self[name] = element_id(self["map"], self["index"])
+        elif name == "name":
+            self[name] = f"{self['task']}-{self['index']}"
+        else:
+            raise KeyError(name)
+        return self[name]
+
+
+class _Stage:
+    """One task of a chunk: makes the calls of its elements and keeps what they tell.
+
+    Parameters
+    ----------
+    order : dict
+        ``map, task, indices, attempts, inputs, prints, context``, perhaps ``names`` and ``scopes``.
+    function : bytes or callable
+        What to call.
+    arguments : list
+        A pair of keyword (or None) and entry for each argument; see `_entry`.
+    values : sequence
+        Upstream values of the chunk.
+    earlier : list of _Stage
+        The stages before.
+    """
+
+    def __init__(self, order: Any, function: Any, arguments: Any, values: Any, earlier: Any) -> None:
+        self.order = order
+        self.call = _function(function)
+        self.indices, self.attempts = order["indices"], order["attempts"]
+        self.names, self.scopes = order.get("names"), order.get("scopes")
+        self.common = {name: order[name] for name in ("map", "task", "inputs", "prints", "context")}
+        mode = order["inputs"]
+
+        def maker(entry: Any) -> Any:
+            if entry[0] == "stage":
+                made = earlier[entry[1]].values
+                return lambda number: _guarded(made[number], mode)
+            if entry[0] == "fill":
+                makers = [maker(upstream) for upstream in entry[2]]
+                return lambda number: _filled(entry[1], [make(number) for make in makers])
+            if entry[0] == "mixed":
+                some = [maker(one) for one in entry[1]]
+                return lambda number: some[number](number)
+            return _entry(entry, values, mode)
+
+        self.args = [maker(entry) for keyword, entry in arguments if keyword is None]
+        self.kwargs = {keyword: maker(entry) for keyword, entry in arguments if keyword is not None}
+        self.values: list[Any] = []
+        self.started: list[float] = []
+        self.seconds: list[float] = []
+        self.nbytes: list[int] = []
+        if order["prints"]:
+            route_prints()
+
+    def running(self, number: int, key: Any) -> Running:
+        """Make what the user's code sees of its own run."""
+        attempts = self.attempts
+        order = _ElementOrder(self.common)
+        order["index"] = self.indices[number]
+        order["attempt"] = attempts if isinstance(attempts, int) else attempts[number]
+        if self.names is not None:
+            order["name"] = self.names[number]
+        found = Running(order)
+        found.key = key
+        if self.scopes is not None:
+            found.scope = self.scopes[number]
+        return found
+
+    def invoke(self, number: int) -> Any:
+        """Call the function for one element; a `Failed` means that it was not called."""
+        args = [make(number) for make in self.args]
+        kwargs = {keyword: make(number) for keyword, make in self.kwargs.items()} if self.kwargs else {}
+        for value in args:
+            if type(value) is Failed:
+                return value
+        for value in kwargs.values():
+            if type(value) is Failed:
+                return value
+        value = self.call(*args, **kwargs)
+        return value if type(value) in _SIMPLE else _settled(value)
+
+
+class _Interrupted(Exception):
+    """The chunk ends here: it was asked to, or the process was."""
+
+
+def _run_chunk(
+    order: Any, function: Any, arguments: Any, values: Any, key: Any, on_start: Any
+) -> tuple[Any, bytes]:
+    """Execute the elements of a chunk, one after the other, each through all stages.
+
+    The order has ``stages`` (see `_Stage`), ``count`` (of elements) and ``box``: seconds and bytes
+    of results after which the rest is left alone, or None.
+
+    Returns
+    -------
+    tuple
+        The list of all values, stage after stage, and the record: ``status`` "chunk", ``done`` (how
+        many elements were run), ``stages`` (for each its columns ``started, seconds, nbytes``),
+        ``odd`` (by place what an element's own record would say besides, if anything), and what
+        every record says.
+    """
+    begun, clock = time.time(), time.perf_counter()
+    whole = Running({"attempt": 1}, key)
+    token = _running.set(whole)
+    count, box = order["count"], order["box"]
+    odd: dict[int, dict[str, Any]] = {}
+    stages: list[_Stage] = []
+    done = 0
+    try:
+        _enter(whole)
+        if whole.cancelled:
+            raise _Interrupted
+        functions = pickle.loads(function) if isinstance(function, bytes) and len(order["stages"]) > 1 else None
+        functions = functions or (function if isinstance(function, list) else [function])
+        if isinstance(arguments, bytes):
+            arguments = pickle.loads(arguments)
+        for part, one, some in zip(order["stages"], functions, arguments, strict=True):
+            stages.append(_Stage(part, one, some, values, stages[:]))
+        if on_start is not None:
+            on_start()
+        while done < count:
+            _run_element(stages, done, count, odd, whole)
+            done += 1
+            if box is not None and _is_full(stages, box, clock):
+                break
+    except _Interrupted:
+        done = min((len(stage.nbytes) for stage in stages), default=0)
+    except BaseException as error:  # asked to stop between two elements, or it cannot even begin
+        done = min((len(stage.nbytes) for stage in stages), default=0)
+        if not whole.cancelled and done < count:
+            _blame(error, stages, done, count, odd, order)
+            done += 1
+    while not whole.over:
+        with contextlib.suppress(BaseException):  # a request to stop that came in the last moment
+            _leave(whole)
+    _running.reset(token)
+    return _chunk_outcome(order, stages, done, odd, begun, clock)
+
+
+def _run_element(
+    stages: list[_Stage], number: int, count: int, odd: dict[int, dict[str, Any]], whole: Running
+) -> None:
+    """Run one element through all stages."""
+    for at, stage in enumerate(stages):
+        running = stage.running(number, whole.key)
+        _running.set(running)
+        value: Any = None
+        error: BaseException | None = None
+        started, clock = time.time(), time.perf_counter()
+        try:
+            value = stage.invoke(number)
+        except BaseException as raised:
+            error = raised
+        if type(value) is Failed:
+            odd[at * count + number] = {"status": "upstream"}
+        elif error is not None or running.logs or running.nested is not None or type(value) not in _SIMPLE:
+            running.cancelled = running.cancelled or whole.cancelled
+            value, error, details = _finished(running, value, error)
+            if error is not None:
+                value = Failed(b"", error)
+            if len(details) > 1 or error is not None:
+                odd[at * count + number] = details
+        stage.started.append(started)
+        stage.seconds.append(time.perf_counter() - clock)
+        stage.values.append(value)
+        stage.nbytes.append(0 if error is not None else _size_or_nothing(value))
+        if error is not None and (running.cancelled or whole.cancelled or is_signal(error)):
+            _fill_up(stages[at + 1 :], number, at + 1, count, odd)
+            raise _Interrupted
+
+
+def _fill_up(
+    stages: list[_Stage], number: int, first: int, count: int, odd: dict[int, dict[str, Any]]
+) -> None:
+    """Note of the later stages of an element that they were not reached."""
+    for at, stage in enumerate(stages, first):
+        odd[at * count + number] = {"status": "upstream"}
+        stage.started.append(0.0)
+        stage.seconds.append(0.0)
+        stage.values.append(Failed(b""))
+        stage.nbytes.append(0)
+
+
+def _is_full(stages: list[_Stage], box: Any, clock: float) -> bool:
+    return time.perf_counter() - clock > box[0] or sum(stage.nbytes[-1] for stage in stages) > box[1] // 64
+
+
+def _blame(error: BaseException, stages: Any, done: int, count: int, odd: Any, order: Any) -> None:
+    """The chunk cannot be set up, say because its function does not load: the next element has failed."""
+    for part in order["stages"][len(stages) :]:
+        stage = object.__new__(_Stage)
+        stage.order, stage.values, stage.started, stage.seconds, stage.nbytes = part, [], [], [], []
+        stages.append(stage)
+    for at, stage in enumerate(stages):
+        if len(stage.nbytes) > done:
+            continue
+        failed = at == 0 or at * count + done - count not in odd
+        odd[at * count + done] = (
+            {"status": "failed", "error": describe(error)} if failed else {"status": "upstream"}
+        )
+        stage.started.append(time.time())
+        stage.seconds.append(0.0)
+        stage.values.append(Failed(b"", error))
+        stage.nbytes.append(0)
+
+
+def _chunk_outcome(
+    order: Any, stages: list[_Stage], done: int, odd: Any, begun: float, clock: float
+) -> tuple[Any, bytes]:
+    count = order["count"]
+    values: list[Any] = []
+    for stage in stages:
+        values.extend(stage.values[:done])
+        values.extend([Failed(b"")] * (count - done))
+    columns = [[stage.started[:done], stage.seconds[:done], stage.nbytes[:done]] for stage in stages]
+    seconds = time.perf_counter() - clock
+    record: dict[str, Any] = {
+        "status": "chunk",
+        "attempt": 1,
+        "done": done,
+        "stages": columns or [[[], [], []] for _ in order["stages"]],
+        "odd": odd,
+        "started": begun,
+        "ended": begun + seconds,
+        "seconds": seconds,
+        "nbytes": sum(sum(column[2]) for column in columns),
+        **_place_and_peak(),
+    }
+    if not stages:
+        values = [Failed(b"")] * (count * len(order["stages"]))
+    return values, pickle.dumps(record, 4)
+
+
+def signal_of(value: Any) -> BaseException | None:
+    """Return the exception in a value that came from a signal to the driver, see `is_signal`."""
+    errors = [one.error for one in (value if isinstance(value, list) else [value]) if isinstance(one, Failed)]
+    return next((error for error in errors if error is not None and is_signal(error)), None)
+
+
+def element_id(map_id: str, index: int) -> str:
+    """Return the id of one element of a map; every process computes the same one.
+
+    Parameters
+    ----------
+    map_id : str
+        Id of the map run.
+    index : int
+        Position of the element.
+
+    Returns
+    -------
+    str
+        32 hexadecimal digits: the time of the map, then a digest of map and index (UUIDv8).
+    """
+    digest = hashlib.blake2b(f"{map_id}:{index}".encode(), digest_size=10).hexdigest()
+    return f"{map_id[:12]}8{digest[:3]}{'89ab'[int(digest[3], 16) & 3]}{digest[4:19]}"
+
+
 # -- functions and arguments --------------------------------------------------------------
 
 _functions: OrderedDict[bytes, Any] = OrderedDict()
@@ -426,9 +722,82 @@ class _Arguments(pickle.Unpickler):
 
 
 def _arguments(arguments: Any, values: Any) -> Any:
+    """Return ``(args, kwargs)``: as they were pickled, made by a callable, or argument by argument."""
     if callable(arguments):
         return arguments(values)
-    return _Arguments(arguments, values).load()
+    if isinstance(arguments, bytes):
+        arguments = _Arguments(arguments, values).load() if values else pickle.loads(arguments)
+    if isinstance(arguments, tuple):
+        return arguments
+    args, kwargs = [], {}
+    for keyword, entry in arguments:  # of an element of a map
+        value = _entry(entry, values, None)(0)
+        if keyword is None:
+            args.append(value)
+        else:
+            kwargs[keyword] = value
+    return args, kwargs
+
+
+def _picked(value: Any, place: int | None) -> Any:
+    """Return one item of a chunk's value; of a chunk that failed as a whole, the failure."""
+    return value if place is None or isinstance(value, Failed) else value[place]
+
+
+def _entry(entry: Any, values: Any, mode: str | None) -> Any:
+    """Return what makes one argument for the element with a given number.
+
+    Parameters
+    ----------
+    entry : tuple
+        ``("same", value)``, ``("loads", pickle)``, ``("value", position, place)``, ``("item",
+        position, index)``, ``("fill", pickle or callable, [("value", …), …])``; for a chunk also
+        ``("items", values)``, ``("pickles", pickles)``, ``("picks", positions, places)``, ``("mixed",
+        entries)``.
+    values : sequence
+        The upstream values.
+    mode : str or None
+        What arrays among them are to the function; None if they are guarded already.
+    """
+    kind = entry[0]
+    if kind == "same":
+        return lambda _: entry[1]
+    if kind == "items":
+        return entry[1].__getitem__
+    if kind == "loads":
+        return lambda _: pickle.loads(entry[1])
+    if kind == "pickles":
+        return lambda number: pickle.loads(entry[1][number])
+    if kind in {"value", "item"}:
+        one = _picked(values[entry[1]], entry[2])
+        one = one if mode is None else _guarded(one, mode)
+        return lambda _: one
+    if kind == "picks":
+        return _picker(entry[1], entry[2], values, mode)
+    if kind == "fill":
+        makers = [_entry(upstream, values, mode) for upstream in entry[2]]
+        return lambda number: _filled(entry[1], [make(number) for make in makers])
+    makers = [_entry(one, values, mode) for one in entry[1]]  # "mixed"
+    return lambda number: makers[number](number)
+
+
+def _picker(positions: Any, places: Any, values: Any, mode: str | None) -> Any:
+    if len(positions) == 1:
+        whole = values[positions[0]]
+        if isinstance(whole, Failed):
+            return lambda _: whole
+        if mode in {None, "shared"}:
+            return lambda number: whole if places[number] is None else whole[places[number]]
+        return lambda number: _guarded(_picked(whole, places[number]), mode)
+    return lambda number: _guarded(_picked(values[positions[number]], places[number]), mode or "shared")
+
+
+def _filled(content: Any, upstream: list[Any]) -> Any:
+    """Make an argument with upstream values inside."""
+    failed = next((value for value in upstream if isinstance(value, Failed)), None)
+    if failed is not None:
+        return failed
+    return content(upstream) if callable(content) else _Arguments(content, upstream).load()
 
 
 def guarded_inputs(values: Any, mode: str) -> list[Any]:
@@ -439,6 +808,8 @@ def guarded_inputs(values: Any, mode: str) -> list[Any]:
 
 
 def _guarded(value: Any, mode: str) -> Any:
+    if mode == "shared" or type(value) in _SIMPLE:
+        return value
     flags = getattr(value, "flags", None)
     if flags is None or not hasattr(flags, "writeable") or not hasattr(value, "setflags"):
         return value

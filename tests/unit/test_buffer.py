@@ -12,7 +12,8 @@ from penstock.engine.calls import TaskRun
 
 def run(number: int) -> TaskRun:
     made: Any = TaskRun.__new__(TaskRun)
-    made.name = str(number)
+    made._name = str(number)
+    made.mapped = None
     found: TaskRun = made
     return found
 
