@@ -248,14 +248,14 @@ def fuse(chunk: Chunk) -> None:
 
 
 def _next_stage(chunk: Chunk) -> list[TaskRun] | None:
-    tried: set[int] = set()
+    tried = {id(stage[0].mapped) for stage in chunk.stages}
     for stage in chunk.stages:
         for edge in stage[0].dependants or ():
-            follower = edge.run
-            if id(follower) in tried or follower.mapped is None:
+            mapped = edge.run.mapped
+            if mapped is None or id(mapped) in tried:
                 continue
-            tried.add(id(follower))
-            found = _followers(chunk, stage, follower.mapped)
+            tried.add(id(mapped))
+            found = _followers(chunk, stage, mapped)
             if found is not None:
                 return found
     return None
@@ -282,7 +282,7 @@ def _followers(chunk: Chunk, stage: Sequence[TaskRun], mapped: Mapped) -> list[T
             for edge in other[number].dependants or ()
             if edge.run is follower and not edge.satisfied
         ]
-        if follower.waiting != len(held) or any(edge.tolerant for edge in held):
+        if not held or follower.waiting != len(held) or any(edge.tolerant for edge in held):
             return None
         runs.append(follower)
         edges.extend(held)
