@@ -192,6 +192,10 @@ class TaskRun:
         """The name of the run; elements of a map are numbered."""
         return self._name or f"{self.task.name}-{self.index}"
 
+    @name.setter
+    def name(self, name: str) -> None:
+        self._name = name
+
     @property
     def id(self) -> str:
         """The id of the run; that of an element of a map follows from map and index."""
