@@ -18,6 +18,7 @@ import cloudpickle
 
 from penstock import errors
 from penstock.engine.refs import Slot
+from penstock.runners import worker_runtime
 
 _PLAIN = (int, float, str, bytes, bool, complex, type(None))
 SCALARS = frozenset(_PLAIN)
@@ -60,6 +61,8 @@ def users_module(name: str | None) -> types.ModuleType | None:
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """Pickles the user's functions and classes by value, and refuses futures in odd places."""
+
+    dispatch_table = worker_runtime.reducers(cloudpickle.Pickler)  # tracebacks name the user's file
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, (types.FunctionType, type)):

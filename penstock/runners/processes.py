@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from penstock import errors
+from penstock.runners import worker_runtime
 from penstock.runners.base import Key, Ref, RunnerInfo, Submission, TaskRunner, new_tag
 from penstock.runners.process_child import environment
 from penstock.runners.process_nested import fetched
@@ -224,10 +225,7 @@ class ProcessPoolTaskRunner(TaskRunner):
     def _packed_initializer(self) -> bytes | None:
         if self.initializer is None:
             return None
-        import cloudpickle
-
-        packed: bytes = cloudpickle.dumps((self.initializer, self.initargs), 5)
-        return packed
+        return worker_runtime.dumps((self.initializer, self.initargs))
 
 
 def _handle(ref: Ref) -> Handle | None:

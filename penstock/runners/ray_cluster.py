@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import socket
-import subprocess
 import threading
 from typing import Any
 
@@ -15,6 +14,7 @@ import psutil
 import ray
 
 from penstock.errors import RunnerUnavailable
+from penstock.runners.ray_watchdog import Watchdog
 
 NAMESPACE = "penstock"
 ATTACH_SECONDS = 30.0
@@ -114,7 +114,7 @@ class _Keeper(threading.Thread):
         self._arguments = arguments
         self._loopback = loopback
         self._error: BaseException | None = None
-        self._watchdog: _Watchdog | None = None
+        self._watchdog: Watchdog | None = None
         self._connection = ""
         self._abandoned = False
         self._gate = threading.Lock()
@@ -123,13 +123,11 @@ class _Keeper(threading.Thread):
 
     def run(self) -> None:
         try:
-            _init(self._arguments, loopback=self._loopback)
+            self._begin()
         except BaseException as error:  # handed to whoever waits; Ray may even raise SystemExit
             self._error = error
-        if self._error is None:
-            self._connection = _connection()
-        if self._error is None and self._arguments["address"] == "local":
-            self._watchdog = _Watchdog()
+        if self._error is not None and self._watchdog is not None:
+            self._watchdog.close()
         with self._gate:
             self._ready.set()
             abandoned = self._abandoned
@@ -137,6 +135,15 @@ class _Keeper(threading.Thread):
             self.close()
         elif self._error is None:
             self._over.wait()
+
+    def _begin(self) -> None:
+        marking: Any = contextlib.nullcontext()
+        if self._arguments["address"] == "local":
+            self._watchdog = Watchdog()  # before there is anything to end: a driver may die at any moment
+            marking = self._watchdog.marking()
+        with marking:
+            _init(self._arguments, loopback=self._loopback)
+        self._connection = _connection()
 
     def answer(self, timeout: float | None, trouble: str) -> _Keeper:
         """Wait until Ray is there.
@@ -176,43 +183,6 @@ def _reason(error: BaseException) -> str:
     if "InvalidAuthToken" in said:
         return "it asks for a token; with RAY_AUTH_MODE=token Ray uses the one of this account."
     return " ".join(str(error).split())[:500] or type(error).__name__
-
-
-class _Watchdog:
-    """Ends what outlives a driver that was killed.
-
-    Ray's own processes die with the driver, and workers seconds later, but two helpers (agents) of
-    90 MB each stay for a minute. A shell that reads from the driver learns of its death at once.
-    """
-
-    def __init__(self) -> None:
-        raylets = [child for child in psutil.Process().children() if child.name() == "raylet"]
-        self._agents = [
-            child
-            for raylet in raylets
-            for child in raylet.children()
-            if "agent" in " ".join(child.cmdline()).lower()
-        ]
-        self._shell: subprocess.Popen[bytes] | None = None
-        if self._agents and os.path.exists("/bin/sh"):
-            pids = " ".join(str(agent.pid) for agent in self._agents)
-            self._shell = subprocess.Popen(
-                ["/bin/sh", "-c", f"read line; kill -9 {pids}"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-
-    def close(self) -> None:
-        """Ray was closed in good order: see that nothing is left, and go."""
-        if self._shell is not None:
-            self._shell.kill()
-            self._shell.communicate()
-        _, left = psutil.wait_procs(self._agents, timeout=3)
-        for agent in left:
-            with contextlib.suppress(psutil.Error):
-                agent.kill()
 
 
 def _init(arguments: dict[str, Any], *, loopback: bool) -> None:

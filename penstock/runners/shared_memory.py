@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import importlib
 import itertools
 import mmap
 import os
@@ -82,11 +83,10 @@ def dump(value: Any, *, by_value: bool = False) -> tuple[bytes, list[memoryview]
             return pickle.dumps(value, 5, buffer_callback=keep), buffers
         except Exception:  # a lambda, or a class that came by value: cloudpickle can do more
             buffers.clear()
-    try:
-        import cloudpickle
-    except ImportError:
-        return pickle.dumps(value, 5, buffer_callback=keep), buffers
-    return cloudpickle.dumps(value, 5, buffer_callback=keep), buffers
+    runtime: Any = importlib.import_module(
+        f"{__package__}.worker_runtime"
+    )  # beside this file, also when shipped
+    return runtime.dumps(value, keep), buffers
 
 
 def load(packed: Packed, *, private: bool = False) -> Any:
