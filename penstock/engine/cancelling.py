@@ -54,8 +54,11 @@ def _cancel(session: Session, runs: list[TaskRun], force: bool) -> None:
             sent.append(run)
     if not sent:
         return
-    stopped = set(session.runner.cancel([run.ref for run in sent if run.ref is not None], force=force))
+    refs = {run.ref.key: run.ref for run in sent if run.ref is not None}  # a chunk is stopped once for all
+    stopped = set(session.runner.cancel(list(refs.values()), force=force))
     with session.changing():
+        for key in stopped:
+            session.give_up(key)
         for run in sent:
             if run.key in stopped and not run.done:
                 session.settle(run, StateType.CANCELLED, None, "Cancelled before it started.")

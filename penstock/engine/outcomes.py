@@ -36,7 +36,7 @@ def chunk_ended(session: Session, chunk: Chunk, record: dict[str, Any], worker: 
             if run.done or run.key is not chunk.key:
                 continue
             own = odd.get(place)
-            if number >= done or (own is not None and own["status"] == "upstream"):
+            if number >= done or (own is not None and _was_spared(run, own)):
                 _not_run(session, run)
             elif own is not None or run.task.options.timeout_seconds is not None:
                 ended(session, run, _of_element(record, column, number, own), nbytes[number], worker)
@@ -50,6 +50,11 @@ def chunk_ended(session: Session, chunk: Chunk, record: dict[str, Any], worker: 
                 [seconds[number] for number in plain],
                 record["peak"],
             )
+
+
+def _was_spared(run: TaskRun, own: dict[str, Any]) -> bool:
+    """Whether an element has to run again: it lacked what it needs, or another one was to be stopped."""
+    return own["status"] == "upstream" or (own["status"] == "cancelled" and not run.cancelling)
 
 
 def _learn(chunk: Chunk, record: dict[str, Any]) -> None:
@@ -96,9 +101,8 @@ def _not_run(session: Session, run: TaskRun) -> None:
 def chunk_lost(session: Session, chunk: Chunk, report: Report) -> None:
     """A chunk was lost with its worker: whatever has no record of its end runs again.
 
-    Raises no charge against elements that had not begun. The one that ran when the worker died is
-    the suspect; where nobody can tell which one that was, the elements go alone from now on, and the
-    next loss tells.
+    Only the element that ran when the worker died is charged. Where nobody can tell which one that
+    was, the elements go alone from now on, and the next loss tells.
     """
     suspect = getattr(report.cause, "element", None)
     began = getattr(report.cause, "began", None)

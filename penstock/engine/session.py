@@ -403,6 +403,16 @@ class Session:
                 if unit.ref.handle is not UNSENT:
                     self.runner.release([unit.ref])
 
+    def give_up(self, key: Key) -> None:
+        """A chunk will certainly not run: those of its elements that nobody cancelled wait again."""
+        chunk = self._sent.get(key)
+        if not isinstance(chunk, Chunk):
+            return
+        self._landed(chunk)
+        for run in chunk.runs:
+            if run.key is chunk.key and not run.done and not run.cancelling:
+                self.put_back(run)
+
     def put_back(self, run: TaskRun) -> None:
         """An element was not run by its chunk: it waits again, and what was sent ahead on it with it."""
         run.key, run.ref, run.place, run.released = None, None, -1, False

@@ -88,10 +88,11 @@ def run_one(flags: int, order: bytes, function: bytes, arguments: bytes, *values
         value, record = runtime.run(order, function, arguments, values, key, announce)
         if not isinstance(value, runtime.Failed):
             problem = _unsendable(value)
-            if problem is None:
+            if problem is not None:
+                value, record = runtime.refuse(record, value, problem)
+            if not isinstance(value, runtime.Failed):
                 task.metadata[MARK] = record
                 return value
-            value, record = runtime.refuse(record, value, problem)
         elif value.error is not None:
             value.error.__traceback__ = None  # its frames hold the upstream values
     finally:

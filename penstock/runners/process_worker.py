@@ -193,7 +193,9 @@ class Worker:
             try:
                 packed, nbytes = self.memory.export(value)
             except BaseException as error:
-                _, record = worker_runtime.refuse(record, value, error)
+                value, record = worker_runtime.refuse(record, value, error)
+                if not isinstance(value, worker_runtime.Failed):  # of a chunk the rest can travel
+                    packed, nbytes = self.memory.export(value)
         del value
         with contextlib.suppress(Exception):  # what was printed must not wait for the next task
             sys.stdout.flush()

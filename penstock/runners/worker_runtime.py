@@ -389,6 +389,8 @@ def _made_by_hand(value: Any) -> tuple[Any, dict[str, Any] | None]:
 def refuse(record: bytes, value: Any, error: BaseException) -> tuple[Any, bytes]:
     """Turn the record of a completed attempt into a failed one: its value cannot travel.
 
+    Of a chunk only those elements fail whose own value cannot.
+
     Parameters
     ----------
     record : bytes
@@ -401,17 +403,39 @@ def refuse(record: bytes, value: Any, error: BaseException) -> tuple[Any, bytes]
     Returns
     -------
     tuple
-        ``(Failed, record)``, as from `run`.
+        ``(Failed, record)``, as from `run`; of a chunk the list that can travel, and its record.
     """
+    unpacked = pickle.loads(record)
+    if unpacked["status"] == "chunk":
+        return _refuse_elements(unpacked, value)
+    unpacked["status"], unpacked["nbytes"] = "failed", 0
+    unpacked["error"] = _unserializable(value, error)
+    record = pickle.dumps(unpacked, 4)
+    return Failed(record), record
+
+
+def _refuse_elements(record: dict[str, Any], values: list[Any]) -> tuple[Any, bytes]:
+    kept = list(values)
+    for place, value in enumerate(values):
+        if type(value) in _SIMPLE - {list, tuple, dict} or isinstance(value, Failed):
+            continue
+        try:
+            dumps(value)
+        except Exception as error:
+            kept[place] = Failed(b"")
+            own = record["odd"].setdefault(place, {})
+            own.update(status="failed", error=_unserializable(value, error))
+    return kept, pickle.dumps(record, 4)
+
+
+def _unserializable(value: Any, error: BaseException) -> dict[str, Any]:
     kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
     reason = f"{type(error).__name__}: {error}"[:1000]
     message = f"a result of type {kind} cannot be sent to another process: {reason}"
     text = message.encode("utf-8", "replace")
     # Written by hand, since penstock.errors need not exist where this runs.
     spelled = b"cpenstock.errors\nUnserializableArgument\nX" + len(text).to_bytes(4, "little") + text
-    unpacked = pickle.loads(record)
-    unpacked["status"], unpacked["nbytes"] = "failed", 0
-    unpacked["error"] = {
+    return {
         "type": "UnserializableArgument",
         "module": "penstock.errors",
         "message": message,
@@ -419,8 +443,6 @@ def refuse(record: bytes, value: Any, error: BaseException) -> tuple[Any, bytes]
         "frames": [],
         "pickle": b"\x80\x02" + spelled + b"\x85R.",
     }
-    record = pickle.dumps(unpacked, 4)
-    return Failed(record), record
 
 
 # -- many elements of a map ---------------------------------------------------------------
