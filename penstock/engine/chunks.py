@@ -8,6 +8,7 @@ guess costs one element and not a thousand.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +113,7 @@ class Packer:
 
     Attributes
     ----------
-    ready : dict of TaskRun
+    ready : ordered dict of TaskRun
         Wait to be sent, in order.
     flying : int
         Units of this map that are with the back end.
@@ -126,7 +127,7 @@ class Packer:
         self.size: int | str = 1 if alone else options.chunk_size
         self.threads = max(threads, 1)
         self.window = window
-        self.ready: dict[TaskRun, None] = {}
+        self.ready: OrderedDict[TaskRun, None] = OrderedDict()  # a dict is slow where its front goes first
         self.flying = 0
         self.seconds: float | None = None
         self.nbytes = 0.0
@@ -151,9 +152,7 @@ class Packer:
         return bool(self.ready) and self._next() > 0
 
     def _pop(self) -> TaskRun:
-        run = next(iter(self.ready))
-        del self.ready[run]
-        return run
+        return self.ready.popitem(last=False)[0]
 
     def _next(self) -> int:
         """How many elements go together now; 0 if they have to wait."""
