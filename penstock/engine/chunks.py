@@ -141,10 +141,11 @@ class Packer:
             if not count:
                 return
             self.flying += 1
-            if count == 1:
-                yield [self._pop()]
-            else:
-                yield [self._pop() for _ in range(count)]
+            first = self._pop()
+            together = [first]
+            while len(together) < count and next(iter(self.ready)).mapped is first.mapped:
+                together.append(self._pop())
+            yield together
 
     @property
     def has_room(self) -> bool:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
+import itertools
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from penstock import errors
-from penstock.engine import events
+from penstock.engine import cancelling, events, waiting
 from penstock.engine.annotations import Annotation, allow_failure, quote, unmapped
 from penstock.engine.caller import Caller
 from penstock.engine.calls import Source, TaskRun
@@ -19,6 +20,7 @@ from penstock.engine.context import Scope, current_tags
 from penstock.engine.futures import PenstockFuture, run_of
 from penstock.engine.mapped import Capture, Column, Mapped
 from penstock.engine.options import TaskOptions, run_name
+from penstock.runners import worker_runtime
 
 if TYPE_CHECKING:
     import inspect
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
 
 WINDOW = 50_000
 """Units of work of one map that are with a back end at a time, where the runner does not say."""
+PIECE, LARGEST_PIECE = 256, 8192
+"""Items that are drawn from a generator at a time: at first, and where they are small."""
+AHEAD_BYTES = 256 << 20
+"""Bytes of drawn items that may be on their way, by their estimated size."""
 WHOLE = 8 << 20
 """Bytes up to which a value that is mapped over travels whole to where its items are needed."""
 
@@ -38,7 +44,7 @@ class Part:
 
     Attributes
     ----------
-    items : sequence
+    items : sequence or iterator
         A value, or a future of one, for each element.
     wrap : callable or None
         The annotation to put around each.
@@ -46,7 +52,7 @@ class Part:
         The run whose value holds the items; `items` are their positions in it.
     """
 
-    items: Sequence[Any]
+    items: Any
     wrap: Callable[[Any], Any] | None = None
     of: TaskRun | None = None
 
@@ -56,10 +62,12 @@ class Part:
         return item if self.wrap is None else self.wrap(item)
 
 
-def make(
+def submit(
     task: Task[..., Any], scope: Scope, bound: inspect.BoundArguments, after: tuple[Source, ...]
 ) -> list[TaskRun]:
-    """Make the runs of a map, with their calls, and write down that they exist.
+    """Make the runs of a map and hand them to the session.
+
+    A generator is drawn as the window has room: what it has yielded is with the back end, or done.
 
     Raises
     ------
@@ -73,91 +81,180 @@ def make(
     places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     for place, value in places:
         part = _part(value, task, scope)
-        if part is None:
-            static = value.unwrap() if isinstance(value, unmapped) else value
-            if isinstance(place, int):
-                args[place] = static
-            else:
-                kwargs[place] = static
-        else:
+        if part is not None:
             parts[place] = part
+    if any(isinstance(part.items, Iterator) for part in parts.values()):
+        making = Making(task, scope, bound, after, parts, None)
+        return _drawn(making, parts)
     count = _count(task, parts)
-    return _make(task, scope, bound, after, args, kwargs, parts, count) if count else []
-
-
-def _make(
-    task: Task[..., Any],
-    scope: Scope,
-    bound: inspect.BoundArguments,
-    after: tuple[Source, ...],
-    args: list[Any],
-    kwargs: dict[str, Any],
-    parts: dict[Any, Part],
-    count: int,
-) -> list[TaskRun]:
-    session = scope.session
-    caller = Caller(session, task, scope)
-    capture = Capture(task.name, run_of, None if session.in_process else caller.placed)
-    places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-    arguments = [
-        (
-            place if isinstance(place, str) else None,
-            _column(capture, parts[place], place) if place in parts else capture.one(value, place),
-        )
-        for place, value in places
-    ]
-    mapped = Mapped(task, caller.function, caller.context, arguments, after, session.in_process)
-    mapped.reason = alone(task.options)
-    mapped.packer = packing(task.options, session.runner, count, mapped.reason)
-    map_id = events.new_id()
-    names = _names(task, parts, args, kwargs, count)
-    tags = task.options.tags | current_tags() | (scope.flow_run.tags if scope.flow_run else frozenset())
-    root = scope.flow_run.root if scope.flow_run else map_id
-    runs = []
-    for index in range(count):
-        run = TaskRun(
-            task,
-            names[index] if names is not None else "",
-            root=root,
-            flow_run=scope.flow_run,
-            surrounding=scope.task_run,
-            map_id=map_id,
-            index=index,
-            tags=tags,
-        )
-        run.mapped = mapped
-        runs.append(run)
-    named = {_parameter(task, place): part for place, part in parts.items()}
-    body = {"name": task.name, "start": 0, "count": count, **_edges(runs, named, mapped)}
-    if names is not None:
-        body["names"] = names
-    session.journal.map_made(runs[0], body, bound.arguments)
+    if not count:
+        return []
+    runs = Making(task, scope, bound, after, parts, count).piece(parts, 0, count)
+    scope.session.submit(runs, scope)
     return runs
+
+
+def _drawn(making: Making, parts: dict[int | str, Part]) -> list[TaskRun]:
+    """Draw the items of generators piece by piece, and wait while enough of them are on their way."""
+    session = making.scope.session
+    sources = {place: iter(part.items) for place, part in parts.items()}
+    runs: list[TaskRun] = []
+    ahead: list[TaskRun] = []
+    nbytes, size = 0, PIECE
+    while True:
+        problems: list[Exception] = []
+        drawn = {place: _draw(source, size, problems) for place, source in sources.items()}
+        counts = {str(place): len(items) for place, items in drawn.items()}
+        count = min(counts.values())
+        if len(set(counts.values())) > 1 and not problems:
+            cancelling.cancel(runs)
+            lengths = {name: len(runs) + number for name, number in counts.items()}
+            raise errors.MappingLengthMismatch(_mismatch(making.task, lengths))
+        if not count and not problems:
+            return runs
+        some = {place: replace(parts[place], items=items[:count]) for place, items in drawn.items()}
+        piece = making.piece(some, len(runs), count) if count else []
+        if piece:
+            session.submit(piece, making.scope)
+        if problems:  # what came before it is on its way
+            raise problems[0]
+        runs += piece
+        added = sum(worker_runtime.size(items) for items in drawn.values())
+        nbytes += added
+        if added < AHEAD_BYTES // 32:  # a chunk does not reach beyond a piece
+            size = min(2 * size, LARGEST_PIECE, max(making.window // 2, 1))
+        ahead = [run for run in (*ahead, *piece) if not run.done]
+        while len(ahead) >= making.window or (nbytes > AHEAD_BYTES and ahead):
+            waiting.wait(ahead[: max(len(ahead) // 2, 1)])
+            ahead = [run for run in ahead if not run.done]
+            nbytes = nbytes * len(ahead) // max(len(runs), 1) if ahead else 0
+
+
+def _draw(source: Iterator[Any], size: int, problems: list[Exception]) -> list[Any]:
+    """Take some items; what the user's generator raises goes to `problems`."""
+    items: list[Any] = []
+    try:
+        items.extend(itertools.islice(source, size))
+    except Exception as error:
+        problems.append(error)
+    return items
+
+
+class Making:
+    """Makes the elements of one map, at once or piece by piece.
+
+    Parameters
+    ----------
+    task, scope, bound, after
+        What is mapped, where, with which arguments, after what.
+    parts : dict
+        The arguments that are taken apart, by position or keyword.
+    count : int or None
+        How many elements there are; None if nobody knows yet.
+    """
+
+    def __init__(
+        self,
+        task: Task[..., Any],
+        scope: Scope,
+        bound: inspect.BoundArguments,
+        after: tuple[Source, ...],
+        parts: dict[int | str, Part],
+        count: int | None,
+    ) -> None:
+        session = scope.session
+        self.task, self.scope, self.after = task, scope, after
+        self.window = min(int(getattr(session.runner, "max_in_flight", WINDOW)), WINDOW)
+        self._bound = bound
+        self._caller = Caller(session, task, scope)
+        self._capture = Capture(task.name, run_of, None if session.in_process else self._caller.placed)
+        places: list[tuple[int | str, Any]] = [*enumerate(bound.args), *bound.kwargs.items()]
+        self._same: dict[int | str, Any] = {}
+        self._places = [place for place, _ in places]
+        for place, value in places:
+            if place not in parts:
+                self._same[place] = value.unwrap() if isinstance(value, unmapped) else value
+        self._captured = {place: self._capture.one(value, place) for place, value in self._same.items()}
+        self._reason = alone(task.options)
+        self._packer = packing(task.options, session.runner, self.window, count, self._reason)
+        self._map_id = events.new_id()
+        tags = task.options.tags | current_tags()
+        self._tags = tags | (scope.flow_run.tags if scope.flow_run else frozenset())
+
+    def piece(self, parts: dict[int | str, Part], start: int, count: int) -> list[TaskRun]:
+        """Make some elements, and write down that they exist.
+
+        Parameters
+        ----------
+        parts : dict
+            The arguments that are taken apart, with `count` items each.
+        start : int
+            Index of the first one in the map.
+        count : int
+            How many.
+        """
+        task, scope = self.task, self.scope
+        arguments = [
+            (
+                place if isinstance(place, str) else None,
+                _column(self._capture, parts[place], place) if place in parts else self._captured[place],
+            )
+            for place in self._places
+        ]
+        mapped = Mapped(
+            task,
+            self._caller.function,
+            self._caller.context,
+            arguments,
+            self.after,
+            scope.session.in_process,
+            start,
+            self._packer,
+            self._reason,
+        )
+        names = self._names(parts, start, count)
+        root = scope.flow_run.root if scope.flow_run else self._map_id
+        runs = []
+        for index in range(start, start + count):
+            run = TaskRun(
+                task,
+                names[index - start] if names is not None else "",
+                root=root,
+                flow_run=scope.flow_run,
+                surrounding=scope.task_run,
+                map_id=self._map_id,
+                index=index,
+                tags=self._tags,
+            )
+            run.mapped = mapped
+            runs.append(run)
+        named = {_parameter(task, place): part for place, part in parts.items()}
+        body = {"name": task.name, "start": start, "count": count, **_edges(runs, named, mapped)}
+        if names is not None:
+            body["names"] = names
+        scope.session.journal.map_made(runs[0], body, self._bound.arguments)
+        return runs
+
+    def _names(self, parts: dict[int | str, Part], start: int, count: int) -> list[str] | None:
+        """Return the names of the elements, None if they are just numbered."""
+        task = self.task
+        template = task.options.task_run_name
+        if template is None:
+            return None
+        names = []
+        for number in range(count):
+            given = {place: part.at(number) for place, part in parts.items()} | self._same
+            args = [given[place] for place in self._places if isinstance(place, int)]
+            kwargs = {place: given[place] for place in self._places if isinstance(place, str)}
+            bound = task.signature.bind(*args, **kwargs)
+            names.append(run_name(template, f"{task.name}-{start + number}", with_defaults(bound)))
+        return names
 
 
 def _column(capture: Capture, part: Part, place: int | str) -> Column:
     if part.of is not None:
         return Column("items", part.items, Source(part.of))
     return capture.column(part.items, part.wrap, place)
-
-
-def _names(
-    task: Task[..., Any], parts: dict[Any, Part], args: list[Any], kwargs: dict[str, Any], count: int
-) -> list[str] | None:
-    """Return the names of the elements, None if they are just numbered."""
-    template = task.options.task_run_name
-    if template is None:
-        return None
-    names = []
-    for index in range(count):
-        for place, part in parts.items():
-            if isinstance(place, int):
-                args[place] = part.at(index)
-            else:
-                kwargs[place] = part.at(index)
-        given = with_defaults(task.signature.bind(*args, **kwargs))
-        names.append(run_name(template, f"{task.name}-{index}", given))
-    return names
 
 
 def alone(options: TaskOptions) -> str:
@@ -173,10 +270,14 @@ def alone(options: TaskOptions) -> str:
     return ""
 
 
-def packing(options: TaskOptions, runner: TaskRunner, count: int, reason: str) -> Packer | None:
-    """Return what decides how many elements go together and how many are sent ahead."""
-    window = int(getattr(runner, "max_in_flight", WINDOW))
-    if reason and count <= window:
+def packing(
+    options: TaskOptions, runner: TaskRunner, window: int, count: int | None, reason: str
+) -> Packer | None:
+    """Return what decides how many elements go together and how many are sent ahead.
+
+    None where all of them can go at once, each alone.
+    """
+    if reason and count is not None and count <= window:
         return None
     return Packer(options, runner.info.threads, window, alone=bool(reason))
 
@@ -190,12 +291,15 @@ def _count(task: Task[..., Any], parts: dict[Any, Part]) -> int:
         raise errors.MappingMissingIterable(message)
     lengths = {str(place): len(part.items) for place, part in parts.items()}
     if len(set(lengths.values())) > 1:
-        message = (
-            f"Expected iterable parameters of {task.name}.map to have the same length, got {lengths}. "
-            "Mark what every element shall get with unmapped(...)."
-        )
-        raise errors.MappingLengthMismatch(message)
+        raise errors.MappingLengthMismatch(_mismatch(task, lengths))
     return next(iter(lengths.values()))
+
+
+def _mismatch(task: Task[..., Any], lengths: dict[str, int]) -> str:
+    return (
+        f"Expected iterable parameters of {task.name}.map to have the same length, got {lengths}. "
+        "Mark what every element shall get with unmapped(...)."
+    )
 
 
 def _part(value: Any, task: Task[..., Any], scope: Scope) -> Part | None:
@@ -219,6 +323,8 @@ def _part(value: Any, task: Task[..., Any], scope: Scope) -> Part | None:
             stacklevel=6,
         )
         return Part(list(value))
+    if isinstance(value, Iterator):
+        return Part(value)
     try:
         indexed = isinstance(value, (list, tuple, range)) or hasattr(value, "__array__")
         return Part(value if indexed and len(value) >= 0 else list(value))  # type: ignore[arg-type]
@@ -291,10 +397,11 @@ def _edges(runs: list[TaskRun], parts: dict[Any, Part], mapped: Mapped) -> dict[
                     shared.setdefault(source_run.id, str(place))
             continue
         head = upstream[0]
-        offset = head.index
+        offset = head.index - runs[0].index
         regular = head.map_id is not None and len(upstream) == len(runs)
         if regular and all(
-            run.map_id == head.map_id and run.index == i + offset for i, run in enumerate(upstream)
+            run.map_id == head.map_id and run.index == own.index + offset
+            for own, run in zip(runs, upstream, strict=True)
         ):
             maps.append([str(place), head.map_id, offset])
         else:

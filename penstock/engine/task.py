@@ -332,7 +332,9 @@ class Task(Generic[P, R]):
         ----------
         *args, **kwargs
             Of the function. Iterables (and futures of iterables) are taken apart and must be
-            equally long; strings, bytes and what is marked `unmapped` go to every element.
+            equally long; strings, bytes and what is marked `unmapped` go to every element. A
+            generator is drawn in batches as the back end has room: `map` then returns when the
+            last item is drawn, and never holds all of them.
         return_state : bool
             Wait for all and answer their states.
         wait_for : iterable, optional
@@ -350,9 +352,7 @@ class Task(Generic[P, R]):
         """
         try:
             scope = ambient.scope_for_submit(self.name)
-            runs = mapping.make(self, scope, self._bound(args, kwargs), wait_sources(wait_for))
-            if runs:
-                scope.session.submit(runs, scope)
+            runs = mapping.submit(self, scope, self._bound(args, kwargs), wait_sources(wait_for))
         except BaseException as error:
             errors.hide_frames(error)
             raise

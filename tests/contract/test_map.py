@@ -1,6 +1,7 @@
 """`.map`: one run for each element, arguments taken apart where they lie."""
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ from penstock import (
     MappingMissingIterable,
     UpstreamTaskError,
     allow_failure,
+    errors,
     quote,
     task,
     unmapped,
 )
+from penstock.engine import mapping
+from penstock.runners.base import TaskRunner
 from tests.conftest import InFlow
 from tests.record import Record
 
@@ -253,3 +257,58 @@ def test_reduce_of_a_plain_function_and_of_nothing(in_flow: InFlow) -> None:
 def test_a_map_of_many(in_flow: InFlow, record: Record) -> None:
     assert in_flow(lambda: add.map(range(500), 1).reduce(total, fanin=32)) == sum(range(1, 501))
     assert record.types("add") == ["COMPLETED"] * 500
+
+
+def test_a_generator_is_drawn_as_there_is_room(
+    runner: TaskRunner, in_flow: InFlow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mapping, "PIECE", 8)
+    monkeypatch.setattr(runner, "max_in_flight", 16, raising=False)
+    yielded: list[int] = []
+    done_when_drawn: list[int] = []
+
+    @task
+    def keep(x: int) -> int:
+        return x
+
+    def items() -> Iterator[int]:
+        for x in range(100):
+            yielded.append(x)
+            yield x
+
+    def body() -> Any:
+        futures = keep.map(items())
+        done_when_drawn.append(sum(future._run.done for future in futures))
+        return futures.result()
+
+    assert in_flow(body) == list(range(100))
+    assert yielded == list(range(100))
+    assert done_when_drawn[0] >= 100 - 16 - 8
+
+
+def test_generators_of_unequal_length(in_flow: InFlow) -> None:
+    @task
+    def plus(x: int, y: int) -> int:
+        return x + y
+
+    def body() -> Any:
+        return plus.map((x for x in range(5)), y=[1, 2, 3]).result()
+
+    with pytest.raises(errors.MappingLengthMismatch, match="same length"):
+        in_flow(body)
+    assert in_flow(lambda: plus.map((x for x in range(3)), y=[1, 2, 3]).result()) == [1, 3, 5]
+
+
+def test_a_generator_that_raises(in_flow: InFlow, record: Record) -> None:
+    @task
+    def keep(x: int) -> int:
+        return x
+
+    def items() -> Iterator[int]:
+        yield 1
+        yield 2
+        raise KeyError("no more")
+
+    with pytest.raises(KeyError, match="no more"):
+        in_flow(lambda: keep.map(items()).result())
+    assert record.types("keep") == ["COMPLETED", "COMPLETED"]
