@@ -112,7 +112,11 @@ def _of_chunk(chunk: Chunk, session: Session) -> Submission:
                 after[ref.key] = ref
     first = chunk.stages[0][0]
     options = first.task.options
-    order: Any = {"stages": stages, "count": chunk.count, "box": BOX if options.chunk_size == "auto" else None}
+    order: Any = {
+        "stages": stages,
+        "count": chunk.count,
+        "box": BOX if options.chunk_size == "auto" else None,
+    }
     together = session.in_process
     return Submission(
         key=chunk.key,

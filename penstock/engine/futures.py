@@ -302,31 +302,23 @@ class PenstockFutureList(list[PenstockFuture[R]], Generic[R]):
         fanin : int
             Operands of one task.
         order : {"index", "completion"}
-            "index" combines neighbours, so that the association is the same in every run.
+            "index" combines neighbours, so that the association is the same in every run;
+            "completion" combines what is there first, so that fewer values wait for others. Sums
+            of floating-point numbers then differ in their last digits from run to run.
 
         Returns
         -------
         PenstockFuture
             Of the one value that is left.
         """
+        from penstock.engine import ambient, reducing
         from penstock.engine.task import Task
 
-        if fanin < 2:
-            message = f"'fanin' must be at least 2, got {fanin}."
-            raise errors.ConfigurationError(message)
-        if order not in {"index", "completion"}:
-            message = f"'order' must be 'index' or 'completion', got {order!r}."
-            raise errors.ConfigurationError(message)
-        if not self:
-            message = "there is nothing to reduce: the list of futures is empty."
-            raise errors.MappingMissingIterable(message)
+        reducing.check(len(self), fanin, order)
         combine = op if isinstance(op, Task) else Task(op)
-        level: list[PenstockFuture[Any]] = list(self)
-        while True:
-            groups = [level[start : start + fanin] for start in range(0, len(level), fanin)]
-            level = [combine.submit(group) for group in groups]
-            if len(level) == 1:
-                return level[0]
+        if order == "index" or len(self) <= fanin:
+            return reducing.by_index(combine, self, fanin)
+        return reducing.by_completion(combine, self, fanin, ambient.scope_for_submit(combine.name))
 
     @overload
     def __getitem__(self, index: SupportsIndex) -> PenstockFuture[R]: ...

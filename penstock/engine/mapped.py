@@ -201,7 +201,7 @@ def _same(captured: Captured, locate: Locate) -> tuple[Any, ...]:
     return "fill", captured.content, [locate(source) for source in captured.sources]
 
 
-def _column(argument: Argument, numbers: Sequence[int], locate: Locate) -> tuple[Any, ...]:
+def _column(argument: Argument, numbers: list[int], locate: Locate) -> tuple[Any, ...]:
     """Say how the elements of a chunk get one argument."""
     if isinstance(argument, Captured):
         return _same(argument, locate)
@@ -220,9 +220,9 @@ def _column(argument: Argument, numbers: Sequence[int], locate: Locate) -> tuple
     return "mixed", entries
 
 
-def _some(content: Sequence[Any], numbers: Sequence[int]) -> Sequence[Any]:
+def _some(content: Sequence[Any], numbers: list[int]) -> Sequence[Any]:
     first, last = numbers[0], numbers[-1]
-    if last - first + 1 == len(numbers) and all(b - a == 1 for a, b in zip(numbers, numbers[1:], strict=False)):
+    if list(range(first, last + 1)) == numbers:
         return content[first : last + 1]
     return [content[number] for number in numbers]
 
@@ -311,4 +311,5 @@ class Capture:
 def _is_numeric_array(items: Any) -> bool:
     """Whether the items are numpy's own scalars, so that one copy of the array captures them all."""
     dtype = getattr(items, "dtype", None)
-    return type(items).__module__ == "numpy" and getattr(items, "ndim", 0) == 1 and dtype.kind in "biufc"
+    kind: str = getattr(dtype, "kind", "?")
+    return type(items).__module__ == "numpy" and getattr(items, "ndim", 0) == 1 and kind in "biufc"

@@ -21,7 +21,7 @@ from typing import Any
 from penstock import errors
 from penstock.engine import compile, invoke, nested, outcomes, payload, values  # noqa: A004 - the house's word
 from penstock.engine.buffer import Buffer
-from penstock.engine.calls import FlowRun, Source, TaskRun
+from penstock.engine.calls import Call, FlowRun, Source, TaskRun
 from penstock.engine.chunks import Chunk, fuse
 from penstock.engine.clock import clock
 from penstock.engine.context import Scope
@@ -168,12 +168,7 @@ class Session:
         with self.lock:
             self._scopes.setdefault(scope.flow_run, scope)
             for run in runs:
-                run.session = self
-                run.inside = scope.depth + 1
-                self.live[run] = None
-                if scope.flow_run is not None:
-                    scope.flow_run.live[run] = None
-                    scope.flow_run.runs += 1
+                self._adopt(run, scope)
                 for source in self.graph.foreign(run):
                     run.waiting += 1
                     foreign.append((run, source))
@@ -184,6 +179,38 @@ class Session:
             with self.changing():
                 pass
         self._pump()
+
+    def hold(self, runs: Sequence[TaskRun], scope: Scope) -> None:
+        """Take over runs whose calls are not known yet; `bind` lets them go."""
+        self._check_depth(scope, runs[0])
+        running = worker_runtime.current()
+        if running is not None:
+            nested.children_of(running, self).runs.update(runs)
+        with self.lock:
+            self._scopes.setdefault(scope.flow_run, scope)
+            for run in runs:
+                self._adopt(run, scope)
+                run.waiting = 1
+
+    def bind(self, run: TaskRun, call: Call) -> None:
+        """Tell a run that was held what it calls; it goes when its upstreams allow (the caller holds the lock)."""
+        if run.done:
+            return
+        run.call = call
+        run.waiting -= 1
+        self._enter(run, leading=False)
+
+    def never_held(self, run: TaskRun, upstream: TaskRun) -> None:
+        """Settle a run that was held and will never get what it needs (the caller holds the lock)."""
+        self._never(run, upstream)
+
+    def _adopt(self, run: TaskRun, scope: Scope) -> None:
+        run.session = self
+        run.inside = scope.depth + 1
+        self.live[run] = None
+        if scope.flow_run is not None:
+            scope.flow_run.live[run] = None
+            scope.flow_run.runs += 1
 
     def _follow(self, run: TaskRun, source: Source) -> None:
         """Wait for an upstream that another session carries."""

@@ -62,11 +62,13 @@ class Submission:
         Unique per attempt.
     order : bytes
         Work order for `worker_runtime.run`: see there.
-    function : bytes or callable
-        The pickled function; on runners inside this process the function itself.
-    arguments : bytes or callable
+    function : bytes, callable or list
+        The pickled function; on runners inside this process the function itself. Of a chunk one
+        for each stage.
+    arguments : bytes, callable or list
         Pickled ``(args, kwargs)`` in which upstream values are left out; on runners inside
-        this process a callable that takes the upstream values and returns ``(args, kwargs)``.
+        this process a callable that takes the upstream values and returns ``(args, kwargs)``. Of
+        elements of a map what `worker_runtime` makes them of.
     refs : tuple of Ref
         The upstream values, in the order in which `arguments` counts them. The backend hands
         them to the worker as positional arguments, never through the driver. A backend without
@@ -84,8 +86,8 @@ class Submission:
 
     key: Key
     order: bytes
-    function: bytes | Callable[..., Any]
-    arguments: bytes | Callable[..., Any]
+    function: bytes | Callable[..., Any] | list[Any]
+    arguments: bytes | Callable[..., Any] | list[Any]
     refs: tuple[Ref, ...] = ()
     after: tuple[Ref, ...] = ()
     priority: int = 0

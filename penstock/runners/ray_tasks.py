@@ -272,7 +272,9 @@ class _Letter:
             value, record = rt.refuse(self.record, self.value, error)
             if not isinstance(value, rt.Failed):  # of a chunk the rest can travel
                 self.note = write_note(COMPLETED, read_note(self.note)[1], record)
-                return functools.partial(pickle.loads, buffers=[]), (ray.cloudpickle.dumps(value, protocol=5),)
+                return functools.partial(pickle.loads, buffers=[]), (
+                    ray.cloudpickle.dumps(value, protocol=5),
+                )
             self.note = write_note(FAILED, 0, record)
             return SimpleNamespace, (), _mark(record).__dict__
         return functools.partial(pickle.loads, buffers=buffers), (data,)

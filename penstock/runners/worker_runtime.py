@@ -49,10 +49,8 @@ import builtins
 import contextlib
 import contextvars
 import ctypes
-import ctypes
 import functools
 import hashlib
-import inspect
 import inspect
 import io
 import os
@@ -561,12 +559,14 @@ def _run_chunk(
     count, box = order["count"], order["box"]
     odd: dict[int, dict[str, Any]] = {}
     stages: list[_Stage] = []
-    done = 0
+    done = filled = 0
     try:
         _enter(whole)
         if whole.cancelled:
             raise _Interrupted
-        functions = pickle.loads(function) if isinstance(function, bytes) and len(order["stages"]) > 1 else None
+        functions = (
+            pickle.loads(function) if isinstance(function, bytes) and len(order["stages"]) > 1 else None
+        )
         functions = functions or (function if isinstance(function, list) else [function])
         if isinstance(arguments, bytes):
             arguments = pickle.loads(arguments)
@@ -577,8 +577,10 @@ def _run_chunk(
         while done < count:
             _run_element(stages, done, count, odd, whole)
             done += 1
-            if box is not None and _is_full(stages, box, clock):
-                break
+            if box is not None:
+                filled += sum(stage.nbytes[-1] for stage in stages)
+                if filled > box[1] or time.perf_counter() - clock > box[0]:
+                    break
     except _Interrupted:
         done = min((len(stage.nbytes) for stage in stages), default=0)
     except BaseException as error:  # asked to stop between two elements, or it cannot even begin
@@ -637,10 +639,6 @@ def _fill_up(
         stage.nbytes.append(0)
 
 
-def _is_full(stages: list[_Stage], box: Any, clock: float) -> bool:
-    return time.perf_counter() - clock > box[0] or sum(stage.nbytes[-1] for stage in stages) > box[1] // 64
-
-
 def _blame(error: BaseException, stages: Any, done: int, count: int, odd: Any, order: Any) -> None:
     """The chunk cannot be set up, say because its function does not load: the next element has failed."""
     for part in order["stages"][len(stages) :]:
@@ -668,7 +666,9 @@ def _chunk_outcome(
     for stage in stages:
         values.extend(stage.values[:done])
         values.extend([Failed(b"")] * (count - done))
-    columns = [[stage.started[:done], stage.seconds[:done], stage.nbytes[:done]] for stage in stages]
+    columns: list[Any] = [
+        [stage.started[:done], stage.seconds[:done], stage.nbytes[:done]] for stage in stages
+    ]
     seconds = time.perf_counter() - clock
     record: dict[str, Any] = {
         "status": "chunk",

@@ -187,7 +187,7 @@ def test_mutable_arguments_are_fresh_for_each_element(apart: TaskRunner, in_flow
 def test_one_element_is_passed_on(in_flow: InFlow) -> None:
     def body() -> Any:
         futures = double.map(range(20))
-        return add.submit(futures[3], futures[17]).result(), add([futures[5]][0], 1)
+        return add.submit(futures[3], futures[17]).result(), add.submit(futures[5], 1).result()
 
     assert in_flow(body) == (40, 11)
 
@@ -369,3 +369,31 @@ def test_arrays_of_other_elements_are_readonly(in_flow: InFlow) -> None:
     assert set(bad) == {"Failed"}
     assert good == [[7, x, x] for x in range(8)]
     assert [list(a) for a in made] == [[x, x, x] for x in range(8)]
+
+
+@pytest.mark.parametrize("order", ["index", "completion"])
+@pytest.mark.parametrize("count", [1, 2, 8, 9, 100])
+def test_values_are_combined(in_flow: InFlow, record: Record, order: str, count: int) -> None:
+    @task
+    def total(parts: list[int]) -> int:
+        return sum(parts)
+
+    assert in_flow(lambda: double.map(range(count)).reduce(total, fanin=4, order=order).result()) == sum(
+        2 * x for x in range(count)
+    )
+    assert set(record.types("total")) == {"COMPLETED"}
+
+
+@pytest.mark.parametrize("order", ["index", "completion"])
+def test_a_missing_value_leaves_nothing_to_combine(in_flow: InFlow, record: Record, order: str) -> None:
+    @task
+    def total(parts: list[int]) -> int:
+        return sum(parts)
+
+    def body() -> Any:
+        future = picky.map(range(30)).reduce(total, fanin=3, order=order)
+        future.wait()
+        return future.state.name
+
+    assert in_flow(body) == "NotReady"
+    assert set(record.types("total")) <= {"COMPLETED", "PENDING"}

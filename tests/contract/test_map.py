@@ -232,7 +232,8 @@ def test_reduce_is_a_tree_on_the_cluster(in_flow: InFlow, record: Record, order:
         return add.map(range(20), 0).reduce(total, fanin=4, order=order)
 
     assert in_flow(body) == sum(range(20))
-    assert len(record.tasks("total")) == 5 + 2 + 1
+    # Level by level the last node of a level may have less to do; whatever comes first leaves no such gap.
+    assert len(record.tasks("total")) == (5 + 2 + 1 if order == "index" else 7)
     assert set(record.types()) == {"COMPLETED"}
 
 
