@@ -24,8 +24,27 @@ _PLAIN = (int, float, str, bytes, bool, complex, type(None))
 SCALARS = frozenset(_PLAIN)
 """Types whose values nobody can change."""
 _NUMPY_SCALARS = frozenset(
-    """int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128
-    bool bool_ str_ bytes_ datetime64 timedelta64""".split()
+    [
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "uint8",
+        "uint16",
+        "uint32",
+        "uint64",
+        "float16",
+        "float32",
+        "float64",
+        "complex64",
+        "complex128",
+        "bool",
+        "bool_",
+        "str_",
+        "bytes_",
+        "datetime64",
+        "timedelta64",
+    ]
 )
 _registry = threading.RLock()  # cloudpickle's table of modules by value belongs to the process
 
