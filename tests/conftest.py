@@ -135,8 +135,12 @@ def nothing_left_behind() -> Iterator[None]:
     """After the last runner is closed no thread of ours holds the process, and no child is left."""
     yield
     gc.collect()
-    wait_until(lambda: not stray_threads(), 5.0)
-    wait_until(lambda: not stray_processes(), 10.0)
+    try:
+        wait_until(lambda: not stray_threads(), 5.0)
+        wait_until(lambda: not stray_processes(), 10.0)
+    except AssertionError as error:
+        left = [(one.pid, one.status(), " ".join(one.cmdline())[:300]) for one in stray_processes()]
+        pytest.fail(f"left behind: threads {stray_threads()}, processes {left} ({error})")
 
 
 def stray_threads() -> list[threading.Thread]:

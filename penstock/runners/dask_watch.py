@@ -65,6 +65,7 @@ class Watch:
         self._waiting: dict[Key, float] = {}
         self._told: set[str] = set()
         self._recomputed = 0
+        self._empty = False  # the cluster had no workers when it was asked last
         self._heard = self._answered = time.monotonic()
         self._thread = threading.Thread(target=self._serve, name="penstock-dask", daemon=True)
         self._thread.start()
@@ -223,6 +224,7 @@ class Watch:
         keys = list(self.outstanding)[:5_000]
         try:
             unknown = dask_graph.ask(self._client, self._tracker.unknown, keys, timeout=5.0)
+            summary = dask_graph.ask(self._client, self._tracker.summary, timeout=5.0)
         except Exception as error:
             if time.monotonic() - self._answered < STALLED_SECONDS:
                 return []
@@ -231,6 +233,7 @@ class Watch:
             self.outstanding.clear()
             return [Report(key, "lost", cause=errors.BackendStalled(text)) for key in keys]
         self._answered = time.monotonic()
+        self._mention_emptiness(summary["workers"])
         # The graph of a task may be on its way still: only what is unknown twice is gone.
         found = [
             key for key in unknown if key in self._unknown and self.outstanding.pop(key, None) is not None
@@ -240,6 +243,17 @@ class Watch:
             self._heard = self._answered
         text = "the Dask scheduler does not know task {!r} any more"
         return [Report(key, "lost", cause=errors.CrashedRun(text.format(_name(key)))) for key in found]
+
+    def _mention_emptiness(self, workers: int) -> None:
+        """Tell the user that a cluster has no workers; Dask would wait for one without a word."""
+        if not workers and not self._empty:
+            address = self._client.scheduler.address
+            log.warning(
+                "the Dask cluster at %s has no workers: %d tasks wait until one comes",
+                address,
+                len(self.outstanding),
+            )
+        self._empty = not workers
 
     def _mention(self) -> None:
         """Tell the user what only waiting would not reveal."""

@@ -459,6 +459,17 @@ def test_parents_that_fill_all_slots_give_them_to_their_children(session: Sessio
 # ------------------------------------------------------------------------------------------------- other clusters
 
 
+def nannies_of(address: str) -> list[str]:
+    """Return the states of the nannies: one whose worker dies while it starts takes `dask worker` along."""
+    from distributed import Client
+
+    def state(dask_worker: Any) -> str:
+        return str(dask_worker.status.name)
+
+    with Client(address, set_as_default=False) as client:
+        return list(client.run(state, nanny=True, on_error="ignore").values())
+
+
 @contextlib.contextmanager
 def foreign_cluster(folder: Path, workers: int) -> Iterator[dict[str, Any]]:
     """A scheduler and workers as somebody else has started them, where penstock is not installed."""
@@ -481,16 +492,18 @@ def foreign_cluster(folder: Path, workers: int) -> Iterator[dict[str, Any]]:
         processes = [subprocess.Popen(command, **shared)]
         wait_until(file.exists)
         address = json.loads(file.read_text())["address"]
-        command = [
-            sys.executable,
-            "-m",
-            "distributed.cli.dask_worker",
-            address,
-            "--nthreads",
-            "1",
-            "--no-dashboard",
-        ]
-        processes.append(subprocess.Popen([*command, "--nworkers", str(workers)], **shared))
+        if workers:
+            command = [
+                sys.executable,
+                "-m",
+                "distributed.cli.dask_worker",
+                address,
+                "--nthreads",
+                "1",
+                "--no-dashboard",
+            ]
+            processes.append(subprocess.Popen([*command, "--nworkers", str(workers)], **shared))
+        wait_until(lambda: nannies_of(address).count("running") == workers)
         yield {"address": address, "file": str(file), "processes": processes}
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -565,6 +578,18 @@ def test_a_death_on_a_foreign_cluster_is_told(foreign: dict[str, Any]) -> None:
         session.close()
     assert report.kind == "lost"
     assert "died while it ran task 'killer'" in str(report.cause)
+
+
+def test_a_cluster_without_workers_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dask_watch, "QUIET_SECONDS", 0.2)
+    with foreign_cluster(tmp_path, 0) as foreign, DaskTaskRunner(foreign["address"]) as runner:
+        session = Session(runner)
+        session.send(lambda: 1)
+        wait_until(lambda: any("has no workers" in one.getMessage() for one in caplog.records))
+        session.close()
+    assert f"the Dask cluster at {foreign['address']} has no workers: 1 tasks wait" in caplog.text
 
 
 def test_a_scheduler_that_dies_is_told_at_once(tmp_path: Path) -> None:
