@@ -25,7 +25,9 @@ from benchmarks.memory import Host
 INTERVAL = 0.02  # seconds between two looks at the memory of the driver
 HOST_EVERY = 2  # looks at the memory of the driver for one at that of the host
 SOCKETS_EVERY = 10  # … for one at the sockets
-MEBIBYTE = 1 << 20
+LONG = 30.0  # seconds of a sample from which on fewer are taken
+LONG_REPEATS = 3
+RECORD_TIMEOUT = 600.0  # seconds until the record must show every task run
 
 
 class Side(Protocol):
@@ -404,12 +406,21 @@ class Sampling:
         Whether a sample of the bare side comes first, before the engine was ever on the cluster.
     tell : callable
         Called after each sample.
+    profile : callable or None
+        Called at the end with a function that takes one more sample of the engine, which does not count.
     """
 
     repeats: int
     bare: bool = True
     untouched: bool = True
-    tell: Callable[[Comparison], None] = lambda _: None
+    tell: Callable[[Comparison], None] = field(default=lambda _: None)
+    profile: Callable[[Callable[[], object]], None] | None = None
+
+    def enough(self, taken: int, comparison: Comparison) -> bool:
+        """Whether no more pairs are needed: three do where a sample takes long."""
+        found = [*comparison.bare_samples, *comparison.samples]
+        long = bool(found) and statistics.median(one.seconds for one in found) > LONG
+        return taken >= (min(self.repeats, LONG_REPEATS) if long else self.repeats)
 
 
 def interleave(
@@ -441,17 +452,18 @@ def interleave(
         comparison.untouched = take(bare)
         sampling.tell(comparison)
     warm(engine)
-    for repeat in range(sampling.repeats):
+    repeat = 0
+    while not sampling.enough(repeat, comparison):
         for side in sides if repeat % 2 == 0 else reversed(sides):
             if side is bare and not sampling.bare:
                 continue
             sample = take(side)
             (comparison.bare_samples if side is bare else comparison.samples).append(sample)
             sampling.tell(comparison)
+        repeat += 1
+    if sampling.profile is not None:
+        sampling.profile(lambda: take(engine))
     return comparison
-
-
-RECORD_TIMEOUT = 600.0  # seconds until the record must show every task run
 
 
 def check(right: bool, side: Side, what: str) -> None:
@@ -472,3 +484,8 @@ def finish(sample: Sample, side: Side, expected: int, settle: Callable[[], int])
     sample.completed = side.completed(expected, RECORD_TIMEOUT)
     sample.left_behind = settle()
     return sample
+
+
+def items_of(megabytes: float) -> int:
+    """Return how many numbers of eight bytes an array of this size has."""
+    return int(megabytes * 10**6) // 8

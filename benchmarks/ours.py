@@ -20,9 +20,9 @@ from benchmarks.workloads.fan_out_large import make_here, read
 from benchmarks.workloads.map_large import part_sum
 from benchmarks.workloads.map_noop import noop
 from benchmarks.workloads.pipeline import step
-from benchmarks.workloads.radps import add, sleep_and_make
+from benchmarks.workloads.radps import add_all, sleep_and_make
 from benchmarks.workloads.results_dropped import make_filled, mean
-from penstock import PenstockFuture, PenstockFutureList, Task, TaskRunner, flow, task, unmapped
+from penstock import PenstockFutureList, Task, TaskRunner, flow, task, unmapped
 from penstock.engine.home import usable_home
 from penstock.engine.tracking import stop_tracking
 from penstock.settings import refresh, settings
@@ -72,7 +72,7 @@ class Penstock:
         self._make, self._add_one, self._total = task(make), task(add_one), task(total)
         self._make_here, self._read = task(make_here), task(read)
         self._make_filled, self._mean = task(make_filled), task(mean)
-        self._sleep_and_make, self._add = task(sleep_and_make), task(add)
+        self._sleep_and_make, self._add_all = task(sleep_and_make), task(add_all)
 
     def map_noop(self, count: int, clock: Clock) -> list[int]:
         """Map and fetch the values."""
@@ -155,7 +155,7 @@ class Penstock:
 
         def tree_sum() -> np.ndarray[Any, Any]:
             arrays = self._sleep_and_make.map(sleeps, items=unmapped(items))
-            whole = _reduced(arrays, self._add)
+            whole = arrays.reduce(self._add_all, fanin=2, order="completion")
             del arrays
             return whole.result()
 
@@ -190,19 +190,6 @@ class Penstock:
 
 def _at(what: Task[..., Any], address: str | None) -> Task[..., Any]:
     return what if address is None else what.with_options(workers=address)
-
-
-def _reduced(futures: Any, add: Task[..., Any]) -> PenstockFuture[Any]:
-    """Add in a binary tree: by `reduce`, or by hand where there is none."""
-    if hasattr(futures, "reduce"):
-        found: PenstockFuture[Any] = futures.reduce(add, fanin=2)
-        return found
-    level = list(futures)
-    futures.clear()
-    while len(level) > 1:
-        pairs = [add.submit(level[at], level[at + 1]) for at in range(0, len(level) - 1, 2)]
-        level = pairs + level[2 * len(pairs) :]
-    return level[0]
 
 
 class Record:

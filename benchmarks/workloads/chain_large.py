@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.clusters import Cluster
-from benchmarks.harness import Comparison, Sample, Sampling, Side, check, finish, interleave, measure
+from benchmarks.harness import Comparison, Sample, Sampling, Side, check, finish, interleave, items_of, measure
 
 NAME = "chain_large"
 DONE = (
@@ -36,20 +36,20 @@ def total(array: Array) -> float:
     return float(array.sum())
 
 
-def sample_of(side: Side, cluster: Cluster, megabytes: int) -> Sample:
+def sample_of(side: Side, cluster: Cluster, megabytes: float) -> Sample:
     """Take one sample."""
-    items = megabytes * 10**6 // 8
+    items = items_of(megabytes)
     sample, value = measure(lambda clock: side.chain_large(items, clock), host=True)
     check(value == 2.0 * items, side, "sum")
     return finish(sample, side, TASKS, cluster.settle)
 
 
-def warm(side: Side, cluster: Cluster, megabytes: int) -> None:
+def warm(side: Side, cluster: Cluster, megabytes: float) -> None:
     """Run the case with a small array."""
     sample_of(side, cluster, min(megabytes, WARM))
 
 
-def compare(cluster: Cluster, sides: tuple[Side, Side], sampling: Sampling, *, megabytes: int) -> Comparison:
+def compare(cluster: Cluster, sides: tuple[Side, Side], sampling: Sampling, *, megabytes: float) -> Comparison:
     """Compare two sides on a cluster that has seen arrays of this size."""
     comparison = Comparison(
         cluster.configuration, sides[0].name, sides[1].name, tasks=TASKS, what="later runs"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.clusters import Cluster
-from benchmarks.harness import Comparison, Sample, Sampling, Side, check, finish, interleave, measure
+from benchmarks.harness import Comparison, Sample, Sampling, Side, check, finish, interleave, items_of, measure
 
 NAME = "map_large"
 DONE = (
@@ -29,13 +29,13 @@ def part_sum(part: int, array: Array, parts: int) -> float:
 
 
 def compare(
-    cluster: Cluster, sides: tuple[Side, Side], sampling: Sampling, *, megabytes: int, count: int = COUNT
+    cluster: Cluster, sides: tuple[Side, Side], sampling: Sampling, *, megabytes: float, count: int = COUNT
 ) -> Comparison:
     """Compare two sides on a cluster."""
 
     def take(side: Side, size: int = megabytes) -> Sample:
         # a new array each time: one that an engine has seen before might not have to travel
-        array = np.ones(size * 10**6 // 8)
+        array = np.ones(items_of(size))
         sample, values = measure(lambda clock: side.map_large(array, count, clock), host=True)
         check(values == [float(len(array) // count)] * count, side, "sums")
         sample.figures["copies_peak"] = sample.figures["host_growth"] / array.nbytes

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.clusters import Cluster
-from benchmarks.harness import Comparison, Sample, Sampling, Side, check, finish, interleave, measure
+from benchmarks.harness import Comparison, Sample, Sampling, Side, check, finish, interleave, items_of, measure
 
 NAME = "radps"
 WORKERS, THREADS = 2, 8
@@ -40,6 +40,12 @@ def sleep_and_make(seconds: float, items: int) -> Array:
 def add(left: Array, right: Array) -> Array:
     """Add two arrays."""
     return left + right
+
+
+def add_all(arrays: list[Array]) -> Array:
+    """Add two arrays, or return the one that has no partner."""
+    left, *others = arrays
+    return add(left, others[0]) if others else left
 
 
 def sleeps_of(count: int, mean: float, deviation: float) -> list[float]:
@@ -75,7 +81,7 @@ def compare(
     mean, deviation : float
         Seconds of sleep.
     """
-    items = int(megabytes * 10**6 / 8)
+    items = items_of(megabytes)
 
     def take(side: Side, many: int = count) -> Sample:
         sleeps = sleeps_of(many, mean, deviation)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.clusters import Cluster
-from benchmarks.harness import Comparison, Sample, Sampling, Side, check, finish, interleave, measure
+from benchmarks.harness import Comparison, Sample, Sampling, Side, check, finish, interleave, items_of, measure
 
 NAME = "results_dropped"
 DONE = (
@@ -37,7 +37,7 @@ def compare(
     """Compare two sides on a cluster."""
 
     def take(side: Side, many: int = count) -> Sample:
-        items = int(megabytes * 10**6 / 8)
+        items = items_of(megabytes)
         sample, values = measure(lambda clock: side.results_dropped(many, items, clock), host=True)
         check(values == [float(index) for index in range(many)], side, "values")
         return finish(sample, side, 2 * many, cluster.settle)
