@@ -32,10 +32,9 @@ def parser() -> argparse.ArgumentParser:
     which = made.add_mutually_exclusive_group()
     which.add_argument("--full", action="store_true", help="the public definition of RADPS: hours")
     which.add_argument(
-        "--peers", action="store_true", help="Prefect and penstock at n = 100 and 1,000; the same as --rivals there"
-    )
-    made.add_argument(
-        "--rivals", action="store_true", help="measure Prefect, too, in an environment of its own"
+        "--peers",
+        action="store_true",
+        help="penstock and, in an environment of its own, Prefect, at sizes that Prefect can bear",
     )
     made.add_argument("--profile", action="store_true", help="run one more sample under py-spy")
     made.add_argument("--output", type=Path, default=report.RESULTS, help="directory of the result files")
@@ -69,7 +68,7 @@ def measure(row: Row, options: argparse.Namespace) -> None:
     for comparison in result["comparisons"]:
         print(report.sentence(row.label, comparison), flush=True)
     runs.write(result, options.output)
-    if options.rivals or options.peers:
+    if options.peers:
         result["rivals"]["prefect"] = runs.with_prefect(row)
         print(report.sentence(row.label, result["rivals"]["prefect"]), flush=True)
         runs.write(result, options.output)

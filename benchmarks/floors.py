@@ -104,7 +104,8 @@ class Verdict:
     def command(self) -> str:
         """The command that measures it, alone."""
         sizes = self.floor.parameters
-        parts = ["python -m benchmarks", self.floor.name]
+        peers = " --peers" if self.floor.read is _prefect else ""
+        parts = [f"python -m benchmarks{peers}", self.floor.name]
         if self.floor.name != "import_and_hello":
             parts.append(f"--backend {self.floor.backend}")
         if "count" in sizes:

@@ -205,11 +205,11 @@ def missed(judged: Iterable[Verdict], results: Sequence[dict[str, Any]]) -> str:
         for one in below:
             lines.append(f"* {one.floor.case}: {one.measured}, floor {one.floor.floor_text}")
             lines.extend(f"  {line}" for line in profile_lines(one.result))
-    else:
+    elif any(one.word != "not measured" for one in judged):
         lines.append("No floor is missed of those that were measured.\n")
-    without = [one.floor.case for one in judged if one.word == "not measured"]
+    without = sum(one.word == "not measured" for one in judged)
     if without:
-        lines.append(f"\nNot measured: {'; '.join(without)}.\n")
+        lines.append(f"\nNot measured yet: {without} of {len(judged)}.\n")
     return "\n".join(lines) + "\n"
 
 

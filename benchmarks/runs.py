@@ -135,7 +135,7 @@ def with_prefect(row: Row) -> dict[str, Any]:
     """Measure Prefect at the size of a row, beside the bare back end, in an environment of its own."""
     from benchmarks.rivals.prefect import measure_prefect
 
-    return measure_prefect(row.case, row.backend, sizes=row.sizes, repeats=row.repeats, shape=row.shape)
+    return measure_prefect(row.case, row.backend, sizes=row.sizes, repeats=row.peer_repeats, shape=row.shape)
 
 
 def write(result: dict[str, Any], folder: Path) -> Path:
