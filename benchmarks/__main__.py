@@ -28,7 +28,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--sleep", type=float, help="mean seconds of a task of radps")
     made.add_argument("--repeats", type=int, help="pairs of samples")
     made.add_argument("--chunk-size", help="of map_noop: 1, auto or another number (default: 1, then auto)")
-    made.add_argument("--saturation", help="worker-saturation of Dask (default: its own; for map_noop also inf)")
+    made.add_argument(
+        "--saturation", help="worker-saturation of Dask (default: its own; for map_noop also inf)"
+    )
     which = made.add_mutually_exclusive_group()
     which.add_argument("--full", action="store_true", help="the public definition of RADPS: hours")
     which.add_argument(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -37,6 +38,8 @@ class Cluster:
         That run tasks, of all workers.
     addresses : tuple of str
         Of the workers, on Dask.
+    spilled : callable or None
+        Returns the bytes that were written to disk for want of memory since the start, on Ray.
     """
 
     backend: str
@@ -45,6 +48,7 @@ class Cluster:
     held: Callable[[], int]
     threads: int = WORKERS
     addresses: tuple[str, ...] = ()
+    spilled: Callable[[], int] | None = None
 
     def settle(self) -> int:
         """Wait until the cluster has forgotten the last sample; return the tasks that it does not forget."""
@@ -110,7 +114,8 @@ def _ray(object_store: int, cpus: int) -> Iterator[Cluster]:
     store = max(object_store, 1 << 29)
     _start_ray(store, cpus)
     try:
-        yield Cluster("ray", f"{cpus} CPUs, object store {store / 1e9:.1f} GB", None, lambda: 0, cpus)
+        words = f"{cpus} CPUs, object store {store / 1e9:.1f} GB"
+        yield Cluster("ray", words, None, lambda: 0, cpus, spilled=_spilled_by_ray)
     finally:
         ray.shutdown()
 
@@ -137,6 +142,13 @@ def _start_ray(store: int, cpus: int) -> None:
             time.sleep(RAY_PAUSE)
         else:
             return
+
+
+def _spilled_by_ray() -> int:
+    from ray._private.internal_api import memory_summary
+
+    said = re.search(r"Spilled (\d+) MiB", memory_summary(stats_only=True))
+    return int(said[1]) << 20 if said else 0
 
 
 def check_memory(needed: int) -> None:

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from benchmarks.workloads.map_noop import noop
 from benchmarks.workloads.pipeline import step
 from benchmarks.workloads.radps import add_all, sleep_and_make
 from benchmarks.workloads.results_dropped import make_filled, mean
-from penstock import PenstockFutureList, Task, TaskRunner, flow, task, unmapped
+from penstock import PenstockFuture, PenstockFutureList, Task, TaskRunner, flow, task, unmapped
 from penstock.engine.home import usable_home
 from penstock.engine.tracking import stop_tracking
 from penstock.settings import refresh, settings
@@ -33,6 +33,7 @@ COUNT = (
     "FROM task_runs WHERE flow_run = ?"
 )
 ChunkSize = int | Literal["auto"]
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -155,7 +156,9 @@ class Penstock:
 
         def tree_sum() -> np.ndarray[Any, Any]:
             arrays = self._sleep_and_make.map(sleeps, items=unmapped(items))
-            whole = arrays.reduce(self._add_all, fanin=2, order="completion")
+            whole: PenstockFuture[np.ndarray[Any, Any]] = arrays.reduce(
+                self._add_all, fanin=2, order="completion"
+            )
             del arrays
             return whole.result()
 
@@ -169,16 +172,16 @@ class Penstock:
         """Give up a cluster that the runner kept."""
         self._runner.shutdown()
 
-    def _run(self, body: Callable[[], Any], tasks: int, clock: Clock, *, marked: bool = False) -> Any:
+    def _run(self, body: Callable[[], T], tasks: int, clock: Clock, *, marked: bool = False) -> T:
         """Run a flow and wait until the database shows its tasks; nothing but the values leaves it."""
-        values: list[Any] = []
+        values: list[T] = []
 
         def keep() -> None:
             values.append(body())
             if not marked:
                 clock.mark("values")
 
-        made = flow(keep, name=body.__name__).with_options(task_runner=self._runner)
+        made = flow(name=body.__name__, task_runner=self._runner)(keep)
         state = made(return_state=True)
         clock.mark("returned")
         state.result()

@@ -50,7 +50,8 @@ def draw(
 def _figure(lines: int) -> tuple[Any, Any]:
     import matplotlib.pyplot as plt
 
-    return plt.subplots(figsize=(11, 1.2 + 0.34 * max(lines, 2)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(11, 1.2 + 0.34 * max(lines, 2)), layout="constrained")
+    return figure, axes
 
 
 def _save(figure: Any, path: Path) -> Path:
@@ -152,11 +153,13 @@ def html_page(
     drawn: Iterable[Path],
 ) -> str:
     """Return the report as one page that needs no other file."""
-    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>penstock: figures</title><style>{STYLE}</style>"]
+    parts = [
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>penstock: figures</title><style>{STYLE}</style>"
+    ]
     parts.append(f"<h1>Figures</h1><p>{html.escape(report.surroundings(results))}</p>")
     parts.append("<p>A ratio is a speed: above 1x is faster than the bare back end.</p>")
     parts.append(_html_table(report.verdict_table(judged)))
-    parts.append(f"<pre>{html.escape(report.missed(judged, results))}</pre>")
+    parts.append(f"<pre>{html.escape(report.missed(judged) + report.extrapolated(results))}</pre>")
     for path in drawn:
         data = base64.b64encode(path.read_bytes()).decode()
         parts.append(f'<p><img alt="{path.stem}" src="data:image/png;base64,{data}"></p>')

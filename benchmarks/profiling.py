@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,14 +50,19 @@ class Profiler:
 
     def __call__(self, run: Callable[[], object]) -> None:
         """Run under py-spy."""
-        program = shutil.which("py-spy", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        program = shutil.which(
+            "py-spy", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        )
         if program is None:
             self.found = {"driver": {"problem": "py-spy is not installed"}}
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         targets = {"driver": os.getpid(), **workers(self.cluster)}
         with contextlib.ExitStack() as stack:
-            spies = {name: stack.enter_context(_spy(program, pid, self._path(name))) for name, pid in targets.items()}
+            spies = {
+                name: stack.enter_context(_spy(program, pid, self._path(name)))
+                for name, pid in targets.items()
+            }
             time.sleep(START)
             run()
             for spy in spies.values():
@@ -85,7 +90,7 @@ class Spy:
 
 
 @contextlib.contextmanager
-def _spy(program: str, pid: int, path: Path) -> Any:
+def _spy(program: str, pid: int, path: Path) -> Iterator[Spy]:
     command = [program, "record", "--pid", str(pid), "--format", "speedscope", "--rate", str(RATE)]
     path.unlink(missing_ok=True)
     with tempfile.NamedTemporaryFile("w", suffix=".log") as log:
@@ -109,7 +114,7 @@ def workers(cluster: Cluster | None) -> dict[str, int]:
     if cluster.backend == "dask":
         nannies = cluster.handle.workers.values()
         return {f"worker{n}": nanny.process.pid for n, nanny in enumerate(nannies) if nanny.process}
-    found = {}
+    found: dict[str, int] = {}
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if " ".join(process.cmdline()).startswith("ray::"):

@@ -135,7 +135,14 @@ def peer_table(rows: Iterable[dict[str, Any]]) -> str:
         factor = "-" if row["factor"] is None else f"{row['factor']:.3g}x"
         lines.append(
             _line(
-                [row["case"], row["backend"], _number(row["prefect"]), _number(row["penstock"]), factor, row["note"]]
+                [
+                    row["case"],
+                    row["backend"],
+                    _number(row["prefect"]),
+                    _number(row["penstock"]),
+                    factor,
+                    row["note"],
+                ]
             )
         )
     return "\n".join(lines) + "\n"
@@ -170,9 +177,13 @@ def page(
     drawn: Iterable[Path] = (),
 ) -> str:
     """Return the report in Markdown."""
-    parts = ["# Figures", surroundings(results), "A ratio is a speed: above 1x is faster than the bare back end.\n"]
+    parts = [
+        "# Figures",
+        surroundings(results),
+        "A ratio is a speed: above 1x is faster than the bare back end.\n",
+    ]
     parts.append(verdict_table(judged))
-    parts.append(missed(judged, results))
+    parts.extend([missed(judged), extrapolated(results)])
     parts.extend(f"![{path.stem}]({path.name})\n" for path in drawn)
     if peers:
         parts.extend(["## Prefect at the same size", peer_table(peers)])
@@ -195,7 +206,7 @@ def surroundings(results: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def missed(judged: Iterable[Verdict], results: Sequence[dict[str, Any]]) -> str:
+def missed(judged: Iterable[Verdict]) -> str:
     """Name the floors that are missed, with what a profile says of them, and those without a figure."""
     judged = list(judged)
     lines = []
@@ -282,13 +293,14 @@ SPOKEN = {
     "copies_peak": "{:.2f} copies at the peak",
     "copies_held": "{:.2f} held",
     "processes": "{:.0f} reading processes",
-    "host_growth": "host +{:.3g} B",
+    "host_growth": "memory of the host +{:.3g} B",
+    "spilled": "{:.3g} B spilled to disk",
     "overhead_percent": "overhead {:.1f} %",
 }
 
 
 def rate_of_bare(results: Iterable[dict[str, Any]], backend: str) -> float | None:
-    """Return the newest tasks per second of bare `map_noop` on a back end, at any size."""
+    """Return the median tasks per second of bare `map_noop` on a back end, of 1,000 tasks and more."""
     rates = [
         one["bare"]["median"]["tasks_per_second"]
         for result in results
@@ -299,3 +311,16 @@ def rate_of_bare(results: Iterable[dict[str, Any]], backend: str) -> float | Non
         and result["parameters"].get("count", 0) >= 1_000
     ]
     return statistics.median(rates) if rates else None
+
+
+def extrapolated(results: Sequence[dict[str, Any]]) -> str:
+    """Say what the bare back ends would need for 100,000 no-ops, if their rate stayed what it was at 10,000."""
+    lines = []
+    for backend in ("dask", "ray"):
+        rate = rate_of_bare(results, backend)
+        if rate is not None:
+            lines.append(
+                f"Bare {backend} at 100,000 no-ops was not measured; at its rate of {rate:,.0f} tasks/s with fewer "
+                f"it would need {100_000 / rate:,.0f} s (extrapolated).\n"
+            )
+    return "\n".join(lines)

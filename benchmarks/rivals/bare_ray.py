@@ -82,7 +82,7 @@ class BareRay:
 
     def results_dropped(self, count: int, items: int, clock: Clock) -> list[float]:
         """Call makers and readers, as many at a time as the store is to hold."""
-        sums = []
+        sums: list[Any] = []
         for index in range(count):
             if index >= WINDOW:
                 ray.wait([sums[index - WINDOW]])

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,10 +21,19 @@ from benchmarks.harness import Clock, Comparison, Sampling
 from benchmarks.plan import CASES
 from benchmarks.rivals.bare import bare_side
 from benchmarks.rivals.prefect import post, ready_file
-from benchmarks.workloads import chain_large, fan_out_large, map_large, map_noop, pipeline, radps, results_dropped
+from benchmarks.workloads import (
+    chain_large,
+    fan_out_large,
+    map_large,
+    map_noop,
+    pipeline,
+    radps,
+    results_dropped,
+)
 
 POLL = 0.05  # seconds
 RECORD_TIMEOUT = 120.0
+T = TypeVar("T")
 STORE = 1 << 30  # bytes of Ray's object store, at least
 
 
@@ -47,7 +56,12 @@ class Prefect:
 
     def map_noop(self, count: int, clock: Clock) -> list[int]:
         """Map and fetch the values."""
-        return self._run(lambda: self._noop.map(range(count)).result(), "map_noop", count, clock)
+
+        def body() -> list[int]:
+            values: list[int] = self._noop.map(range(count)).result()
+            return values
+
+        return self._run(body, "map_noop", count, clock)
 
     def pipeline(self, count: int, stages: int, clock: Clock) -> list[int]:
         """Map over the futures of the map before, and fetch the last values."""
@@ -129,15 +143,15 @@ class Prefect:
         """Map, then submit the tree level by level."""
         from prefect import unmapped
 
-        def body() -> Any:
+        def body() -> np.ndarray[Any, Any]:
             level = list(self._sleep_and_make.map(sleeps, items=unmapped(items)))
             while len(level) > 1:
                 pairs = [self._add.submit(level[at], level[at + 1]) for at in range(0, len(level) - 1, 2)]
                 level = pairs + level[2 * len(pairs) :]
-            return level[0].result()
+            value: np.ndarray[Any, Any] = level[0].result()
+            return value
 
-        found: np.ndarray[Any, Any] = self._run(body, "tree_sum", 2 * len(sleeps) - 1, clock)
-        return found
+        return self._run(body, "tree_sum", 2 * len(sleeps) - 1, clock)
 
     def completed(self, expected: int, timeout: float) -> int:
         """Ask the server until it shows enough."""
@@ -152,14 +166,12 @@ class Prefect:
                 return found
             time.sleep(POLL)
 
-    def _run(
-        self, body: Callable[[], Any], name: str, tasks: int, clock: Clock, *, marked: bool = False
-    ) -> Any:
+    def _run(self, body: Callable[[], T], name: str, tasks: int, clock: Clock, *, marked: bool = False) -> T:
         """Run a flow and wait until the server shows every task run as completed."""
         from prefect import flow, runtime
 
         ids: list[str] = []
-        values: list[Any] = []
+        values: list[T] = []
 
         def with_id() -> None:
             ids.append(str(runtime.flow_run.id))

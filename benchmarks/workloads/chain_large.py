@@ -7,7 +7,17 @@ from typing import Any
 import numpy as np
 
 from benchmarks.clusters import Cluster
-from benchmarks.harness import Comparison, Sample, Sampling, Side, check, finish, interleave, items_of, measure
+from benchmarks.harness import (
+    Comparison,
+    Sample,
+    Sampling,
+    Side,
+    check,
+    finish,
+    interleave,
+    items_of,
+    measure,
+)
 
 NAME = "chain_large"
 DONE = (
@@ -49,7 +59,9 @@ def warm(side: Side, cluster: Cluster, megabytes: float) -> None:
     sample_of(side, cluster, min(megabytes, WARM))
 
 
-def compare(cluster: Cluster, sides: tuple[Side, Side], sampling: Sampling, *, megabytes: float) -> Comparison:
+def compare(
+    cluster: Cluster, sides: tuple[Side, Side], sampling: Sampling, *, megabytes: float
+) -> Comparison:
     """Compare two sides on a cluster that has seen arrays of this size."""
     comparison = Comparison(
         cluster.configuration, sides[0].name, sides[1].name, tasks=TASKS, what="later runs"

@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 
 from benchmarks.clusters import Cluster
-from benchmarks.harness import Comparison, Sample, Sampling, Side, check, finish, interleave, items_of, measure
+from benchmarks.harness import (
+    Comparison,
+    Sample,
+    Sampling,
+    Side,
+    check,
+    finish,
+    interleave,
+    items_of,
+    measure,
+)
 
 NAME = "fan_out_large"
 READERS = 4
@@ -37,11 +47,16 @@ def read(array: Array, reader: int) -> tuple[int, int, float]:
 
 
 def compare(
-    cluster: Cluster, sides: tuple[Side, Side], sampling: Sampling, *, megabytes: float, readers: int = READERS
+    cluster: Cluster,
+    sides: tuple[Side, Side],
+    sampling: Sampling,
+    *,
+    megabytes: float,
+    readers: int = READERS,
 ) -> Comparison:
     """Compare two sides on a cluster."""
 
-    def take(side: Side, size: int = megabytes) -> Sample:
+    def take(side: Side, size: float = megabytes) -> Sample:
         items = items_of(size)
         sample, found = measure(lambda clock: side.fan_out_large(items, readers, clock), host=True)
         check(len(found) == readers and all(value == items - 1 for _, _, value in found), side, "sums")

@@ -7,7 +7,17 @@ from typing import Any
 import numpy as np
 
 from benchmarks.clusters import Cluster
-from benchmarks.harness import Comparison, Sample, Sampling, Side, check, finish, interleave, items_of, measure
+from benchmarks.harness import (
+    Comparison,
+    Sample,
+    Sampling,
+    Side,
+    check,
+    finish,
+    interleave,
+    items_of,
+    measure,
+)
 
 NAME = "map_large"
 DONE = (
@@ -33,7 +43,7 @@ def compare(
 ) -> Comparison:
     """Compare two sides on a cluster."""
 
-    def take(side: Side, size: int = megabytes) -> Sample:
+    def take(side: Side, size: float = megabytes) -> Sample:
         # a new array each time: one that an engine has seen before might not have to travel
         array = np.ones(items_of(size))
         sample, values = measure(lambda clock: side.map_large(array, count, clock), host=True)

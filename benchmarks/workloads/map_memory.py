@@ -57,9 +57,7 @@ def _driver(cluster: Cluster, name: str, count: int) -> Sample:
         ask, answer = Path(folder, "order.json"), Path(folder, "answer.json")
         ask.write_text(json.dumps(order))
         command = [sys.executable, "-m", "benchmarks.holder", str(ask), str(answer)]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=TIMEOUT, cwd=ROOT
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT, cwd=ROOT)
         if done.returncode != 0:
             message = f"the driver of {name} failed:\n{done.stderr[-2000:]}"
             raise RuntimeError(message)

@@ -15,7 +15,17 @@ from typing import Any
 import numpy as np
 
 from benchmarks.clusters import Cluster
-from benchmarks.harness import Comparison, Sample, Sampling, Side, check, finish, interleave, items_of, measure
+from benchmarks.harness import (
+    Comparison,
+    Sample,
+    Sampling,
+    Side,
+    check,
+    finish,
+    interleave,
+    items_of,
+    measure,
+)
 
 NAME = "radps"
 WORKERS, THREADS = 2, 8

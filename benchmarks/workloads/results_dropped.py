@@ -7,7 +7,17 @@ from typing import Any
 import numpy as np
 
 from benchmarks.clusters import Cluster
-from benchmarks.harness import Comparison, Sample, Sampling, Side, check, finish, interleave, items_of, measure
+from benchmarks.harness import (
+    Comparison,
+    Sample,
+    Sampling,
+    Side,
+    check,
+    finish,
+    interleave,
+    items_of,
+    measure,
+)
 
 NAME = "results_dropped"
 DONE = (
@@ -38,8 +48,11 @@ def compare(
 
     def take(side: Side, many: int = count) -> Sample:
         items = items_of(megabytes)
+        before = cluster.spilled() if cluster.spilled else 0
         sample, values = measure(lambda clock: side.results_dropped(many, items, clock), host=True)
         check(values == [float(index) for index in range(many)], side, "values")
+        if cluster.spilled:
+            sample.figures["spilled"] = cluster.spilled() - before
         return finish(sample, side, 2 * many, cluster.settle)
 
     comparison = Comparison(cluster.configuration, sides[0].name, sides[1].name, tasks=2 * count)
