@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -38,8 +38,8 @@ class Cluster:
         That run tasks, of all workers.
     addresses : tuple of str
         Of the workers, on Dask.
-    spilled : callable or None
-        Returns the bytes that were written to disk for want of memory since the start, on Ray.
+    spill : Path or None
+        Where values go for want of memory, on Ray.
     """
 
     backend: str
@@ -48,7 +48,7 @@ class Cluster:
     held: Callable[[], int]
     threads: int = WORKERS
     addresses: tuple[str, ...] = ()
-    spilled: Callable[[], int] | None = None
+    spill: Path | None = None
 
     def settle(self) -> int:
         """Wait until the cluster has forgotten the last sample; return the tasks that it does not forget."""
@@ -115,9 +115,16 @@ def _ray(object_store: int, cpus: int) -> Iterator[Cluster]:
     _start_ray(store, cpus)
     try:
         words = f"{cpus} CPUs, object store {store / 1e9:.1f} GB"
-        yield Cluster("ray", words, None, lambda: 0, cpus, spilled=_spilled_by_ray)
+        yield Cluster("ray", words, None, lambda: 0, cpus, spill=_session_folder())
     finally:
         ray.shutdown()
+
+
+def _session_folder() -> Path | None:
+    from ray._private.worker import global_worker
+
+    node = global_worker.node
+    return Path(node.get_session_dir_path()) if node is not None else None
 
 
 def _start_ray(store: int, cpus: int) -> None:
@@ -142,13 +149,6 @@ def _start_ray(store: int, cpus: int) -> None:
             time.sleep(RAY_PAUSE)
         else:
             return
-
-
-def _spilled_by_ray() -> int:
-    from ray._private.internal_api import memory_summary
-
-    said = re.search(r"Spilled (\d+) MiB", memory_summary(stats_only=True))
-    return int(said[1]) << 20 if said else 0
 
 
 def check_memory(needed: int) -> None:

@@ -228,8 +228,8 @@ def _spilled_words(result: Result) -> str:
     comparison = result["comparisons"][0]
     ours, bare = (comparison[side].get("median", {}) for side in ("engine", "bare"))
     told = f"bare {bare.get('host_growth', float('nan')) / 1e9:.2f} GB in all"
-    if "spilled" in ours:
-        told += f"; spilled to disk {ours['spilled'] / 1e9:.2f} GB, bare {bare.get('spilled', 0.0) / 1e9:.2f}"
+    if "spilled_growth" in ours:
+        told += f"; on disk at the peak {ours['spilled_growth'] / 1e9:.2f} GB, bare {bare.get('spilled_growth', 0.0) / 1e9:.2f}"
     return told
 
 

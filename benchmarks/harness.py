@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -129,10 +130,12 @@ class Driver:
     ----------
     host : bool
         Watch the processes below it and shared memory, too.
+    spill : Path, optional
+        Folder of a Ray session: watch what it spills, too.
     """
 
-    def __init__(self, *, host: bool = False) -> None:
-        self._watch_host = host
+    def __init__(self, *, host: bool = False, spill: Path | None = None) -> None:
+        self._watch_host, self._spill = host, spill
         self._host: Host | None = None
         self.held: dict[str, int] = {}
         self._process = psutil.Process()
@@ -147,7 +150,7 @@ class Driver:
         gc.collect()
         trim()
         self._rss, self._private = self._memory()
-        self._host = Host() if self._watch_host else None
+        self._host = Host(self._spill) if self._watch_host else None
         self._sockets.look()
         self._sockets.begin()
         self._thread.start()
@@ -269,7 +272,9 @@ def trim() -> None:
         pass  # not glibc
 
 
-def measure(run: Callable[[Clock], Any], *, host: bool = False) -> tuple[Sample, Any]:
+def measure(
+    run: Callable[[Clock], Any], *, host: bool = False, spill: Path | None = None
+) -> tuple[Sample, Any]:
     """Run once and return the sample and what `run` returned.
 
     Parameters
@@ -278,8 +283,10 @@ def measure(run: Callable[[Clock], Any], *, host: bool = False) -> tuple[Sample,
         Gets a clock.
     host : bool
         Watch the memory of the whole host.
+    spill : Path, optional
+        Folder of a Ray session: watch what it spills, too.
     """
-    with Driver(host=host) as driver:
+    with Driver(host=host, spill=spill) as driver:
         clock = Clock(driver.note)
         value = run(clock)
     received, sent = driver.traffic

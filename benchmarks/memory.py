@@ -48,18 +48,27 @@ class Memory:
 class Host:
     """Follows the memory of this process and of what it started, from now on.
 
+    Parameters
+    ----------
+    spill : Path, optional
+        Folder of a Ray session, whose spilled values are followed, too.
+
     Attributes
     ----------
     peaks : dict
-        Largest growth of "driver", "workers", "shared" and "host", which is all together.
+        Largest growth of "driver", "workers", "shared" and "host", which is all together; with
+        `spill` also most bytes "spilled" at a time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, spill: Path | None = None) -> None:
+        self._spill = spill
         self._process = psutil.Process()
         self._family: list[int] = []
         self._family_at = 0.0
         self._start = self.now()
         self.peaks = {"driver": 0, "workers": 0, "shared": 0, "host": 0}
+        if spill is not None:
+            self.peaks["spilled"] = 0
 
     def now(self) -> Memory:
         """Read it."""
@@ -80,9 +89,20 @@ class Host:
             "shared": now.shared - start.shared,
             "host": now.total - start.total,
         }
+        if self._spill is not None:
+            grown["spilled"] = _size(self._spill)
         for name, value in grown.items():
             self.peaks[name] = max(self.peaks[name], value)
         return grown["host"]
+
+
+def _size(session: Path) -> int:
+    """Return the bytes of values that Ray has on disk now."""
+    total = 0
+    for path in session.glob("ray_spilled_objects*/*"):
+        with contextlib.suppress(OSError):
+            total += path.stat().st_size
+    return total
 
 
 def _private(pid: int) -> int:

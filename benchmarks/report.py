@@ -294,7 +294,7 @@ SPOKEN = {
     "copies_held": "{:.2f} held",
     "processes": "{:.0f} reading processes",
     "host_growth": "memory of the host +{:.3g} B",
-    "spilled": "{:.3g} B spilled to disk",
+    "spilled_growth": "{:.3g} B on disk at the peak",
     "overhead_percent": "overhead {:.1f} %",
 }
 

@@ -48,11 +48,10 @@ def compare(
 
     def take(side: Side, many: int = count) -> Sample:
         items = items_of(megabytes)
-        before = cluster.spilled() if cluster.spilled else 0
-        sample, values = measure(lambda clock: side.results_dropped(many, items, clock), host=True)
+        sample, values = measure(
+            lambda clock: side.results_dropped(many, items, clock), host=True, spill=cluster.spill
+        )
         check(values == [float(index) for index in range(many)], side, "values")
-        if cluster.spilled:
-            sample.figures["spilled"] = cluster.spilled() - before
         return finish(sample, side, 2 * many, cluster.settle)
 
     comparison = Comparison(cluster.configuration, sides[0].name, sides[1].name, tasks=2 * count)
