@@ -277,7 +277,7 @@ def _small() -> list[Floor]:
         found.append(Floor(case, "pipeline", backend, sizes, _ratio, floor, aim, note=_time_words))
     for backend in ("dask", "ray"):
         case = f"submit().result() one at a time, {backend}, median against bare"
-        found.append(Floor(case, "latency", backend, {}, _ratio, 1 / 1.3, 1.0, note=_time_words))
+        found.append(Floor(case, "latency", backend, {"count": 200}, _ratio, 1 / 1.3, 1.0, note=_time_words))
     return found
 
 
