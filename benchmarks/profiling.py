@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,11 @@ RATE = 100  # looks per second
 START = 1.0  # seconds for py-spy to attach
 END = 60.0  # … and to write
 SHOWN = 12
+WAITS = re.compile(
+    r"^(Condition\.wait|Event\.wait|Thread\.join|_worker|Connection\._recv|Popen\.poll|wait|sleep"
+    r"|EpollSelector\.select|select|poll|.*Watch\._wait|SimpleQueue\.get|Queue\.get|get) \("
+)
+"""Functions that wait: py-spy takes some threads for busy that only do this."""
 
 
 @dataclass(slots=True)
@@ -149,24 +155,28 @@ def busiest(speedscope: dict[str, Any], shown: int = SHOWN) -> dict[str, Any]:
     Returns
     -------
     dict
-        "seconds" of all threads that were seen busy; "own" and "inclusive", lists of
-        ``[function, share]``.
+        "seconds" of all threads that were seen busy, "waiting" what of it was spent in functions
+        that wait; "own" and "inclusive", lists of ``[function, share of the rest]``.
     """
     frames = speedscope["shared"]["frames"]
     own: Counter[str] = Counter()
     inclusive: Counter[str] = Counter()
-    total = 0.0
+    total = waiting = 0.0
     for profile in speedscope["profiles"]:
         for stack, weight in zip(profile["samples"], profile["weights"], strict=True):
             names = [_frame(frames[one]) for one in stack]
             if not names:
+                continue
+            if WAITS.match(names[-1]):
+                waiting += weight
                 continue
             total += weight
             own[names[-1]] += weight
             for name in set(names):
                 inclusive[name] += weight
     return {
-        "seconds": round(total, 2),
+        "seconds": round(total + waiting, 2),
+        "waiting": round(waiting, 2),
         "own": [[name, round(value / total, 3)] for name, value in own.most_common(shown)],
         "inclusive": [[name, round(value / total, 3)] for name, value in inclusive.most_common(2 * shown)],
     }

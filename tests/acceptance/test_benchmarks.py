@@ -318,12 +318,13 @@ def test_a_profile_is_summed_over_threads() -> None:
     frames = [
         {"name": "run", "file": "/somewhere/site-packages/lib/a.py"},
         {"name": "read", "file": "/x/y/z/b.py"},
+        {"name": "Condition.wait", "file": "/x/threading.py"},
     ]
     profiles = [
         {"samples": [[0, 1], [0]], "weights": [3.0, 1.0]},
-        {"samples": [[1]], "weights": [4.0]},
+        {"samples": [[1], [0, 2]], "weights": [4.0, 2.0]},
     ]
     found = busiest({"shared": {"frames": frames}, "profiles": profiles})
-    assert found["seconds"] == 8.0
+    assert (found["seconds"], found["waiting"]) == (10.0, 2.0)
     assert found["own"] == [["read (y/z/b.py)", 0.875], ["run (lib/a.py)", 0.125]]
     assert ["run (lib/a.py)", 0.5] in found["inclusive"]
