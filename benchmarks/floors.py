@@ -148,6 +148,8 @@ def _fits(floor: Floor, result: Result) -> bool:
         result["case"] == floor.name
         and result["backend"] == floor.backend
         and not parameters.get("saturation")
+        and result["comparisons"][0].get("all_states_recorded")
+        is not False  # an incomplete record is no figure
         and all(parameters.get(name) == value for name, value in floor.parameters.items())
     )
 
@@ -156,10 +158,7 @@ def _fits(floor: Floor, result: Result) -> bool:
 
 
 def _ratio(result: Result) -> float | None:
-    comparison = result["comparisons"][0]
-    if comparison.get("all_states_recorded") is False:
-        return None  # a figure counts only when the record is complete
-    found: float | None = comparison["ratio"]
+    found: float | None = result["comparisons"][0]["ratio"]
     return found
 
 
