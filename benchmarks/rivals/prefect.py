@@ -42,6 +42,9 @@ START_TIMEOUT = 300.0  # for either: a busy machine takes its time
 START_ATTEMPTS = 3
 MEMORY = 0.5  # of what is available, then it is stopped
 
+GIVEN: dict[str, Any] = {}
+"""What a flow of the child takes without holding it: Prefect pickles a flow, with all it holds, into each of its tasks."""
+
 HELLO = """
 from prefect import flow, task
 

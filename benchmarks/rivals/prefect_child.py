@@ -19,8 +19,8 @@ import numpy as np
 from benchmarks.clusters import Cluster, opened
 from benchmarks.harness import Clock, Comparison, Sampling
 from benchmarks.plan import CASES
+from benchmarks.rivals import prefect as rival
 from benchmarks.rivals.bare import bare_side
-from benchmarks.rivals.prefect import post, ready_file
 from benchmarks.workloads import (
     chain_large,
     fan_out_large,
@@ -123,12 +123,17 @@ class Prefect:
         from prefect import unmapped  # type: ignore[import-not-found]
 
         def body() -> list[float]:
-            futures = self._part_sum.map(range(count), array=unmapped(array), parts=unmapped(count))
+            given = unmapped(rival.GIVEN["array"])
+            futures = self._part_sum.map(range(count), array=given, parts=unmapped(count))
             values: list[float] = futures.result()
             clock.mark("values")
             return values
 
-        return self._run(body, "map_large", count, clock, marked=True)
+        rival.GIVEN["array"] = array
+        try:
+            return self._run(body, "map_large", count, clock, marked=True)
+        finally:
+            rival.GIVEN.clear()
 
     def results_dropped(self, count: int, items: int, clock: Clock) -> list[float]:
         """Submit makers and readers; keep no future of an array."""
@@ -161,7 +166,7 @@ class Prefect:
         }
         deadline = time.monotonic() + timeout
         while True:
-            found = int(post(f"{os.environ['PREFECT_API_URL']}/task_runs/count", query))
+            found = int(rival.post(f"{os.environ['PREFECT_API_URL']}/task_runs/count", query))
             if found >= expected or time.monotonic() > deadline:
                 return found
             time.sleep(POLL)
@@ -230,7 +235,7 @@ def main(order: Path, answer: Path) -> None:
     store = max(STORE, int(8 * wanted["sizes"].get("megabytes", 0) * 10**6))
     with opened(wanted["backend"], object_store=store, workers=workers, threads=threads) as cluster:
         sides = (bare_side(cluster), Prefect(cluster))
-        ready_file(answer).touch()
+        rival.ready_file(answer).touch()
         sampling = Sampling(wanted["repeats"], untouched=False, tell=tell)
         CASES[wanted["case"]].compare(cluster, sides, sampling, **wanted["sizes"])
 
