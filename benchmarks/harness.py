@@ -15,29 +15,53 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
 import psutil
 
+from benchmarks.memory import Host
+
 INTERVAL = 0.02  # seconds between two looks at the memory of the driver
-SOCKETS_EVERY = 10  # looks at the memory for one at the sockets
-MEBIBYTE = 1 << 20
+HOST_EVERY = 2  # looks at the memory of the driver for one at that of the host
+SOCKETS_EVERY = 10  # … for one at the sockets
+LONG = 30.0  # seconds of a sample from which on fewer are taken
+LONG_REPEATS = 3
+RECORD_TIMEOUT = 600.0  # seconds until the record must show every task run
 
 
 class Side(Protocol):
-    """One way to run the cases on an open cluster: a bare back end, penstock, Prefect."""
+    """One way to run the cases on an open cluster: a bare back end, penstock, Prefect.
+
+    Each case returns the values that its workload checks. What runs is told in `workloads`.
+    """
 
     name: str
 
     def map_noop(self, count: int, clock: Clock) -> list[int]:
         """Run `count` no-ops and return their values."""
 
+    def pipeline(self, count: int, stages: int, clock: Clock) -> list[int]:
+        """Map a step over `count` elements, `stages` times in a row, and return the last values."""
+
+    def latency(self, count: int, clock: Clock) -> tuple[list[int], list[float]]:
+        """Submit no-ops, each after the value of the one before; return values and the seconds of each."""
+
     def chain_large(self, items: int, clock: Clock) -> float:
         """Make an array, add one to it and return its sum, in three tasks."""
 
+    def fan_out_large(self, items: int, readers: int, clock: Clock) -> list[tuple[int, int, float]]:
+        """Make an array in one process, sum it in others; return what each `read` returned."""
+
     def map_large(self, array: np.ndarray[Any, Any], count: int, clock: Clock) -> list[float]:
         """Sum `count` parts of one array that every task is given entirely."""
+
+    def results_dropped(self, count: int, items: int, clock: Clock) -> list[float]:
+        """Make `count` arrays, each of which one task sums and nobody else keeps; return the sums."""
+
+    def tree_sum(self, sleeps: list[float], items: int, clock: Clock) -> np.ndarray[Any, Any]:
+        """Make an array after each sleep and add them all in a binary tree; return the sum."""
 
     def completed(self, expected: int, timeout: float) -> int | None:
         """Return how many task runs of the last sample the record shows as completed; None if there is no record."""
@@ -46,13 +70,19 @@ class Side(Protocol):
 class Clock:
     """Marks moments since it was made; the last mark is the end of the sample."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_mark: Callable[[str], None] = lambda _: None) -> None:
         self.marks: dict[str, float] = {}
+        self._on_mark = on_mark
         self._start = time.perf_counter()
 
     def mark(self, name: str) -> None:
         """Note that something has happened now."""
         self.marks[name] = time.perf_counter() - self._start
+        self._on_mark(name)
+
+    def __reduce__(self) -> tuple[type[Clock], tuple[()]]:
+        """Travel as another clock: Prefect pickles a flow, with all it holds, into each of its tasks."""
+        return Clock, ()
 
     @property
     def seconds(self) -> float:
@@ -81,6 +111,8 @@ class Sample:
         Task runs that the record shows as completed; None without a record.
     left_behind : int
         Tasks that the cluster still held ten seconds later.
+    figures : dict
+        What the case measures besides: "host_growth" and its parts in bytes, latencies in seconds, …
     """
 
     seconds: float
@@ -92,12 +124,24 @@ class Sample:
     sent: int | None = None
     completed: int | None = None
     left_behind: int = 0
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 class Driver:
-    """Watches this process in a thread of its own, as a context manager."""
+    """Watches this process in a thread of its own, as a context manager.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    host : bool
+        Watch the processes below it and shared memory, too.
+    spill : Path, optional
+        Folder of a Ray session: watch what it spills, too.
+    """
+
+    def __init__(self, *, host: bool = False, spill: Path | None = None) -> None:
+        self._watch_host, self._spill = host, spill
+        self._host: Host | None = None
+        self.held: dict[str, int] = {}
         self._process = psutil.Process()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="benchmark-watch", daemon=True)
@@ -110,6 +154,7 @@ class Driver:
         gc.collect()
         trim()
         self._rss, self._private = self._memory()
+        self._host = Host(self._spill) if self._watch_host else None
         self._sockets.look()
         self._sockets.begin()
         self._thread.start()
@@ -129,11 +174,26 @@ class Driver:
         """Bytes received and sent since the start."""
         return self._sockets.traffic()
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """Growth of the host in bytes, if it was watched: peaks, and at each mark."""
+        if self._host is None:
+            return {}
+        peaks = {f"{name}_growth": float(value) for name, value in self._host.peaks.items()}
+        return {**peaks, **{f"host_at_{name}": float(value) for name, value in self.held.items()}}
+
+    def note(self, mark: str) -> None:
+        """Keep how much the host has grown until a mark of the clock."""
+        if self._host is not None:
+            self.held[mark] = self._host.look()
+
     def _watch(self) -> None:
         looks = 0
         while not self._done.wait(INTERVAL):
             self._look()
             looks += 1
+            if self._host is not None and looks % HOST_EVERY == 0:
+                self._host.look()
             if looks % SOCKETS_EVERY == 0:
                 self._sockets.look()
 
@@ -216,10 +276,22 @@ def trim() -> None:
         pass  # not glibc
 
 
-def measure(run: Callable[[Clock], Any]) -> tuple[Sample, Any]:
-    """Run once and return the sample and what `run` returned."""
-    with Driver() as driver:
-        clock = Clock()
+def measure(
+    run: Callable[[Clock], Any], *, host: bool = False, spill: Path | None = None
+) -> tuple[Sample, Any]:
+    """Run once and return the sample and what `run` returned.
+
+    Parameters
+    ----------
+    run : callable
+        Gets a clock.
+    host : bool
+        Watch the memory of the whole host.
+    spill : Path, optional
+        Folder of a Ray session: watch what it spills, too.
+    """
+    with Driver(host=host, spill=spill) as driver:
+        clock = Clock(driver.note)
         value = run(clock)
     received, sent = driver.traffic
     sample = Sample(
@@ -230,6 +302,7 @@ def measure(run: Callable[[Clock], Any]) -> tuple[Sample, Any]:
         private_growth=driver.private_growth,
         received=received,
         sent=sent,
+        figures=driver.figures,
     )
     return sample, value
 
@@ -253,6 +326,10 @@ class Comparison:
         Bare, before the engine was on the cluster; shows whether the engine leaves something behind.
     bare_samples, samples : list of Sample
         In pairs; of each pair the order alternates.
+    by : str
+        What is compared: "seconds", or a name in `Sample.figures` of which less is better.
+    what : str
+        Which of several comparisons of one case this is; may be empty.
     unfinished : str
         Why there are fewer samples than asked for; empty if there are not.
     """
@@ -264,13 +341,18 @@ class Comparison:
     untouched: Sample | None = None
     bare_samples: list[Sample] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
+    by: str = "seconds"
+    what: str = ""
     unfinished: str = ""
 
     @property
     def ratios(self) -> list[float]:
         """Speed of the engine over that of the bare back end, pair by pair: 1 is as fast, 0.5 half as fast."""
         pairs = zip(self.bare_samples, self.samples, strict=False)
-        return [bare.seconds / ours.seconds for bare, ours in pairs]
+        return [self._compared(bare) / self._compared(ours) for bare, ours in pairs]
+
+    def _compared(self, sample: Sample) -> float:
+        return sample.seconds if self.by == "seconds" else sample.figures[self.by]
 
     @property
     def ratio(self) -> float | None:
@@ -280,12 +362,14 @@ class Comparison:
     @property
     def all_recorded(self) -> bool:
         """Whether the record shows every task run of every sample as completed."""
-        return bool(self.samples) and all(one.completed == self.tasks for one in self.samples)
+        return bool(self.samples) and all((one.completed or 0) >= self.tasks for one in self.samples)
 
     def as_json(self) -> dict[str, Any]:
         """Return what goes to the result file."""
         return {
             "configuration": self.configuration,
+            "what": self.what,
+            "by": self.by,
             "tasks": self.tasks,
             "ratio": self.ratio,
             "ratios": self.ratios,
@@ -314,16 +398,48 @@ def medians(samples: Sequence[Sample]) -> dict[str, float]:
             found[name] = statistics.median(values)
     for mark in {name for one in samples for name in one.marks}:
         found[f"{mark}_seconds"] = statistics.median(one.marks[mark] for one in samples if mark in one.marks)
+    for name in {name for one in samples for name in one.figures}:
+        found[name] = statistics.median(one.figures[name] for one in samples if name in one.figures)
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How many samples are taken, and of whom.
+
+    Attributes
+    ----------
+    repeats : int
+        Pairs of samples.
+    bare : bool
+        False takes samples of the engine alone.
+    untouched : bool
+        Whether a sample of the bare side comes first, before the engine was ever on the cluster.
+    tell : callable
+        Called after each sample.
+    profile : callable or None
+        Called at the end with a function that takes one more sample of the engine, which does not count.
+    """
+
+    repeats: int
+    bare: bool = True
+    untouched: bool = True
+    tell: Callable[[Comparison], None] = field(default=lambda _: None)
+    profile: Callable[[Callable[[], object]], None] | None = None
+
+    def enough(self, taken: int, comparison: Comparison) -> bool:
+        """Whether no more pairs are needed: three do where a sample takes long."""
+        found = [*comparison.bare_samples, *comparison.samples]
+        long = bool(found) and statistics.median(one.seconds for one in found) > LONG
+        return taken >= (min(self.repeats, LONG_REPEATS) if long else self.repeats)
 
 
 def interleave(
     comparison: Comparison,
     sides: tuple[Side, Side],
-    repeats: int,
+    sampling: Sampling,
     warm: Callable[[Side], object],
     take: Callable[[Side], Sample],
-    tell: Callable[[Comparison], None] | None = None,
 ) -> Comparison:
     """Take samples of the bare back end and of an engine in turn, on one cluster.
 
@@ -333,24 +449,54 @@ def interleave(
         Filled in.
     sides : tuple of Side
         Bare, engine.
-    repeats : int
-        Pairs of samples.
+    sampling : Sampling
+        How many.
     warm : callable
         Runs something small, so that connections are made and modules loaded.
     take : callable
         Takes one sample.
-    tell : callable, optional
-        Called after each sample.
     """
     bare, engine = sides
-    tell = tell or (lambda _: None)
-    warm(bare)
-    comparison.untouched = take(bare)
-    tell(comparison)
+    if sampling.bare:
+        warm(bare)
+    if sampling.bare and sampling.untouched:
+        comparison.untouched = take(bare)
+        sampling.tell(comparison)
     warm(engine)
-    for repeat in range(repeats):
+    repeat = 0
+    while not sampling.enough(repeat, comparison):
         for side in sides if repeat % 2 == 0 else reversed(sides):
+            if side is bare and not sampling.bare:
+                continue
             sample = take(side)
             (comparison.bare_samples if side is bare else comparison.samples).append(sample)
-            tell(comparison)
+            sampling.tell(comparison)
+        repeat += 1
+    if sampling.profile is not None:
+        sampling.profile(lambda: take(engine))
     return comparison
+
+
+def check(right: bool, side: Side, what: str) -> None:
+    """Stop at a wrong value: the time that it took means nothing.
+
+    Raises
+    ------
+    RuntimeError
+        Naming the side.
+    """
+    if not right:
+        message = f"{side.name} returned wrong {what}"
+        raise RuntimeError(message)
+
+
+def finish(sample: Sample, side: Side, expected: int, settle: Callable[[], int]) -> Sample:
+    """Note what the record shows of a sample, and wait until the cluster has forgotten it."""
+    sample.completed = side.completed(expected, RECORD_TIMEOUT)
+    sample.left_behind = settle()
+    return sample
+
+
+def items_of(megabytes: float) -> int:
+    """Return how many numbers of eight bytes an array of this size has."""
+    return int(megabytes * 10**6) // 8

@@ -37,12 +37,13 @@ PINS = (
     "starlette==1.3.1",
 )
 SHARED = ("dask", "distributed", "ray", "numpy", "cloudpickle", "psutil")
-COUNT = 100  # tasks of map_noop: about 100 ms each
-MEGABYTES = 50  # of the large cases: it needs many times the size of an argument
-REPEATS = 1
-TIMEOUT = 300.0  # seconds for one case
-START_TIMEOUT = 180.0
+TIMEOUT = 300.0  # seconds for one sample; starting its server and the cluster is not in it
+START_TIMEOUT = 300.0  # for either: a busy machine takes its time
+START_ATTEMPTS = 3
 MEMORY = 0.5  # of what is available, then it is stopped
+
+GIVEN: dict[str, Any] = {}
+"""What a flow of the child takes without holding it: Prefect pickles a flow, with all it holds, into each of its tasks."""
 
 HELLO = """
 from prefect import flow, task
@@ -92,7 +93,9 @@ def environment() -> Path:
     return python
 
 
-def measure_prefect(case: str, backend: str, *, count: int, megabytes: int, repeats: int) -> dict[str, Any]:
+def measure_prefect(
+    case: str, backend: str, *, sizes: dict[str, Any], repeats: int, shape: tuple[int, int]
+) -> dict[str, Any]:
     """Compare Prefect with the bare back end in its own environment.
 
     Parameters
@@ -101,8 +104,12 @@ def measure_prefect(case: str, backend: str, *, count: int, megabytes: int, repe
         Name of a workload.
     backend : str
         "threads", "dask" or "ray".
-    count, megabytes, repeats : int
-        As much of them as Prefect can bear is used: see `COUNT`, `MEGABYTES`, `REPEATS`.
+    sizes : dict
+        What the workload is given.
+    repeats : int
+        Pairs of samples.
+    shape : tuple of int
+        Worker processes, and threads of each.
 
     Returns
     -------
@@ -113,16 +120,16 @@ def measure_prefect(case: str, backend: str, *, count: int, megabytes: int, repe
     order: dict[str, Any] = {
         "case": case,
         "backend": backend,
-        "count": min(count, COUNT),
-        "megabytes": min(megabytes, MEGABYTES),
-        "repeats": min(repeats, REPEATS),
+        "sizes": sizes,
+        "repeats": repeats,
+        "shape": shape,
     }
     with tempfile.TemporaryDirectory(prefix="prefect-benchmark-", ignore_cleanup_errors=True) as folder:
         home = Path(folder)
         try:
             with _server(python, home) as surroundings:
                 if case == "import_and_hello":
-                    found = _hello(python, home, surroundings, order["repeats"])
+                    found = _hello(python, home, surroundings, repeats)
                 else:
                     found = _child(python, home, surroundings, order)
         except (TimeoutError, OSError, RuntimeError, subprocess.TimeoutExpired) as error:
@@ -132,7 +139,7 @@ def measure_prefect(case: str, backend: str, *, count: int, megabytes: int, repe
     _, printed = run_process(
         [str(python), "-c", script, *names], dict(os.environ), Path(tempfile.gettempdir())
     )
-    return {**found, "parameters": order, "versions": dict(_pairs(printed))}
+    return {**found, "parameters": {**sizes, "repeats": repeats}, "versions": dict(_pairs(printed))}
 
 
 def _pairs(printed: str) -> list[tuple[str, str]]:
@@ -147,10 +154,10 @@ def _pairs(printed: str) -> list[tuple[str, str]]:
 
 @contextlib.contextmanager
 def _server(python: Path, home: Path) -> Iterator[dict[str, str]]:
-    """Run a Prefect server with SQLite; give the environment of its clients."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Run a Prefect server with SQLite; give the environment of its clients.
+
+    A server that does not come up is ended and started anew, on another port.
+    """
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "PENSTOCK_"))
     }
@@ -161,27 +168,39 @@ def _server(python: Path, home: Path) -> Iterator[dict[str, str]]:
         "PREFECT_LOGGING_LEVEL": "WARNING",
         "PYTHONPATH": str(ROOT),
     }
-    command = [
-        str(python),
-        "-m",
-        "prefect",
-        "server",
-        "start",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--no-ui",
-    ]
-    with (home / "server.log").open("w") as log:
-        server = subprocess.Popen(
-            command, env=surroundings, cwd=home, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+    for attempt in range(1, START_ATTEMPTS + 1):
+        port = _free_port()
+        server = _start_server(python, home, surroundings, port)
         try:
             _wait_for(server, f"http://127.0.0.1:{port}/api/health", home / "server.log")
+        except TimeoutError:
+            _stop(server)
+            if attempt == START_ATTEMPTS:
+                raise
+            continue
+        try:
             yield {**surroundings, "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
         finally:
             _stop(server)
+        return
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def _start_server(
+    python: Path, home: Path, surroundings: dict[str, str], port: int
+) -> subprocess.Popen[bytes]:
+    place = ["--host", "127.0.0.1", "--port", str(port), "--no-ui"]
+    command = [str(python), "-m", "prefect", "server", "start", *place]
+    with (home / "server.log").open("w") as log:
+        return subprocess.Popen(
+            command, env=surroundings, cwd=home, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
 
 def _wait_for(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
@@ -235,7 +254,7 @@ def _child(python: Path, home: Path, surroundings: dict[str, str], order: dict[s
             command, env=surroundings, cwd=home, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            problem = _watch(child)
+            problem = _watch(child, ready_file(answer), answer)
             if problem:
                 problem += _progress(surroundings["PREFECT_API_URL"])
         finally:
@@ -248,13 +267,25 @@ def _child(python: Path, home: Path, surroundings: dict[str, str], order: dict[s
     return {**found, "unfinished": problem}
 
 
-def _watch(child: subprocess.Popen[bytes]) -> str:
-    """Wait for the child; return why it has to be stopped, or nothing."""
-    deadline = time.monotonic() + TIMEOUT
+def ready_file(answer: Path) -> Path:
+    """Return what the child writes when its cluster is open and both sides have run something small."""
+    return answer.with_suffix(".ready")
+
+
+def _watch(child: subprocess.Popen[bytes], ready: Path, answer: Path) -> str:
+    """Wait for the child; return why it has to be stopped, or nothing.
+
+    The time allowed begins when the cluster is up, and anew with each sample.
+    """
     limit = int(psutil.virtual_memory().available * MEMORY)
+    since, seen = time.monotonic(), 0.0
     while child.poll() is None:
-        if time.monotonic() > deadline:
-            return f"did not finish within {TIMEOUT:.0f} s"
+        moment = max((path.stat().st_mtime for path in (ready, answer) if path.exists()), default=0.0)
+        if moment > seen:
+            since, seen = time.monotonic(), moment
+        allowed = TIMEOUT if ready.exists() else START_TIMEOUT
+        if time.monotonic() - since > allowed:
+            return f"did not finish: {allowed:.0f} s for {'one sample' if ready.exists() else 'the start'}"
         used = _memory(child.pid)
         if used > limit:
             return f"did not finish: stopped when it used {used / 1e9:.1f} GB"
@@ -278,7 +309,7 @@ def _progress(api: str) -> str:
     try:
         return f"; its database shows {post(f'{api}/task_runs/count', query)} completed task runs, warm-up included"
     except OSError:
-        return ""
+        return ""  # the server is too busy to say
 
 
 def post(url: str, body: dict[str, Any]) -> Any:

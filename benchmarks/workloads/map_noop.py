@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from benchmarks.clusters import Cluster
-from benchmarks.harness import Comparison, Sample, Side, interleave, measure
+from benchmarks.harness import Comparison, Sample, Sampling, Side, check, finish, interleave, measure
 
 NAME = "map_noop"
 DONE = (
@@ -13,7 +11,6 @@ DONE = (
     "all values being in the driver before that. bare: map and gather of the values; it records nothing. "
     "Both connect to the cluster inside the timed interval."
 )
-RECORD_TIMEOUT = 600.0
 
 
 def noop(value: int) -> int:
@@ -21,39 +18,15 @@ def noop(value: int) -> int:
     return value
 
 
-def compare(
-    cluster: Cluster,
-    sides: tuple[Side, Side],
-    *,
-    count: int,
-    repeats: int,
-    tell: Callable[[Comparison], None] | None = None,
-) -> Comparison:
-    """Compare two sides on a cluster.
-
-    Parameters
-    ----------
-    cluster : Cluster
-        Open.
-    sides : tuple of Side
-        Bare, engine.
-    count : int
-        Tasks per sample.
-    repeats : int
-        Pairs of samples.
-    tell : callable, optional
-        Called after each sample.
-    """
+def compare(cluster: Cluster, sides: tuple[Side, Side], sampling: Sampling, *, count: int) -> Comparison:
+    """Compare two sides on a cluster with `count` tasks per sample."""
 
     def take(side: Side, many: int = count) -> Sample:
         sample, values = measure(lambda clock: side.map_noop(many, clock))
-        if values != list(range(many)):
-            message = f"{side.name} returned wrong values"
-            raise RuntimeError(message)
+        check(values == list(range(many)), side, "values")
         del values
-        sample.completed = side.completed(many, RECORD_TIMEOUT)
-        sample.left_behind = cluster.settle()
-        return sample
+        sample.figures["tasks_per_second"] = many / sample.seconds
+        return finish(sample, side, many, cluster.settle)
 
     comparison = Comparison(cluster.configuration, sides[0].name, sides[1].name, tasks=count)
-    return interleave(comparison, sides, repeats, lambda side: take(side, min(count, 100)), take, tell)
+    return interleave(comparison, sides, sampling, lambda side: take(side, min(count, 100)), take)
