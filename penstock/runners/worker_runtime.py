@@ -18,6 +18,8 @@ Work order (a pickled dict of primitives)
     Whether `print` goes to the run's log.
 ``context``
     What nested code needs to know: ids and names of the flow run, tags, depth, runner.
+``commit``
+    Where to store the value before the record is made, see `result_store`; absent if nowhere.
 
 Record (a pickled dict of primitives)
 -------------------------------------
@@ -35,6 +37,8 @@ Record (a pickled dict of primitives)
     See `describe`; absent if the status is "completed".
 ``state``
     ``{type, name, message, error}`` if the function returned a state made by hand.
+``stored``
+    Where the value was stored, see `result_store.commit`; absent if it was not.
 ``children``
     Packed events of task runs that this one submitted; absent if there are none.
 """
@@ -45,6 +49,7 @@ import builtins
 import contextlib
 import contextvars
 import ctypes
+import importlib
 import inspect
 import io
 import os
@@ -72,6 +77,7 @@ FUNCTIONS_KEPT = 512
 _HOST = socket.gethostname()
 _HIDDEN = {__file__}  # frames of these files are not the user's
 worker_name = ""  # set by the backend's half where a worker has a name of its own
+result_store: Any = None  # likewise: a function that loads the module, where it lies in no package
 
 # One context variable for the whole process, whichever copy of this file was imported.
 _shared: Any = sys.modules.setdefault("_penstock_running", types.ModuleType("_penstock_running"))
@@ -108,6 +114,7 @@ class Running:
         self.over = False
         self.logs: list[tuple[float, str, str]] = []
         self.dropped = 0
+        self.stored: Any = None  # what an earlier attempt has stored: then the function does not run again
         self.nested: Any = None  # set by the engine when the task submits tasks of its own
         self.helps = False  # a coroutine of the task does a child beside its event loop
         self.awaits = False  # a coroutine of the task has given its slot back
@@ -223,14 +230,22 @@ class Attempt:
         seconds = time.perf_counter() - self._clock
         with contextlib.suppress(ValueError):  # a coroutine may end in another context
             _running.reset(self._token)
-        self.error = error
-        state = None
+        state, stored = None, running.stored
         if error is None:
             self.value, state = _made_by_hand(self.value)
-        else:
-            self.value = None
-        record = _record(running, status, self._started, seconds, self.value, error, children, state)
-        self.outcome = (self.value if error is None else Failed(record, error), record)
+        if error is None and stored is None and (state is None or state["type"] == "COMPLETED"):
+            try:  # before the record is made: what is recorded as completed is stored
+                self.value, stored = commit(self.value, *_commit_of(running.order))
+            except BaseException as raised:
+                error, status = raised, _status(raised, running)
+        self.error = error
+        if error is not None:
+            self.value, stored = None, None
+        record = _record(
+            running, status, self._started, seconds, self.value, error, children, state, stored
+        )
+        own = None if hasattr(error, "_penstock_error") else error
+        self.outcome = (self.value if error is None else Failed(record, own), record)
         return True
 
 
@@ -238,6 +253,10 @@ def _call(running: Running, function: Any, arguments: Any, values: Any, on_start
     order = running.order
     if running.cancelled:
         raise Cancelled
+    found = stored_before(*_commit_of(order))
+    if found is not None:
+        value, running.stored = found
+        return value
     call = _function(function)
     args, kwargs = _arguments(arguments, guarded_inputs(values, order.get("inputs", "readonly")))
     if on_start is not None:
@@ -314,6 +333,7 @@ def _record(
     error: BaseException | None = None,
     children: bytes | None = None,
     state: dict[str, Any] | None = None,
+    stored: dict[str, Any] | None = None,
 ) -> bytes:
     record: dict[str, Any] = {
         "status": status,
@@ -338,6 +358,8 @@ def _record(
         record["children"] = children
     if state is not None:
         record["state"] = state
+    if stored is not None:
+        record["stored"] = stored
     return pickle.dumps(record, 4)
 
 
@@ -374,21 +396,71 @@ def refuse(record: bytes, value: Any, error: BaseException) -> tuple[Any, bytes]
     kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
     reason = f"{type(error).__name__}: {error}"[:1000]
     message = f"a result of type {kind} cannot be sent to another process: {reason}"
-    text = message.encode("utf-8", "replace")
-    # Written by hand, since penstock.errors need not exist where this runs.
-    spelled = b"cpenstock.errors\nUnserializableArgument\nX" + len(text).to_bytes(4, "little") + text
     unpacked = pickle.loads(record)
     unpacked["status"], unpacked["nbytes"] = "failed", 0
-    unpacked["error"] = {
-        "type": "UnserializableArgument",
+    unpacked.pop("stored", None)
+    unpacked["error"] = _spelled("UnserializableResult", message)
+    record = pickle.dumps(unpacked, 4)
+    return Failed(record), record
+
+
+def _spelled(kind: str, message: str) -> dict[str, Any]:
+    """Describe an error of `penstock.errors`, which need not exist where this runs."""
+    text = message.encode("utf-8", "replace")
+    spelled = b"cpenstock.errors\n" + kind.encode() + b"\nX" + len(text).to_bytes(4, "little") + text
+    return {
+        "type": kind,
         "module": "penstock.errors",
         "message": message,
-        "text": f"penstock.errors.UnserializableArgument: {message}\n",
+        "text": f"penstock.errors.{kind}: {message}\n",
         "frames": [],
         "pickle": b"\x80\x02" + spelled + b"\x85R.",
     }
-    record = pickle.dumps(unpacked, 4)
-    return Failed(record), record
+
+
+# -- results that outlive their process -----------------------------------------------------
+
+
+def commit(value: Any, order: dict[str, Any] | None, run: str, attempt: int) -> tuple[Any, Any]:
+    """Store the value of one attempt, if its work order says so.
+
+    Parameters
+    ----------
+    value : object
+        What the function returned.
+    order : dict or None
+        ``commit`` of the work order.
+    run, attempt : str, int
+        Whose value it is; the runs of a chunk share an order.
+
+    Returns
+    -------
+    tuple
+        The value of the run (the stored one, if another attempt was faster), and what the record
+        says about the storage: None if nothing was stored.
+    """
+    if order is None or (order["over"] and _size_or_nothing(value) < order["over"]):
+        return value, None
+    committed: tuple[Any, Any] = _store().commit(value, order, run, attempt)
+    return committed
+
+
+def stored_before(order: dict[str, Any] | None, run: str, attempt: int) -> tuple[Any, Any] | None:
+    """Return what `commit` returned in an earlier attempt, whose worker may have died right after."""
+    if order is None or attempt == 1:
+        return None
+    found: tuple[Any, Any] | None = _store().find(order, run)
+    return found
+
+
+def _commit_of(order: dict[str, Any]) -> tuple[Any, str, int]:
+    return order.get("commit"), order.get("run", ""), order.get("attempt", 1)
+
+
+def _store() -> Any:
+    if result_store is not None:
+        return result_store()
+    return importlib.import_module(f"{__name__.rpartition('.')[0]}.result_store")
 
 
 # -- functions and arguments --------------------------------------------------------------
@@ -660,6 +732,9 @@ def describe(error: BaseException) -> dict[str, Any]:
         if frame.filename not in _HIDDEN
     ]
     _strip(error)
+    ours = getattr(error, "_penstock_error", None)
+    if isinstance(ours, str):
+        return _spelled(ours, str(error))
     if isinstance(error, ValueError) and "read-only" in str(error):
         error.add_note(
             "penstock hands arrays from other tasks over as read-only views; "
