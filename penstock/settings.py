@@ -308,11 +308,19 @@ def _storage(raw: Any, label: str, base: Path) -> str:
     return text if "://" in text or not text else str(_path(text, label, base))
 
 
-def _serializer(raw: Any, label: str, base: Path) -> str:
-    from penstock.runners.result_formats import NAMES
-
-    return _one_of(*NAMES)(raw, label, base)
-
+FORMATS = (
+    "auto",
+    "pickle",
+    "json",
+    "npy",
+    "npz",
+    "arrow",
+    "parquet",
+    "zarr",
+    "compressed/pickle",
+    "compressed/json",
+)
+"""The names in `penstock.runners.result_formats`, which this room cannot see."""
 
 _CHECKS: Mapping[str, _Check] = {
     "home": _path,
@@ -326,7 +334,7 @@ _CHECKS: Mapping[str, _Check] = {
     "large_argument": _size,
     "results_persist_by_default": _persistence,
     "default_result_storage": _storage,
-    "results_default_serializer": _serializer,
+    "results_default_serializer": _one_of(*FORMATS),
     "tracking": _switch,
     "spool_sync": _one_of("process", "power"),
 }

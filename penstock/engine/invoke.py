@@ -5,12 +5,13 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
+from penstock.engine import results
 from penstock.engine.calls import Call, TaskRun
 
 
 def work_order(run: TaskRun, call: Call, prints: bool) -> dict[str, Any]:
     """Make the work order for the next attempt of a run."""
-    return {
+    order = {
         "run": run.id,
         "attempt": run.attempt,
         "task": call.task.name,
@@ -19,6 +20,10 @@ def work_order(run: TaskRun, call: Call, prints: bool) -> dict[str, Any]:
         "prints": prints,
         "context": call.context,
     }
+    commit = results.commit_order(run)
+    if commit is not None:
+        order["commit"] = commit
+    return order
 
 
 def read_record(data: bytes) -> dict[str, Any]:

@@ -120,6 +120,8 @@ class Journal:
             "worker": [workers.setdefault(run.worker, len(workers)) for run, _ in members],
             "workers": list(workers),
         }
+        if any("stored" in details for _, details in members):
+            body["stored"] = [details.get("stored") for _, details in members]
         rank = TERMINAL if kind.is_final else PRESENT
         self.write("states", map_id, members[0][0].root, body, max(body["attempt"]), rank)
 

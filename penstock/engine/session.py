@@ -26,6 +26,7 @@ from penstock.engine.context import Scope
 from penstock.engine.graph import Graph, admits, sources_of
 from penstock.engine.journal import Journal
 from penstock.engine.objects import Objects
+from penstock.engine.results import ResultOptions
 from penstock.engine.states import StateType, advance
 from penstock.engine.waiting import surrounds
 from penstock.runners import worker_runtime
@@ -83,6 +84,7 @@ class Session:
             "depth": scope.depth + 1,
             "prints": scope.log_prints,
             "runner": self.runner.inside(),
+            "results": (flow.results if flow else ResultOptions()).pack(),
         }
 
     def function(self, task: Any) -> Any:

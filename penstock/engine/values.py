@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from penstock import errors
+from penstock.engine import results as stored
 from penstock.engine.calls import Source, TaskRun
 from penstock.engine.failure import Failure
 from penstock.engine.states import State, StateType, Stored, failure_of
+
+if TYPE_CHECKING:
+    from penstock.engine.session import Session
 
 
 def is_at_hand(run: TaskRun) -> bool:
@@ -31,16 +36,33 @@ def results(runs: Sequence[TaskRun], *, raise_on_failure: bool = True) -> list[A
         if run.completed and run.value is None and run.ref is not None:
             wanted.setdefault(run.carrier, {})[run] = run.ref
     for session, refs in wanted.items():
-        for run, value in zip(refs, session.runner.fetch(list(refs.values())), strict=True):
+        for run, value in zip(refs, _brought(session, refs), strict=True):
             run.value = value
-            if not session.in_process:
-                session.bytes_fetched += run.nbytes
     found = []
     for run in runs:
         error = exception_of(run)
         if error is not None and raise_on_failure:
             raise error
         found.append(run.value if error is None else error)
+    return found
+
+
+def _brought(session: Session, refs: dict[TaskRun, Any]) -> list[Any]:
+    """Fetch values; a stored copy takes the place of one that is gone."""
+    try:
+        found = session.runner.fetch(list(refs.values()))
+    except Exception as error:
+        closed = not session.runner.is_open
+        if not closed and not isinstance(error, errors.ResultLost):
+            raise
+        if len(refs) > 1:  # some may still be there
+            return [_brought(session, {run: ref})[0] for run, ref in refs.items()]
+        (run,) = refs
+        if run.stored is None and not closed:
+            raise
+        return [stored.load(run)]
+    if not session.in_process:
+        session.bytes_fetched += sum(run.nbytes for run in refs)
     return found
 
 
@@ -70,6 +92,8 @@ def state_of(run: TaskRun) -> State:
     details: dict[str, Any] = {"task_run_id": run.id, "attempt": run.attempt}
     if run.flow_run is not None:
         details["flow_run_id"] = run.flow_run.id
+    if run.stored is not None:
+        details["stored"] = stored.location(run.stored)
     if run.child_flow_run is not None:
         details["child_flow_run_id"] = run.child_flow_run
     return State(run.type, run.state_name, run.message, data, details, run.ended or time.time())

@@ -391,14 +391,11 @@ def _polars_frame(value: Any, format: str) -> Prepared:
 
 
 def _write_table(file: Any, table: Any, format: str) -> None:
-    import pyarrow
-
+    arrow = importlib.import_module("pyarrow")
     if format == "parquet":
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(table, file)
+        importlib.import_module("pyarrow.parquet").write_table(table, file)
         return
-    with pyarrow.ipc.new_file(file, table.schema) as writer:
+    with arrow.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
 
 
@@ -515,8 +512,6 @@ def _write_entries(file: Any, entries: dict[str, Any]) -> None:
 
 def _read_zarr(details: dict[str, Any], file: Any) -> Any:
     zarr = _library("zarr", "reading a result in the format zarr")
-    import zarr.storage
-
     with _as_path(file) as path, zarr.storage.ZipStore(path, mode="r") as store, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if details["of"] == "ndarray":

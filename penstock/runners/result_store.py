@@ -144,7 +144,9 @@ def load(where: dict[str, Any], run: str | None = None) -> Any:
     with _refusals(where, place):
         header = _header(place, where["key"])
         if run is not None and header["run"] != run:
-            message = f"{place.name}/{where['key']}{EXTENSION} holds the result of a later run, {header['run']}"
+            message = (
+                f"{place.name}/{where['key']}{EXTENSION} holds the result of a later run, {header['run']}"
+            )
             raise Absent(message)
         return _read_value(place, where["key"], header)
 
@@ -389,7 +391,7 @@ class Folder:
         path = self._temporary(name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         self._sweep(os.path.dirname(path))
-        return open(path, "xb")  # noqa: SIM115 - closed by `keep` or `discard`
+        return open(path, "xb")
 
     def keep(self, file: Any, name: str) -> None:
         """Give a file its name."""

@@ -241,9 +241,7 @@ class Attempt:
         self.error = error
         if error is not None:
             self.value, stored = None, None
-        record = _record(
-            running, status, self._started, seconds, self.value, error, children, state, stored
-        )
+        record = _record(running, status, self._started, seconds, self.value, error, children, state, stored)
         own = None if hasattr(error, "_penstock_error") else error
         self.outcome = (self.value if error is None else Failed(record, own), record)
         return True

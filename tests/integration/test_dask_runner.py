@@ -216,7 +216,7 @@ def test_leaving_the_process_from_a_task_crashes_the_task_only(session: Session)
 def test_a_result_that_cannot_travel_is_a_failure(session: Session) -> None:
     ref = session.send(threading.Lock)
     record = pickle.loads(session.wait(ref)[0].record)
-    assert record["error"]["type"] == "UnserializableArgument"
+    assert record["error"]["type"] == "UnserializableResult"
     assert "_thread.lock" in record["error"]["message"]
 
 
