@@ -172,7 +172,7 @@ def changed_results(
     """Merge what is said of results; None takes something back."""
     new = (persist, storage, key, serializer)
     before = (old.persist, old.storage, old.key, old.serializer)
-    merged = [was if now is NOT_GIVEN else now for now, was in zip(new, before, strict=True)]
+    merged: list[Any] = [was if now is NOT_GIVEN else now for now, was in zip(new, before, strict=True)]
     return read_options(*merged)
 
 

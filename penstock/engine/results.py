@@ -116,9 +116,7 @@ def read_options(
     ConfigurationError
         Naming the option and what it can be.
     """
-    if persist not in {True, False, None, "large"} or isinstance(persist, (int, float)) > isinstance(
-        persist, bool
-    ):
+    if persist is not None and not isinstance(persist, bool) and persist != "large":
         message = f"'persist_result' must be True, False, None or 'large', got {persist!r}."
         raise errors.ConfigurationError(message)
     if serializer is not None and serializer not in result_formats.NAMES:

@@ -91,7 +91,7 @@ def commit(value: Any, order: dict[str, Any], run: str, attempt: int) -> tuple[A
                 if attempt > 1:
                     place.tidy(key, header.data)
                 break
-            place.drop(header.data)
+            place.drop(_beside(key, header.data))
             try:
                 present = _header(place, key)
             except (Absent, Damaged):
@@ -100,7 +100,7 @@ def commit(value: Any, order: dict[str, Any], run: str, attempt: int) -> tuple[A
                 return _read_value(place, key, present), _said(order, key, present, duplicate=True)
             header = _write(place, key, prepared, run, attempt, wished=order["format"] != "auto")
             place.commit(key, header.packed, replace=True)
-            place.drop(present["data"])
+            place.drop(_beside(key, present["data"]))
             break
         else:
             raise formats.CommitError(f"the result storage {place.name} keeps a damaged file under {key!r}")
@@ -219,7 +219,7 @@ def _write(place: Any, key: str, prepared: Any, run: str, attempt: int, *, wishe
         "details": prepared.details,
         "nbytes": sink.nbytes,
         "checksum": sink.hash.hexdigest(),
-        "data": name if sink.file is not None else None,
+        "data": name.rpartition("/")[2] if sink.file is not None else None,
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "time": time.time(),
@@ -247,17 +247,21 @@ class _Sink(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
+        for start in range(0, len(view), CHUNK):  # hashed and written while it is in the CPU's cache
+            self._write(view[start : start + CHUNK])
+        return len(view)
+
+    def _write(self, view: memoryview) -> None:
         self.hash.update(view)
         self.nbytes += len(view)
         if self.file is None and self.nbytes <= self._limit:
             self.kept += view
-            return len(view)
+            return
         if self.file is None:
             self.file = self._place.create(self._name)
             kept, self.kept = self.kept, bytearray()
             self.file.write(kept)
         self.file.write(view)
-        return len(view)
 
     def finish(self) -> None:
         """Make the file visible under its name."""
@@ -269,6 +273,12 @@ class _Sink(io.RawIOBase):
         if self.file is not None:
             with contextlib.suppress(Exception):
                 self._place.discard(self.file, self._name)
+
+
+def _beside(key: str, data: str | None) -> str | None:
+    """Return the name in the storage of a file beside the commit file: the two may move together."""
+    folder, slash, _ = key.rpartition("/")
+    return None if data is None else f"{folder}{slash}{data}"
 
 
 def _header(place: Any, key: str) -> dict[str, Any]:
@@ -301,7 +311,7 @@ def _damaged(place: Any, key: str, data: str | None, reason: str) -> Damaged:
 
 def _read_value(place: Any, key: str, header: dict[str, Any]) -> Any:
     """Read the value behind a header, after its checksum was found right."""
-    data = header["data"]
+    data = _beside(key, header["data"])
     if data is None:
         with io.BytesIO(header["inline"]) as file:
             return _checked(place, key, header, file)
@@ -313,15 +323,16 @@ def _read_value(place: Any, key: str, header: dict[str, Any]) -> Any:
 
 
 def _checked(place: Any, key: str, header: dict[str, Any], file: Any) -> Any:
+    data = _beside(key, header["data"])
     length = file.seek(0, os.SEEK_END)
     if length != header["nbytes"]:
-        raise _damaged(place, key, header["data"], f"{length} bytes instead of {header['nbytes']}")
+        raise _damaged(place, key, data, f"{length} bytes instead of {header['nbytes']}")
     file.seek(0)
     found, buffer = hashlib.blake2b(digest_size=16), bytearray(CHUNK)
     while read := file.readinto(buffer):
         found.update(memoryview(buffer)[:read])
     if found.hexdigest() != header["checksum"]:
-        raise _damaged(place, key, header["data"], "its checksum is wrong")
+        raise _damaged(place, key, data, "its checksum is wrong")
     file.seek(0)
     try:
         return formats.read(header["format"], header["details"], file)
@@ -462,7 +473,7 @@ class Folder:
         with contextlib.suppress(OSError):
             self._sweep(folder, again=True)
             for name in os.listdir(folder):
-                if name.startswith(f"{base}-") and name != os.path.basename(data or ""):
+                if name.startswith(f"{base}-") and name != data:
                     os.unlink(os.path.join(folder, name))
 
     def _sweep(self, folder: str, *, again: bool = False) -> None:
