@@ -359,7 +359,9 @@ def _frame(value: Any, format: str = "arrow", strict: bool = True) -> Prepared |
 
 def _pandas_frame(value: Any, format: str, strict: bool) -> Prepared | None:
     pyarrow = _library("pyarrow", f"storing a pandas frame as {format}")
-    if strict and (value.attrs or any(str(kind) == "object" for kind in (*value.dtypes, value.index.dtype))):
+    levels = value.index.levels if value.index.nlevels > 1 else [value.index]
+    kinds = [*value.dtypes, *(level.dtype for level in levels)]
+    if strict and (value.attrs or any(str(kind) == "object" for kind in kinds)):
         return None  # columns of anything: Arrow would turn lists into arrays, and None into NaN
     table = pyarrow.Table.from_pandas(value)
     back = table.slice(0, 0).to_pandas()
@@ -495,7 +497,8 @@ def _wished_zarr(value: Any) -> Prepared:
         if made.dtype != value.dtype or made.shape != value.shape:
             raise _unfit(value, "zarr", f"{value.dtype} would come back as {made.dtype}")
     order = "F" if value.flags.f_contiguous and not value.flags.c_contiguous else "C"
-    return Prepared("zarr", lambda file: _write_entries(file, entries), of="ndarray", order=order)
+    kind = None if value.dtype.names else value.dtype.str
+    return Prepared("zarr", lambda file: _write_entries(file, entries), of="ndarray", order=order, dtype=kind)
 
 
 def _memory_store(entries: dict[str, Any]) -> Any:
@@ -518,7 +521,8 @@ def _read_zarr(details: dict[str, Any], file: Any) -> Any:
             import numpy as np
 
             # zarr gives a scalar for an array without dimensions
-            return np.asarray(zarr.open_array(store, mode="r")[...], order=details["order"])
+            found = zarr.open_array(store, mode="r")[...]
+            return np.asarray(found, dtype=details["dtype"], order=details["order"])
         xarray = _library("xarray", "reading a stored xarray object")
         dataset = xarray.open_zarr(store, consolidated=False, chunks=None).load().drop_encoding()
         dataset = _in_units(dataset, details["times"])

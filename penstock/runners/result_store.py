@@ -44,7 +44,7 @@ from typing import Any
 formats: Any = globals().get("_formats") or importlib.import_module(f"{__package__}.result_formats")
 
 INLINE = 65_536  # bytes up to which a value lies in the commit file itself
-MAGIC = "penstock-result"
+MAGIC, VERSION = b"penstock-result", b"1"
 EXTENSION = ".result"
 CHUNK = 1 << 20
 
@@ -193,7 +193,8 @@ class _Header:
         self.fields = fields
         self.data = fields["data"]
         text = json.dumps(fields).encode()
-        self.packed = f"{MAGIC} 1 {_digest(text)} ".encode() + text + b"\n" + inline
+        digest = _digest(VERSION + text).encode()
+        self.packed = b" ".join((MAGIC, VERSION, digest, text)) + b"\n" + inline
 
 
 def _digest(data: bytes) -> str:
@@ -288,9 +289,10 @@ def _header(place: Any, key: str) -> dict[str, Any]:
     head, _, text = line.partition(b" {")
     words = head.split(b" ")
     text = b"{" + text
-    if newline and len(words) == 3 and words[0] == MAGIC.encode() and words[2] == _digest(text).encode():
+    whole = newline and len(words) == 3 and words[0] == MAGIC
+    if whole and words[2] == _digest(words[1] + text).encode():
         header: dict[str, Any] = json.loads(text)
-        if words[1] != b"1":
+        if words[1] != VERSION:
             raise formats.CommitError(f"{place.name}/{key}{EXTENSION} was written by a newer penstock")
         header["inline"] = inline
         return header
@@ -432,8 +434,8 @@ class Folder:
                 return False
             except OSError:
                 # A file system without hard links: nearly as good, as attempts rarely overlap.
-                if os.path.lexists(path) or not os.path.exists(file.name):
-                    raise
+                if os.path.lexists(path):
+                    return False
                 os.rename(file.name, path)
             return True
         finally:

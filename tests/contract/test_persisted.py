@@ -141,7 +141,7 @@ def test_results_are_there_after_the_runner_has_closed(
     kept: list[Any] = []
 
     def body() -> None:
-        kept.extend([ramp.submit(SIZE), *ramp.map([3, 4])])
+        kept.extend([ramp.submit(2 * SIZE), *ramp.map([3, 4])])
         kept.append(double.submit(kept[0]))
         for future in kept:
             future.wait()
@@ -150,8 +150,8 @@ def test_results_are_there_after_the_runner_has_closed(
     flow(task_runner=runner)(body)()
     bench.close()
     *stored, unstored, state = kept
-    assert [len(future.result()) for future in stored] == [SIZE, 3, 4]
-    assert state.result()[-1] == SIZE - 1
+    assert [len(future.result()) for future in stored] == [2 * SIZE, 3, 4]
+    assert state.result()[-1] == 2 * SIZE - 1
     if not runner.info.in_process:
         with pytest.raises(MissingResult, match=r"'double' \(.*persist_result=True") as caught:
             unstored.result()
