@@ -172,7 +172,12 @@ def _pickled(value: Any) -> Prepared:
     return Prepared("pickle", write, parts=[len(data), *(part.nbytes for part in raw)])
 
 
+_PLAIN = (type(None), bool, int, float, complex, str, bytes)
+
+
 def _dumps(value: Any, buffers: list[pickle.PickleBuffer]) -> bytes:
+    if type(value) in _PLAIN:  # ten times as fast as what is needed for classes of a script
+        return pickle.dumps(value, 5)
     try:
         import cloudpickle
     except ImportError:

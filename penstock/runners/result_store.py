@@ -28,6 +28,7 @@ Commit order (primitives, in the work order)
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import io
@@ -84,26 +85,30 @@ def commit(value: Any, order: dict[str, Any], run: str, attempt: int) -> tuple[A
     prepared = formats.prepare(value, order["format"])
     place = _place(order)
     key = order["key"].replace("{run}", run)
+    wished = order["format"] != "auto"
     with _refusals(order, place):
         for _ in range(3):
-            header = _write(place, key, prepared, run, attempt, wished=order["format"] != "auto")
-            if place.commit(key, header.packed, replace=False):
-                if attempt > 1:
-                    place.tidy(key, header.data)
+            header = _write(place, key, prepared, run, attempt, wished=wished)
+            if place.commit(key, header, replace=False):
                 break
-            place.drop(_beside(key, header.data))
             try:
                 present = _header(place, key)
+                if header.is_that_of(present):  # a request was repeated whose answer had got lost
+                    break
+                if present["run"] == run:
+                    stored = _read_value(place, key, present)
+                    place.drop(_beside(key, header.data))
+                    return stored, _said(order, key, present, duplicate=True)
             except (Absent, Damaged):
+                place.drop(_beside(key, header.data))
                 continue
-            if present["run"] == run:
-                return _read_value(place, key, present), _said(order, key, present, duplicate=True)
-            header = _write(place, key, prepared, run, attempt, wished=order["format"] != "auto")
-            place.commit(key, header.packed, replace=True)
+            place.commit(key, header, replace=True)
             place.drop(_beside(key, present["data"]))
             break
         else:
             raise formats.CommitError(f"the result storage {place.name} keeps a damaged file under {key!r}")
+        if attempt > 1:
+            place.tidy(key, header.data)
         return value, _said(order, key, header.fields)
 
 
@@ -195,6 +200,10 @@ class _Header:
         text = json.dumps(fields).encode()
         digest = _digest(VERSION + text).encode()
         self.packed = b" ".join((MAGIC, VERSION, digest, text)) + b"\n" + inline
+
+    def is_that_of(self, present: dict[str, Any]) -> bool:
+        """Whether a commit file that was found is this one."""
+        return all(present.get(name) == self.fields[name] for name in ("data", "pid", "time", "host"))
 
 
 def _digest(data: bytes) -> str:
@@ -370,6 +379,7 @@ def _needs(storage: str, error: ImportError) -> str:
     return f"the result storage {storage} needs libraries that are not installed here: {cure}"
 
 
+@functools.cache
 def _writer() -> str:
     """Name this process: a file of a process that is gone can be removed by others of the host."""
     try:
@@ -402,9 +412,13 @@ class Folder:
     def create(self, name: str) -> Any:
         """Open a new file, invisible until `keep`."""
         path = self._temporary(name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        self._sweep(os.path.dirname(path))
-        return open(path, "xb")
+        folder = os.path.dirname(path)
+        self._sweep(folder)
+        try:
+            return open(path, "xb")
+        except FileNotFoundError:
+            os.makedirs(folder, exist_ok=True)
+            return open(path, "xb")
 
     def keep(self, file: Any, name: str) -> None:
         """Give a file its name."""
@@ -418,8 +432,15 @@ class Folder:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
 
-    def commit(self, key: str, data: bytes, *, replace: bool) -> bool:
+    def commit(self, key: str, header: _Header, *, replace: bool) -> bool:
         """Make a commit file appear; False if there is one already."""
+        try:
+            return self._commit(key, header.packed, replace=replace)
+        except BaseException:
+            self.drop(_beside(key, header.data))
+            raise
+
+    def _commit(self, key: str, data: bytes, *, replace: bool) -> bool:
         path = self._path(key + EXTENSION)
         file = self.create(key + EXTENSION)
         try:
@@ -544,20 +565,25 @@ class Bucket:
         with contextlib.suppress(Exception):
             self.fs.rm_file(self._path(name))
 
-    def commit(self, key: str, data: bytes, *, replace: bool) -> bool:
-        """Make a commit file appear; False if there is one already."""
+    def commit(self, key: str, header: _Header, *, replace: bool) -> bool:
+        """Make a commit file appear; False if there is one already.
+
+        If this raises, nobody knows whether it did: the data stay, and the next attempt tidies.
+        """
         path = self._path(key + EXTENSION)
         if replace:
-            self.fs.pipe_file(path, data)
+            self.fs.pipe_file(path, header.packed)
             return True
         try:
-            self.fs.pipe_file(path, data, mode="create")
+            self.fs.pipe_file(path, header.packed, mode="create")
         except FileExistsError:
             return False
-        except (OSError, NotImplementedError):  # each kind of storage says in its own way that there is one
+        except Exception as error:  # each kind of storage says in its own way that there is one
             if self._holds(path):
                 return False
-            raise
+            if not isinstance(error, (TypeError, ValueError, NotImplementedError)):
+                raise
+            self.fs.pipe_file(path, header.packed)  # it knows no exclusive writing
         return True
 
     def _holds(self, path: str) -> bool:

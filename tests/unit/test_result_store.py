@@ -215,6 +215,30 @@ def test_of_many_writers_at_once_one_commits(tmp_path: Path) -> None:
     assert len(names(tmp_path)) == 2
 
 
+def test_a_commit_whose_answer_got_lost_is_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = result_store.Folder.commit
+
+    def deaf(*args: Any, **options: Any) -> bool:
+        commit(*args, **options)
+        return False
+
+    monkeypatch.setattr(result_store.Folder, "commit", deaf)
+    value = np.ones(100_000)
+    back, said = result_store.commit(value, order(tmp_path), RUN, 1)
+    assert back is value
+    assert "duplicate" not in said
+    assert result_store.load(said).sum() == 100_000
+
+
+def test_a_duplicate_of_a_damaged_result_takes_its_place(tmp_path: Path) -> None:
+    result_store.commit(np.ones(100_000), order(tmp_path), RUN, 1)
+    data = next((tmp_path / "flow").glob("*.npy"))
+    data.write_bytes(bytes(data.stat().st_size))
+    value, said = result_store.commit("second", order(tmp_path), RUN, 1)
+    assert value == "second"
+    assert result_store.load(said) == "second"
+
+
 def test_without_hard_links_a_result_is_stored_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
