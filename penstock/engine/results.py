@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -129,8 +129,11 @@ def read_options(
 
 
 def _read_storage(storage: Any) -> ResultStorage | None:
-    if storage is None or isinstance(storage, ResultStorage):
-        return storage
+    if storage is None:
+        return None
+    if isinstance(storage, ResultStorage):
+        plain = _read_storage(storage.url)
+        return replace(storage, url=plain.url) if plain is not None else None
     options = getattr(storage, "storage_options", None)  # a UPath knows those of its file system
     if isinstance(options, Mapping) and "://" in str(storage):
         return ResultStorage(str(storage), dict(options))

@@ -400,6 +400,8 @@ def test_a_storage_that_refuses_fails_the_run_in_one_sentence(
         with pytest.raises(StorageRefused, match=rf"the result storage {storage} refuses: \w+: ") as caught:
             bad.result()
         assert caught.value.run_id == bad.task_run_id
+        with pytest.raises(StorageRefused):
+            refused.with_options(name="called")(1)
         return [future.result() for future in good]
 
     assert in_flow(body)[1] == 8
