@@ -452,7 +452,8 @@ def stored_before(order: dict[str, Any] | None, run: str, attempt: int) -> tuple
 
 
 def _commit_of(order: dict[str, Any]) -> tuple[Any, str, int]:
-    return order.get("commit"), order.get("run", ""), order.get("attempt", 1)
+    target = order.get("commit")
+    return target, order["run"] if target is not None else "", order.get("attempt", 1)
 
 
 def _store() -> Any:
