@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from penstock.engine.flow import Flow, flow
     from penstock.engine.futures import Future, PenstockFuture, PenstockFutureList, as_completed, wait
     from penstock.engine.logs import get_run_logger
+    from penstock.engine.results import ResultStorage, load_result
     from penstock.engine.retry import exponential_backoff
     from penstock.engine.states import State, StateType
     from penstock.engine.task import Task, task
@@ -40,9 +41,12 @@ if TYPE_CHECKING:
         PausedRun,
         PenstockError,
         ReservedArgumentError,
+        ResultCorrupt,
         Skip,
+        StorageRefused,
         TerminationSignal,
         UnfinishedRun,
+        UnserializableResult,
         UpstreamTaskError,
     )
     from penstock.runners.base import TaskRunner
@@ -67,6 +71,9 @@ __all__ = [
     "unmapped",
     "allow_failure",
     "quote",
+    # results that are stored
+    "ResultStorage",
+    "load_result",
     # futures and states
     "PenstockFuture",
     "Future",
@@ -100,6 +107,9 @@ __all__ = [
     "CancelledRun",
     "PausedRun",
     "MissingResult",
+    "ResultCorrupt",
+    "StorageRefused",
+    "UnserializableResult",
     "TerminationSignal",
     "Skip",
 ]
@@ -110,6 +120,7 @@ _ENGINE = {
     "flow": ("flow", "Flow"),
     "futures": ("PenstockFuture", "Future", "PenstockFutureList", "wait", "as_completed"),
     "logs": ("get_run_logger",),
+    "results": ("ResultStorage", "load_result"),
     "retry": ("exponential_backoff",),
     "states": ("State", "StateType"),
     "task": ("task", "Task"),

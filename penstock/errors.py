@@ -13,7 +13,8 @@
     ├── MappingMissingIterable        (TypeError)   `.map` got nothing to iterate over
     ├── MappingLengthMismatch         (ValueError)  `.map` got iterables of unequal length
     ├── MissingContextError           (RuntimeError) something needs a running flow or task
-    ├── UnserializableArgument        (TypeError)   an argument or result cannot be pickled
+    ├── UnserializableArgument        (TypeError)   an argument cannot be sent to another process
+    ├── UnserializableResult          (TypeError)   a result cannot be sent, or does not fit the format to store it in
     ├── NestingTooDeep                (RecursionError) tasks submit tasks without an end
     └── RunError                      a run did not end well; carries the run
         ├── FailedRun                 user code failed and left no exception that can be raised here
@@ -28,7 +29,9 @@
         ├── PausedRun                 the run waits for somebody
         ├── UnfinishedRun             the run has no result yet, or will never start
         ├── UpstreamTaskError         `.map` over a future whose task did not complete
-        └── MissingResult             the run completed, but its value is not stored anywhere
+        ├── StorageRefused            the storage of results cannot be written to or read from
+        ├── MissingResult             the run completed, but its value is not stored anywhere
+        └── ResultCorrupt             a stored result is damaged; it was set aside, and is never loaded
 
     Skip                              control flow: ``raise Skip("why")`` ends a run as SKIPPED
     TerminationSignal                 (BaseException) SIGTERM reached the driver
@@ -61,15 +64,18 @@ __all__ = [
     "PausedRun",
     "PenstockError",
     "ReservedArgumentError",
+    "ResultCorrupt",
     "ResultLost",
     "RunError",
     "RunnerUnavailable",
     "SchedulerLost",
     "Skip",
+    "StorageRefused",
     "TaskTimeout",
     "TerminationSignal",
     "UnfinishedRun",
     "UnserializableArgument",
+    "UnserializableResult",
     "UpstreamTaskError",
     "WorkerLost",
 ]
@@ -120,7 +126,11 @@ class MissingContextError(PenstockError, RuntimeError):
 
 
 class UnserializableArgument(PenstockError, TypeError):
-    """An argument or a result cannot be sent to another process."""
+    """An argument cannot be sent to another process."""
+
+
+class UnserializableResult(PenstockError, TypeError):
+    """A result cannot be sent to another process, or does not fit the format in which to store it."""
 
 
 class NestingTooDeep(PenstockError, RecursionError):
@@ -192,8 +202,16 @@ class UpstreamTaskError(RunError):
     """`.map` was given a future whose task did not complete."""
 
 
+class StorageRefused(RunError):
+    """The storage of results cannot be written to or read from."""
+
+
 class MissingResult(RunError):
     """The run completed, but its value is not stored anywhere."""
+
+
+class ResultCorrupt(RunError):
+    """A stored result is damaged; it was set aside as ``*.corrupt``, and is never loaded."""
 
 
 class Skip(PenstockError):

@@ -51,6 +51,13 @@ class Settings:
         Retries where the decorator does not say it.
     large_argument : int
         Arguments of at least so many bytes are placed near the workers once.
+    results_persist_by_default : {"false", "true", "large"}
+        Whether results are stored where neither task nor flow say it; "large": from
+        `large_argument` bytes.
+    default_result_storage : str
+        Where: a directory or a URL of fsspec; empty for ``storage`` in `home`.
+    results_default_serializer : str
+        In which format, such as "parquet"; "auto" chooses by the value.
     tracking : {"on", "off"}
         Whether runs are recorded.
     spool_sync : {"process", "power"}
@@ -67,6 +74,9 @@ class Settings:
     task_default_retries: int = 0
     flow_default_retries: int = 0
     large_argument: int = 1 << 20
+    results_persist_by_default: Literal["false", "true", "large"] = "false"
+    default_result_storage: str = ""
+    results_default_serializer: str = "auto"
     tracking: Literal["on", "off"] = "on"
     spool_sync: Literal["process", "power"] = "process"
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -283,6 +293,35 @@ def _switch(raw: Any, label: str, base: Path) -> str:
     return "on" if word else "off"
 
 
+def _persistence(raw: Any, label: str, base: Path) -> str:
+    word = str(raw).strip().lower()
+    if word == "large":
+        return word
+    truth = _WORDS.get(word)
+    if truth is None:
+        raise _refuse(raw, label, "true, false or 'large'")
+    return str(truth).lower()
+
+
+def _storage(raw: Any, label: str, base: Path) -> str:
+    text = _text(raw, label, base)
+    return text if "://" in text or not text else str(_path(text, label, base))
+
+
+FORMATS = (
+    "auto",
+    "pickle",
+    "json",
+    "npy",
+    "npz",
+    "arrow",
+    "parquet",
+    "zarr",
+    "compressed/pickle",
+    "compressed/json",
+)
+"""The names in `penstock.runners.result_formats`, which this room cannot see."""
+
 _CHECKS: Mapping[str, _Check] = {
     "home": _path,
     "runner": _text,
@@ -293,6 +332,9 @@ _CHECKS: Mapping[str, _Check] = {
     "task_default_retries": _whole(0),
     "flow_default_retries": _whole(0),
     "large_argument": _size,
+    "results_persist_by_default": _persistence,
+    "default_result_storage": _storage,
+    "results_default_serializer": _one_of(*FORMATS),
     "tracking": _switch,
     "spool_sync": _one_of("process", "power"),
 }

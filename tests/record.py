@@ -89,6 +89,7 @@ class Record:
                         "message": "",
                         "started": event.body["started"][position],
                         "nbytes": event.body["nbytes"][position],
+                        "stored": (event.body.get("stored") or [None] * (position + 1))[position],
                         "worker": event.body["workers"][event.body["worker"][position]],
                     }
                     attempt = event.body["attempt"][position]

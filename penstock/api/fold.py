@@ -58,7 +58,7 @@ _MAP = [
     "upstream_maps",
 ]
 _MAP += ["created", "made"]
-_USAGE = ["nbytes", "peak", "worker"]
+_USAGE = ["nbytes", "peak", "worker", "stored"]
 _NEW = [*_KEY, "state_type"]
 _LARGEST = (1 << 63) - 1
 _NO_ERROR = (None, None, None)
@@ -215,7 +215,12 @@ class Fold:
         if get("of") == "flow":
             _reach(self.rows["flow_states"], (event.run, event.root, *row), _FLOW_KEY)
         else:
-            usage = (_whole(get("nbytes")), _whole(get("peak")), _text(get("worker")))
+            usage = (
+                _whole(get("nbytes")),
+                _whole(get("peak")),
+                _text(get("worker")),
+                _text(get("stored")),
+            )
             _reach(self.rows["task_states"], (event.run, event.root, None, None, *row, *usage), _TASK_KEY)
 
     def _states(self, event: Event) -> None:
@@ -232,6 +237,7 @@ class Fold:
         running = kind == "RUNNING"
         said = (kind, _text(message), _text(cause))
         found = []
+        stored = iter(body.get("stored") or [None] * len(indices))
         for index, attempt, when, started, seconds, nbytes, peak, place in zip(
             indices, *(_column(body.get(column), len(indices)) for column in _COLUMNS), strict=True
         ):
@@ -240,7 +246,8 @@ class Fold:
             key = (epoch, event.attempt if attempt is None else attempt, rank, rseq, name)
             worker = None if place is None or place < 0 else workers[place]
             element = (element_id(map_id, index), root, map_id, index)
-            found.append((*element, *key, *said, moment, began, seconds, *_NO_ERROR, nbytes, peak, worker))
+            usage = (nbytes, peak, worker, _text(next(stored)))
+            found.append((*element, *key, *said, moment, began, seconds, *_NO_ERROR, *usage))
         for row in found:
             _reach(self.rows["task_states"], row, _TASK_KEY)
 

@@ -152,6 +152,7 @@ task_runs = Table(
     Column("nbytes", BigInteger),
     Column("peak", BigInteger),
     Column("worker", Text),
+    Column("stored", Text),  # where the result was stored
     sqlite_with_rowid=False,
 )
 Index(None, task_runs.c.flow_run, task_runs.c.state_type)  # counts by state are read from it alone

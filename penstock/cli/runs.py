@@ -159,6 +159,7 @@ def _task_lines(run: dict[str, Any]) -> list[str]:
         ("flow run", run["flow_run"] or ""),
         ("worker", run["worker"] or ""),
         ("result", human_bytes(run["nbytes"]) if run["nbytes"] else ""),
+        ("stored", run.get("stored") or ""),
         ("peak memory", human_bytes(run["peak"]) if run["peak"] else ""),
         ("parameters", _parameters(run)),
         ("upstream", ", ".join(edge["name"] or short_id(edge["run"]) for edge in run["upstream"])),

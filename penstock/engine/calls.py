@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from penstock.engine import events, refs
+from penstock.engine.results import ResultOptions
 from penstock.engine.states import Position, StateType
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ class TaskRun:
         "root",
         "session",
         "started",
+        "stored",
         "surrounding",
         "tags",
         "task",
@@ -183,6 +185,7 @@ class TaskRun:
         self.started = 0.0
         self.ended = 0.0
         self.nbytes = 0
+        self.stored: dict[str, Any] | None = None  # where the value was stored, see `results`
         self.worker = ""
         self.alarm: Alarm | None = None
         self.child_flow_run: str | None = None
@@ -256,6 +259,7 @@ class FlowRun:
         "parameters",
         "parent",
         "position",
+        "results",
         "root",
         "runs",
         "started",
@@ -282,6 +286,8 @@ class FlowRun:
         self.root = root or self.id
         self.tags = tags
         self.parameters: dict[str, Any] = {}
+        own = getattr(getattr(flow, "options", None), "results", ResultOptions())
+        self.results: ResultOptions = own.over(parent.results if parent is not None else ResultOptions())
         self.position = Position(StateType.PENDING, "Pending", 0)
         self.live: dict[TaskRun, None] = {}  # runs that have not ended
         self.cancelled = False

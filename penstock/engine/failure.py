@@ -43,6 +43,8 @@ class Failure:
         if error is None:
             kind, text = self.record.get("type", "Exception"), self.record.get("text", "")
             error = errors.FailedRun(f"{kind}: {self.text}\n{text}".rstrip()).of_run(run_id)
+        if isinstance(error, errors.RunError) and error.run_id is None:
+            error.of_run(run_id)
         error.__traceback__ = rebuild_traceback(self.record.get("frames", ()))
         if self.where:
             error.add_note(self.where)

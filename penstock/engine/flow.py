@@ -10,7 +10,16 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar, cast, overload
 from penstock import errors
 from penstock.engine import context
 from penstock.engine.flow_run import FlowRunScope
-from penstock.engine.options import NOT_GIVEN, FlowOptions, RunName, changed, check_choices, check_signature
+from penstock.engine.options import (
+    NOT_GIVEN,
+    FlowOptions,
+    RunName,
+    changed,
+    changed_results,
+    check_choices,
+    check_signature,
+)
+from penstock.engine.results import Persistence, Storage, read_options
 from penstock.engine.states import State
 from penstock.engine.steps import Invoke, Steps, Wait, drive, drive_awaiting
 from penstock.engine.task import _hidden
@@ -46,6 +55,15 @@ class Flow(Generic[P, R]):
         Whether `print` writes to the log, in the flow and in its tasks.
     task_runner : str, type or TaskRunner, optional
         Where tasks run; threads by default. A nested flow uses its parent's.
+    persist_result : bool or "large", optional
+        Whether the worker stores the results of its tasks where it outlives the run's memory, before the run
+        counts as completed; "large" only from ``PENSTOCK_LARGE_ARGUMENT`` bytes. Of a flow it is the default for its tasks,
+        and for those of nested flows.
+    result_storage : str, path or ResultStorage, optional
+        Where: a directory or any URL of fsspec; ``storage`` in ``PENSTOCK_HOME`` by default.
+    result_serializer : str, optional
+        "pickle", "json", "npy", "npz", "arrow", "parquet", "zarr", "compressed/pickle",
+        "compressed/json"; by the value if not given.
     """
 
     def __init__(
@@ -61,6 +79,9 @@ class Flow(Generic[P, R]):
         validate_parameters: bool = True,
         log_prints: bool | None = None,
         task_runner: str | type[TaskRunner] | TaskRunner | None = None,
+        persist_result: Persistence = None,
+        result_storage: Storage = None,
+        result_serializer: str | None = None,
     ) -> None:
         if not callable(fn):
             message = f"@flow needs a function, got {type(fn).__name__}."
@@ -87,6 +108,7 @@ class Flow(Generic[P, R]):
             validate_parameters=validate_parameters,
             log_prints=log_prints,
             task_runner=task_runner,
+            results=read_options(persist_result, result_storage, None, result_serializer),
         )
         self._runner_override: Any = None
 
@@ -194,6 +216,9 @@ class Flow(Generic[P, R]):
         validate_parameters: bool = NOT_GIVEN,
         log_prints: bool | None = NOT_GIVEN,
         task_runner: str | type[TaskRunner] | TaskRunner | None = NOT_GIVEN,
+        persist_result: Persistence = NOT_GIVEN,
+        result_storage: Storage = NOT_GIVEN,
+        result_serializer: str | None = NOT_GIVEN,
     ) -> Flow[P, R]:
         """Make a flow with other options; what is not given stays as it is. Tags are replaced."""
         options: FlowOptions = changed(
@@ -208,6 +233,9 @@ class Flow(Generic[P, R]):
                 "validate_parameters": validate_parameters,
                 "log_prints": log_prints,
                 "task_runner": task_runner,
+                "results": changed_results(
+                    self.options.results, persist_result, result_storage, NOT_GIVEN, result_serializer
+                ),
             },
         )
         new: Flow[P, R] = object.__new__(type(self))
@@ -253,6 +281,9 @@ def flow(
     validate_parameters: bool = True,
     log_prints: bool | None = None,
     task_runner: str | type[TaskRunner] | TaskRunner | None = None,
+    persist_result: Persistence = None,
+    result_storage: Storage = None,
+    result_serializer: str | None = None,
 ) -> FlowDecorator: ...
 def flow(fn: Any = None, /, **options: Any) -> Any:
     """Turn a function into a flow: ``@flow`` or ``@flow(task_runner="dask", …)``.

@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from penstock.engine import results
 from penstock.engine.calls import Call, TaskRun
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def work_order(run: TaskRun, call: Call, prints: bool) -> dict[str, Any]:
     """Make the work order for the next attempt of a run."""
-    return {
+    order = {
         "run": run.id,
         "attempt": run.attempt,
         "task": call.task.name,
@@ -24,6 +25,10 @@ def work_order(run: TaskRun, call: Call, prints: bool) -> dict[str, Any]:
         "prints": prints,
         "context": call.context,
     }
+    commit = results.commit_order(run)
+    if commit is not None:
+        order["commit"] = commit
+    return order
 
 
 def stage_order(runs: Sequence[TaskRun], mapped: Mapped, session: Session) -> dict[str, Any]:
@@ -51,6 +56,10 @@ def stage_order(runs: Sequence[TaskRun], mapped: Mapped, session: Session) -> di
     }
     if options.task_run_name is not None:
         order["names"] = [run.name for run in runs]
+    commit = results.commit_order(runs[0])
+    if commit is not None:  # one for all, unless its place is made of what each is called
+        commits = [results.commit_order(run) for run in runs] if options.results.key else [commit]
+        order["commits"] = commits if len(commits) > 1 else commit
     if session.in_process:
         order["scopes"] = [session.scope_of(run) for run in runs]
     return order

@@ -109,8 +109,10 @@ class Journal:
             if len(members) == 1:
                 self.task_state(members[0][0], **members[0][1])
             else:
-                columns = [[details.get(name, 0) for _, details in members] for name in _DETAILS]
-                self._write_columns([run for run, _ in members], *columns)
+                began, took, most = ([details.get(name, 0) for _, details in members] for name in _DETAILS)
+                kept = [details.get("stored") for _, details in members]
+                stored = kept if any(kept) else None
+                self._write_columns([run for run, _ in members], began, took, most, stored)
 
     def _write_columns(
         self,
@@ -118,6 +120,7 @@ class Journal:
         started: Sequence[float],
         seconds: Sequence[float],
         peak: Sequence[int],
+        stored: Sequence[str | None] | None = None,
     ) -> None:
         """Publish that elements of one map have completed, all under one name of state."""
         workers: dict[str, int] = {}
@@ -136,6 +139,8 @@ class Journal:
             "worker": [workers.setdefault(run.worker, len(workers)) for run in runs],
             "workers": list(workers),
         }
+        if stored is not None:
+            body["stored"] = stored
         self.write("states", str(head.map_id), head.root, body, max(body["attempt"]), TERMINAL)
 
     # -- logs and nested runs ------------------------------------------------------------------

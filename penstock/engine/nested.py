@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
-from penstock.engine import cancelling, events, refs, values, waiting
+from penstock.engine import cancelling, events, refs, results, values, waiting
 from penstock.engine.calls import FlowRun, TaskRun
 from penstock.engine.context import Scope
 from penstock.engine.futures import run_of
@@ -97,6 +97,7 @@ def open_scope(running: Any) -> Scope:
     if context["flow_run"]:
         flow = SimpleNamespace(name=context["flow"])
         flow_run = FlowRun(flow, context["flow_run_name"], root=context["root"], run_id=context["flow_run"])
+        flow_run.results = results.unpack(context.get("results"))
     task = SimpleNamespace(name=running.order["task"])
     around = TaskRun(task, running.order["name"], root=context["root"], flow_run=flow_run)  # type: ignore[arg-type]
     around._id = running.order["run"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
 from penstock import errors
+from penstock.engine.results import Persistence, ResultOptions, Storage, read_options
 from penstock.engine.retry import DelayOption, RetryPolicy, read_delays, read_jitter
 from penstock.runners.base import Options
 
@@ -46,6 +47,7 @@ class TaskOptions:
     idempotent: bool = True
     backend: Options = field(default_factory=Options)
     priority: int = 0
+    results: ResultOptions = field(default_factory=ResultOptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ class FlowOptions:
     validate_parameters: bool = True
     log_prints: bool | None = None
     task_runner: Any = None
+    results: ResultOptions = field(default_factory=ResultOptions)
 
 
 def retry_policy(
@@ -161,6 +164,16 @@ def check_signature(function: Callable[..., Any]) -> inspect.Signature:
             message = f"'{name}' is a reserved argument name and cannot be used in {function.__qualname__}."
             raise errors.ReservedArgumentError(message)
     return signature
+
+
+def changed_results(
+    old: ResultOptions, persist: Persistence, storage: Storage, key: str | None, serializer: str | None
+) -> ResultOptions:
+    """Merge what is said of results; None takes something back."""
+    new = (persist, storage, key, serializer)
+    before = (old.persist, old.storage, old.key, old.serializer)
+    merged: list[Any] = [was if now is NOT_GIVEN else now for now, was in zip(new, before, strict=True)]
+    return read_options(*merged)
 
 
 def changed(options: Any, changes: Mapping[str, Any]) -> Any:

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from penstock import errors
+from penstock.engine import results
 from penstock.engine.clock import clock
 from penstock.engine.failure import Failure
 from penstock.engine.states import State, StateType, advance
@@ -172,6 +173,11 @@ def ended(session: Session, run: TaskRun, record: dict[str, Any], nbytes: int, w
     details = {"started": record["started"], "seconds": record["seconds"], "peak": record["peak"]}
     if run.mapped is not None and run.mapped.packer is not None and run.place < 0:
         run.mapped.packer.learn(record["seconds"], run.nbytes, together=False)
+    if "stored" in record:
+        run.stored = record["stored"]
+        details["stored"] = results.location(record["stored"])
+        if record["stored"].get("duplicate"):
+            session.journal.lines(run, [[run.started, "WARNING", _DUPLICATE]], 0)
     timeout = run.task.options.timeout_seconds
     if timeout is not None and record["seconds"] > timeout and not run.direct:
         _timed_out(session, run, details)  # it ended before the deadline was heard of
@@ -197,9 +203,14 @@ def ended(session: Session, run: TaskRun, record: dict[str, Any], nbytes: int, w
     else:
         text = f"Task run encountered an exception: {described['type']}: {described['message']}"
         name = "TimedOut" if described["type"] == "TaskTimeout" else None
+        if described["module"] == "penstock.errors":  # not the user's code: the storage, the way home
+            details["cause"] = described["type"]
         _failed(session, run, name, text, failure, {**details, "error": _shown(described)})
 
 
+_DUPLICATE = (
+    "another attempt of this run had stored its result first; that one counts, this attempt's was dropped"
+)
 _ABORTED = {
     "KeyboardInterrupt": "Execution was aborted by an interrupt signal.",
     "SystemExit": "Execution was aborted by Python system exit call.",

@@ -28,6 +28,7 @@ from penstock.engine.context import Scope
 from penstock.engine.graph import Graph, admits, sources_of
 from penstock.engine.journal import Journal
 from penstock.engine.objects import Objects
+from penstock.engine.results import ResultOptions
 from penstock.engine.states import Position, StateType, advance
 from penstock.engine.waiting import surrounds
 from penstock.runners import worker_runtime
@@ -59,6 +60,7 @@ class Session:
         self._inbox: deque[list[Report]] = deque()
         self._sent: dict[Key, TaskRun | Chunk] = {}
         self._scopes: dict[FlowRun | None, Scope] = {}
+        self._results: dict[FlowRun | None, tuple[Any, ...]] = {}
         self._functions: dict[
             int, tuple[Any, bytes]
         ] = {}  # the function is kept, so that its id stays its own
@@ -87,7 +89,14 @@ class Session:
             "depth": scope.depth + 1,
             "prints": scope.log_prints,
             "runner": self.runner.inside(),
+            "results": self._results_of(flow),
         }
+
+    def _results_of(self, flow: FlowRun | None) -> tuple[Any, ...]:
+        packed = self._results.get(flow)
+        if packed is None:
+            packed = self._results[flow] = (flow.results if flow else ResultOptions()).pack()
+        return packed
 
     def function(self, task: Any) -> Any:
         """Return a task's function as the runner needs it; pickled once per session."""

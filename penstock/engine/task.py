@@ -20,12 +20,14 @@ from penstock.engine.options import (
     TaskOptions,
     backend_options,
     changed,
+    changed_results,
     check_choices,
     check_signature,
     retry_policy,
     run_name,
 )
 from penstock.engine.refs import replace
+from penstock.engine.results import Persistence, Storage, read_options
 from penstock.engine.retry import DelayOption
 from penstock.engine.steps import drive, drive_awaiting
 
@@ -82,6 +84,17 @@ class Task(Generic[P, R]):
         Where to run (Dask).
     priority : int
         Higher runs first.
+    persist_result : bool or "large", optional
+        Whether the worker stores the result where it outlives the run's memory, before the run
+        counts as completed; "large" only from ``PENSTOCK_LARGE_ARGUMENT`` bytes. The flow's choice by default.
+    result_storage : str, path or ResultStorage, optional
+        Where: a directory or any URL of fsspec; ``storage`` in ``PENSTOCK_HOME`` by default.
+    result_storage_key : str, optional
+        Template for the place there, of ``{task_run.id}``, ``{task_run.name}``, ``{flow_run.id}``,
+        ``{flow_run.name}``, ``{task.name}`` and ``{index}``. A later run replaces an earlier one.
+    result_serializer : str, optional
+        "pickle", "json", "npy", "npz", "arrow", "parquet", "zarr", "compressed/pickle",
+        "compressed/json"; by the value if not given.
     """
 
     def __init__(
@@ -107,6 +120,10 @@ class Task(Generic[P, R]):
         threads: int = 1,
         workers: Iterable[str] | str | None = None,
         priority: int = 0,
+        persist_result: Persistence = None,
+        result_storage: Storage = None,
+        result_storage_key: str | None = None,
+        result_serializer: str | None = None,
     ) -> None:
         if not callable(fn):
             message = f"@task needs a function, got {type(fn).__name__}."
@@ -148,6 +165,7 @@ class Task(Generic[P, R]):
             idempotent=idempotent,
             backend=backend_options(resources, threads, workers),
             priority=priority,
+            results=read_options(persist_result, result_storage, result_storage_key, result_serializer),
         )
 
     # -- what it is -----------------------------------------------------------------------------
@@ -385,6 +403,10 @@ class Task(Generic[P, R]):
         threads: int = NOT_GIVEN,
         workers: Iterable[str] | str | None = NOT_GIVEN,
         priority: int = NOT_GIVEN,
+        persist_result: Persistence = NOT_GIVEN,
+        result_storage: Storage = NOT_GIVEN,
+        result_storage_key: str | None = NOT_GIVEN,
+        result_serializer: str | None = NOT_GIVEN,
     ) -> Task[P, R]:
         """Make a task with other options; what is not given stays as it is. Tags are replaced."""
         old = self.options
@@ -422,6 +444,9 @@ class Task(Generic[P, R]):
                 "idempotent": safe,
                 "backend": placed,
                 "priority": priority,
+                "results": changed_results(
+                    old.results, persist_result, result_storage, result_storage_key, result_serializer
+                ),
             },
         )
         check_choices(options.inputs, options.chunk_size, options.timeout_seconds)
@@ -496,6 +521,10 @@ def task(
     threads: int = 1,
     workers: Iterable[str] | str | None = None,
     priority: int = 0,
+    persist_result: Persistence = None,
+    result_storage: Storage = None,
+    result_storage_key: str | None = None,
+    result_serializer: str | None = None,
 ) -> TaskDecorator: ...
 def task(fn: Any = None, /, **options: Any) -> Any:
     """Turn a function into a task: ``@task`` or ``@task(retries=3, …)``.

@@ -6,6 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from penstock import errors
+from penstock.engine import results as stored
 from penstock.engine.calls import Source, TaskRun
 from penstock.engine.failure import Failure
 from penstock.engine.states import State, StateType, Stored, failure_of
@@ -50,11 +52,29 @@ def results(runs: Sequence[TaskRun], *, raise_on_failure: bool = True) -> list[A
 
 
 def _fetch(session: Session, runs: Sequence[TaskRun]) -> None:
-    """Bring the values of completed runs here; a chunk comes once for all its elements."""
+    """Bring the values of completed runs here; a chunk comes once for all its elements.
+
+    A stored copy takes the place of a value that is gone.
+    """
     refs = {run.ref.key: run.ref for run in runs if run.ref is not None}
     known = session.fetched
     missing = [ref for key, ref in refs.items() if key not in known]
-    fetched = dict(zip([ref.key for ref in missing], session.runner.fetch(missing), strict=True))
+    try:
+        found = session.runner.fetch(missing) if missing else []
+    except Exception as error:
+        closed = not session.runner.is_open
+        if not closed and not isinstance(error, errors.ResultLost):
+            raise
+        if len(refs) > 1:  # some may still be there
+            for key in refs:
+                _fetch(session, [run for run in runs if run.ref is not None and run.ref.key == key])
+            return
+        for run in runs:
+            if run.stored is None and not closed:
+                raise
+            run.value = stored.load(run)
+        return
+    fetched = dict(zip([ref.key for ref in missing], found, strict=True))
     for run in runs:
         assert run.ref is not None  # it was asked above
         key = run.ref.key
@@ -94,6 +114,8 @@ def state_of(run: TaskRun) -> State:
     details: dict[str, Any] = {"task_run_id": run.id, "attempt": run.attempt}
     if run.flow_run is not None:
         details["flow_run_id"] = run.flow_run.id
+    if run.stored is not None:
+        details["stored"] = stored.location(run.stored)
     if run.child_flow_run is not None:
         details["child_flow_run_id"] = run.child_flow_run
     return State(run.type, run.state_name, run.message, data, details, run.ended or time.time())

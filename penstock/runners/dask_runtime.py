@@ -29,7 +29,7 @@ from penstock.runners.base import Key
 log = logging.getLogger("penstock.runners.dask")
 
 _FOLDER = Path(__file__).parent
-_FILES = ("worker_runtime.py", "dask_plugin.py", "dask_tracker.py")
+_FILES = ("worker_runtime.py", "result_formats.py", "result_store.py", "dask_plugin.py", "dask_tracker.py")
 _PREFIX = "_penstock_rt_"
 
 # Where penstock of the same version is installed, its own module takes the place of the copy, so
@@ -44,10 +44,12 @@ import sys
 
 try:
     for _folder in importlib.util.find_spec("penstock").submodule_search_locations:
-        with open(os.path.join(_folder, "runners", "worker_runtime.py"), "rb") as _file:
-            if _file.read() == pkgutil.get_data(__name__, "worker_runtime.py"):
-                worker_runtime = importlib.import_module("penstock.runners.worker_runtime")
-                sys.modules[__name__ + ".worker_runtime"] = worker_runtime
+        for _name in ("worker_runtime", "result_formats", "result_store"):
+            with open(os.path.join(_folder, "runners", _name + ".py"), "rb") as _file:
+                if _file.read() != pkgutil.get_data(__name__, _name + ".py"):
+                    raise ImportError(_name)
+        worker_runtime = importlib.import_module("penstock.runners.worker_runtime")
+        sys.modules[__name__ + ".worker_runtime"] = worker_runtime
 except Exception:
     pass
 """

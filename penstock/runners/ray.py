@@ -28,7 +28,7 @@ import ray
 from ray.experimental import internal_kv
 
 from penstock import errors
-from penstock.runners import ray_cluster, ray_nodes, ray_tasks, worker_runtime
+from penstock.runners import ray_cluster, ray_nodes, ray_tasks, result_formats, result_store, worker_runtime
 from penstock.runners.base import Key, Options, Ref, RunnerInfo, Submission, TaskRunner
 from penstock.runners.ray_errors import first_words
 from penstock.runners.ray_pump import Flight, Handle, Pump, arrived
@@ -338,7 +338,8 @@ def _end_deaf(pump: Pump, flights: Sequence[Flight]) -> None:
 @functools.cache
 def _exported() -> Any:
     """Return the one remote function of this process; Ray exports it again where it has to."""
-    function = ray_tasks.entry(_source(worker_runtime), _source(ray_tasks))
+    modules = (worker_runtime, ray_tasks, result_formats, result_store)
+    function = ray_tasks.entry(*map(_source, modules))
     return ray.remote(num_returns=2, max_retries=0, retry_exceptions=False)(function)
 
 

@@ -43,13 +43,13 @@ rt: Any = None
 """The worker runtime of this process; set by `entry`."""
 
 
-def entry(runtime: str, tasks: str) -> Callable[..., Any]:
+def entry(runtime: str, tasks: str, formats: str, store: str) -> Callable[..., Any]:
     """Make the function that Ray exports: it brings its own source along.
 
     Parameters
     ----------
-    runtime, tasks : str
-        Source of `worker_runtime` and of this file.
+    runtime, tasks, formats, store : str
+        Source of `worker_runtime`, of this file, of `result_formats` and of `result_store`.
 
     Returns
     -------
@@ -64,7 +64,7 @@ def entry(runtime: str, tasks: str) -> Callable[..., Any]:
             import sys
             import types
 
-            def load(name: str, source: str) -> Any:
+            def load(name: str, source: str, **given: Any) -> Any:
                 found = sys.modules.get(name)
                 if found is not None:  # the worker has imported penstock: one copy, if it is the same
                     try:
@@ -78,12 +78,21 @@ def entry(runtime: str, tasks: str) -> Callable[..., Any]:
                 module = types.ModuleType(name)
                 module.__file__ = f"<{name}>"
                 module._source = source  # type: ignore[attr-defined]
+                module.__dict__.update(given)
                 sys.modules[name] = module
                 exec(compile(source, module.__file__, "exec"), module.__dict__)  # noqa: S102 - our source
                 return module
 
             module = load("penstock.runners.ray_tasks", tasks)
-            module.begin(load("penstock.runners.worker_runtime", runtime))
+            worker = load("penstock.runners.worker_runtime", runtime)
+
+            def result_store() -> Any:  # when the first result is to be stored
+                other = load("penstock.runners.result_formats", formats)
+                return load("penstock.runners.result_store", store, _formats=other)
+
+            if getattr(worker, "_source", None) is not None:
+                worker.result_store = result_store
+            module.begin(worker)
             loaded["work"] = module.work
         return loaded["work"](head, values)
 

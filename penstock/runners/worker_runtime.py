@@ -18,6 +18,8 @@ Work order (a pickled dict of primitives)
     Whether `print` goes to the run's log.
 ``context``
     What nested code needs to know: ids and names of the flow run, tags, depth, runner.
+``commit`` (optional)
+    Where to store the value before the record is made, see `result_store`.
 ``picks`` (optional)
     ``{position: place}``: of that upstream value, which is a chunk's, only the item at the place.
 
@@ -39,6 +41,8 @@ Record (a pickled dict of primitives)
     See `describe`; absent if the status is "completed".
 ``state``
     ``{type, name, message, error}`` if the function returned a state made by hand.
+``stored``
+    Where the value was stored, see `result_store.commit`; absent if it was not.
 ``children``
     Packed events of task runs that this one submitted; absent if there are none.
 """
@@ -51,6 +55,7 @@ import contextvars
 import ctypes
 import functools
 import hashlib
+import importlib
 import inspect
 import io
 import os
@@ -78,6 +83,7 @@ FUNCTIONS_KEPT = 512
 _HOST = socket.gethostname()
 _HIDDEN = {__file__}  # frames of these files are not the user's
 worker_name = ""  # set by the backend's half where a worker has a name of its own
+result_store: Any = None  # likewise: a function that loads the module, where it lies in no package
 
 # One context variable for the whole process, whichever copy of this file was imported.
 _shared: Any = sys.modules.setdefault("_penstock_running", types.ModuleType("_penstock_running"))
@@ -97,7 +103,8 @@ class Failed:
 
     def __init__(self, record: bytes, error: BaseException | None = None) -> None:
         self.record = record
-        self.error = error  # the exception itself, in the process that raised it only
+        # The exception itself, in the process that raised it only; of ours the record knows the real class.
+        self.error = None if hasattr(error, "_penstock_error") else error
 
     def __reduce__(self) -> Any:
         return (Failed, (self.record,))
@@ -114,6 +121,7 @@ class Running:
         self.over = False
         self.logs: list[tuple[float, str, str]] = []
         self.dropped = 0
+        self.stored: Any = None  # what an earlier attempt has stored: then the function does not run again
         self.nested: Any = None  # set by the engine when the task submits tasks of its own
         self.helps = False  # a coroutine of the task does a child beside its event loop
         self.awaits = False  # a coroutine of the task has given its slot back
@@ -251,13 +259,15 @@ def _finished(
             error = error or raised
         children = running.nested.events()
     details: dict[str, Any] = {"status": "completed" if error is None else _status(error, running)}
-    if error is not None:
-        value = None
-        details["error"] = describe(error)
-    else:
+    if error is None:
         value, state = _made_by_hand(value)
         if state is not None:
             details["state"] = state
+        if state is None or state["type"] == "COMPLETED":
+            value, error = _kept(running, value, details)
+    if error is not None:
+        value = None
+        details["error"] = describe(error)
     if running.logs:
         details["logs"] = running.logs
     if running.dropped:
@@ -267,10 +277,29 @@ def _finished(
     return value, error, details
 
 
+def _kept(running: Running, value: Any, details: dict[str, Any]) -> tuple[Any, BaseException | None]:
+    """Store the value, if it is to be: before the record is made, so that what completed is stored."""
+    stored = running.stored
+    if stored is None:
+        try:
+            value, stored = commit(value, *_commit_of(running.order))
+        except BaseException as raised:
+            details.pop("state", None)
+            details["status"] = _status(raised, running)
+            return None, raised
+    if stored is not None:
+        details["stored"] = stored
+    return value, None
+
+
 def _call(running: Running, function: Any, arguments: Any, values: Any, on_start: Any) -> Any:
     order = running.order
     if running.cancelled:
         raise Cancelled
+    found = stored_before(*_commit_of(order))
+    if found is not None:
+        value, running.stored = found
+        return value
     call = _function(function)
     args, kwargs = _arguments(arguments, guarded_inputs(values, order.get("inputs", "readonly")))
     if on_start is not None:
@@ -407,6 +436,7 @@ def refuse(record: bytes, value: Any, error: BaseException) -> tuple[Any, bytes]
     if unpacked["status"] == "chunk":
         return _refuse_elements(unpacked, value)
     unpacked["status"], unpacked["nbytes"] = "failed", 0
+    unpacked.pop("stored", None)
     unpacked["error"] = _unserializable(value, error)
     record = pickle.dumps(unpacked, 4)
     return Failed(record), record
@@ -422,6 +452,7 @@ def _refuse_elements(record: dict[str, Any], values: list[Any]) -> tuple[Any, by
         except Exception as error:
             kept[place] = Failed(b"")
             own = record["odd"].setdefault(place, {})
+            own.pop("stored", None)
             own.update(status="failed", error=_unserializable(value, error))
     return kept, pickle.dumps(record, 4)
 
@@ -430,17 +461,67 @@ def _unserializable(value: Any, error: BaseException) -> dict[str, Any]:
     kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
     reason = f"{type(error).__name__}: {error}"[:1000]
     message = f"a result of type {kind} cannot be sent to another process: {reason}"
+    return _spelled("UnserializableResult", message)
+
+
+def _spelled(kind: str, message: str) -> dict[str, Any]:
+    """Describe an error of `penstock.errors`, which need not exist where this runs."""
     text = message.encode("utf-8", "replace")
-    # Written by hand, since penstock.errors need not exist where this runs.
-    spelled = b"cpenstock.errors\nUnserializableArgument\nX" + len(text).to_bytes(4, "little") + text
+    spelled = b"cpenstock.errors\n" + kind.encode() + b"\nX" + len(text).to_bytes(4, "little") + text
     return {
-        "type": "UnserializableArgument",
+        "type": kind,
         "module": "penstock.errors",
         "message": message,
-        "text": f"penstock.errors.UnserializableArgument: {message}\n",
+        "text": f"penstock.errors.{kind}: {message}\n",
         "frames": [],
         "pickle": b"\x80\x02" + spelled + b"\x85R.",
     }
+
+
+# -- results that outlive their process -----------------------------------------------------
+
+
+def commit(value: Any, order: dict[str, Any] | None, run: str, attempt: int) -> tuple[Any, Any]:
+    """Store the value of one attempt, if its work order says so.
+
+    Parameters
+    ----------
+    value : object
+        What the function returned.
+    order : dict or None
+        ``commit`` of the work order.
+    run, attempt : str, int
+        Whose value it is; the runs of a chunk share an order.
+
+    Returns
+    -------
+    tuple
+        The value of the run (the stored one, if another attempt was faster), and what the record
+        says about the storage: None if nothing was stored.
+    """
+    if order is None or (order["over"] and _size_or_nothing(value) < order["over"]):
+        return value, None
+    committed: tuple[Any, Any] = _store().commit(value, order, run, attempt)
+    return committed
+
+
+def stored_before(order: dict[str, Any] | None, run: str, attempt: int) -> tuple[Any, Any] | None:
+    """Return what `commit` returned in an earlier attempt, whose worker may have died right after."""
+    if order is None or attempt == 1:
+        return None
+    found: tuple[Any, Any] | None = _store().find(order, run)
+    return found
+
+
+def _commit_of(order: dict[str, Any]) -> tuple[Any, str, int]:
+    target = order.get("commit")
+    return target, order["run"] if target is not None else "", order.get("attempt", 1)
+
+
+def _store() -> Any:
+    if result_store is not None:
+        return result_store()
+    return importlib.import_module(f"{__name__.rpartition('.')[0]}.result_store")
 
 
 # -- many elements of a map ---------------------------------------------------------------
@@ -465,7 +546,8 @@ class _Stage:
     Parameters
     ----------
     order : dict
-        ``map, task, indices, attempts, inputs, prints, context``, perhaps ``names`` and ``scopes``.
+        ``map, task, indices, attempts, inputs, prints, context``, perhaps ``names``, ``scopes`` and
+        ``commits``.
     function : bytes or callable
         What to call.
     arguments : list
@@ -482,6 +564,7 @@ class _Stage:
         self.indices, self.attempts = order["indices"], order["attempts"]
         self.names, self.scopes = order.get("names"), order.get("scopes")
         self.common = {name: order[name] for name in ("map", "task", "inputs", "prints", "context")}
+        self.commits = order.get("commits")  # one for all elements, or a list with one for each
         mode = order["inputs"]
 
         def maker(entry: Any) -> Any:
@@ -511,6 +594,8 @@ class _Stage:
         order = _ElementOrder(self.common)
         order["index"] = self.indices[number]
         order["attempt"] = attempts if isinstance(attempts, int) else attempts[number]
+        if self.commits is not None:
+            order["commit"] = self.commits if isinstance(self.commits, dict) else self.commits[number]
         if self.names is not None:
             order["name"] = self.names[number]
         found = Running(order)
@@ -606,12 +691,22 @@ def _run_element(
         error: BaseException | None = None
         started, clock = time.time(), time.perf_counter()
         try:
-            value = stage.invoke(number)
+            found = None if stage.commits is None else stored_before(*_commit_of(running.order))
+            if found is None:
+                value = stage.invoke(number)
+            else:
+                value, running.stored = found
         except BaseException as raised:
             error = raised
         if type(value) is Failed:
             odd[at * count + number] = {"status": "upstream"}
-        elif error is not None or running.logs or running.nested is not None or type(value) not in _SIMPLE:
+        elif (
+            error is not None
+            or running.logs
+            or running.nested is not None
+            or stage.commits is not None
+            or type(value) not in _SIMPLE
+        ):
             running.cancelled = running.cancelled or whole.cancelled
             value, error, details = _finished(running, value, error)
             if error is not None:
@@ -1063,6 +1158,9 @@ def describe(error: BaseException) -> dict[str, Any]:
         if frame.filename not in _HIDDEN
     ]
     _strip(error)
+    ours = getattr(error, "_penstock_error", None)
+    if isinstance(ours, str):
+        return _spelled(ours, str(error))
     if isinstance(error, ValueError) and "read-only" in str(error):
         error.add_note(
             "penstock hands arrays from other tasks over as read-only views; "

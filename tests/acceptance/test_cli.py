@@ -486,3 +486,17 @@ def test_the_demo_on_threads(shell: Shell) -> None:
     assert re.search(r"^  tasks +173$", done.out, re.MULTILINE)
     assert re.search(r"^next: penstock runs show ", done.out, re.MULTILINE)
     assert (shell.folder / "spectrum.png").stat().st_size > 1000
+
+
+def test_a_run_shows_where_its_result_lies(shell: Shell, tmp_path: Path) -> None:
+    done = shell(
+        *("run", "flows.py:good", "-q"),
+        PENSTOCK_RESULTS_PERSIST_BY_DEFAULT="true",
+        PENSTOCK_DEFAULT_RESULT_STORAGE=str(tmp_path / "kept"),
+    )
+    assert done.code == 0
+    for name in ("square-2", "says"):  # an element of a map, and a run of its own
+        (line,) = [line for line in shell("runs", "show", name).lines if line.strip().startswith("stored")]
+        place = Path(line.split()[-1])
+        assert place.parent.parent == tmp_path / "kept"
+        assert place.is_file()

@@ -304,7 +304,7 @@ def test_a_result_that_cannot_travel_fails_alone(apart: TaskRunner, in_flow: InF
 
     names, problem = in_flow(body)
     assert names == ["Failed" if x == 2 else "Completed" for x in range(6)]
-    assert isinstance(problem, errors.UnserializableArgument)
+    assert isinstance(problem, errors.UnserializableResult)
 
 
 def test_one_element_is_cancelled(

@@ -13,7 +13,7 @@ import pytest
 
 import penstock
 from penstock import CrashedRun, FailedRun, exponential_backoff, flow, task
-from penstock.errors import UnserializableArgument, WorkerLost
+from penstock.errors import UnserializableArgument, UnserializableResult, WorkerLost
 from penstock.runners.base import TaskRunner
 from tests.conftest import InFlow
 from tests.record import Record
@@ -198,7 +198,7 @@ def test_a_result_that_cannot_be_pickled(apart: TaskRunner, in_flow: InFlow, rec
         return Holder()
 
     with pytest.raises(
-        UnserializableArgument, match=r"a result of type .*Holder cannot be sent to another process"
+        UnserializableResult, match=r"a result of type .*Holder cannot be sent to another process"
     ):
         in_flow(lambda: make.submit())
     assert record.task("make").type == "FAILED"

@@ -24,7 +24,7 @@ import pytest
 
 pytest.importorskip("distributed")
 
-from penstock import errors
+from penstock import errors, flow, load_result, task
 from penstock.runners import attach, dask_graph, dask_watch, worker_runtime
 from penstock.runners.base import Key, Options, Ref, Report, Submission, TaskRunner, new_tag
 from penstock.runners.dask import DaskTaskRunner
@@ -216,7 +216,7 @@ def test_leaving_the_process_from_a_task_crashes_the_task_only(session: Session)
 def test_a_result_that_cannot_travel_is_a_failure(session: Session) -> None:
     ref = session.send(threading.Lock)
     record = pickle.loads(session.wait(ref)[0].record)
-    assert record["error"]["type"] == "UnserializableArgument"
+    assert record["error"]["type"] == "UnserializableResult"
     assert "_thread.lock" in record["error"]["message"]
 
 
@@ -555,6 +555,25 @@ def test_a_cluster_without_penstock_does_the_work_and_is_left_clean(foreign: dic
         session.close()
     wait_until(lambda: plugins_of(foreign["address"]) == [], 5)
     assert all(process.poll() is None for process in foreign["processes"])
+
+
+def test_a_worker_without_penstock_stores_results(foreign: dict[str, Any], tmp_path: Path) -> None:
+    runner = DaskTaskRunner(foreign["address"])
+
+    @task
+    def loaded(value: Any) -> Any:
+        return [name for name in sys.modules if name.startswith("penstock")] or value
+
+    def body() -> list[Any]:
+        good = loaded.submit(np.arange(100_000))
+        bad = loaded.with_options(result_serializer="json").submit((1, 2))
+        with pytest.raises(errors.UnserializableResult, match="which JSON does not give back"):
+            bad.result()
+        good.wait()
+        return [good.state.state_details["stored"]]
+
+    (where,) = flow(task_runner=runner, result_storage=tmp_path)(body)()
+    assert np.array_equal(load_result(where), np.arange(100_000))
 
 
 def test_a_client_of_the_users_stays_as_it_is(foreign: dict[str, Any]) -> None:

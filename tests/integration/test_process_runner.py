@@ -339,9 +339,9 @@ def test_a_result_that_cannot_be_pickled_fails_and_names_its_type(start: Start, 
     session = start()
     record = session.record(session.submit(make))
     assert record["status"] == "failed"
-    assert record["error"]["type"] == "UnserializableArgument"
+    assert record["error"]["type"] == "UnserializableResult"
     assert "_thread.lock" in record["error"]["message"]
-    assert isinstance(pickle.loads(record["error"]["pickle"]), errors.UnserializableArgument)
+    assert isinstance(pickle.loads(record["error"]["pickle"]), errors.UnserializableResult)
 
 
 def test_arguments_that_cannot_be_loaded_fail_the_task(start: Start) -> None:

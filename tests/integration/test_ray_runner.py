@@ -228,7 +228,7 @@ def test_a_result_that_cannot_travel_is_a_failure_with_its_logs(session: Session
     first = session.send(closes, prints=True)
     second = session.send(lambda x: x, Slot(0), refs=[first])
     record = pickle.loads(session.wait(first)[0].record)
-    assert record["error"]["type"] == "UnserializableArgument"
+    assert record["error"]["type"] == "UnserializableResult"
     assert "_thread.lock" in record["error"]["message"]
     assert [line[2] for line in record["logs"]] == ["here it is"]
     assert session.wait(second)[0].kind == "upstream"

@@ -1,11 +1,12 @@
 """Options: what is refused, and what makes a name."""
 
 import datetime as dt
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from penstock import ConfigurationError, ReservedArgumentError, flow, task
+from penstock import ConfigurationError, ReservedArgumentError, ResultStorage, flow, task
 from penstock.engine.options import (
     NOT_GIVEN,
     backend_options,
@@ -14,6 +15,7 @@ from penstock.engine.options import (
     retry_policy,
     run_name,
 )
+from penstock.engine.results import read_options, unpack
 
 
 @pytest.mark.parametrize(
@@ -121,3 +123,24 @@ def test_a_task_that_must_not_run_twice_has_no_crash_retries() -> None:
     once = task(idempotent=False, crash_retries=5)(lambda: None)
     assert once.options.retry.crash_retries == 0
     assert task(lambda: None).options.retry.crash_retries == 1
+
+
+def test_where_results_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for given in ("kept", Path("kept"), f"file://{tmp_path}/kept", ResultStorage("kept"), tmp_path / "kept"):
+        options = read_options(None, given)
+        assert options.storage is not None
+        assert options.storage.url == str(tmp_path / "kept")
+        assert options.wish is True
+    assert read_options(None, "s3://bucket/x").storage == ResultStorage("s3://bucket/x")
+    assert "secret" not in repr(ResultStorage("s3://bucket/x", {"key": "secret"}))
+
+
+def test_what_is_said_of_results_inside_wins() -> None:
+    inner, outer = read_options(None, None, None, "json"), read_options("large", "/outer", None, "npy")
+    merged = inner.over(outer)
+    assert (merged.wish, merged.serializer) == (True, "json")
+    assert merged.storage == outer.storage
+    assert unpack(merged.pack()) == merged
+    assert read_options(False, None).over(outer).wish is False
+    assert read_options(None, None).over(outer).wish == "large"

@@ -81,6 +81,8 @@ def test_text_becomes_values(project: Path, name: str, text: str, value: object)
         ("LARGE_ARGUMENT", "1 parsec"),
         ("TRACKING", "some"),
         ("SPOOL_SYNC", "never"),
+        ("RESULTS_PERSIST_BY_DEFAULT", "sometimes"),
+        ("RESULTS_DEFAULT_SERIALIZER", "yaml"),
     ],
 )
 def test_a_bad_value_gives_one_sentence_that_names_the_variable(project: Path, name: str, text: str) -> None:
@@ -90,6 +92,17 @@ def test_a_bad_value_gives_one_sentence_that_names_the_variable(project: Path, n
     assert sentence.startswith(f"PENSTOCK_{name} is '{text}', but must be ")
     assert "\n" not in sentence
     assert sentence.endswith(".")
+
+
+def test_settings_of_stored_results(project: Path) -> None:
+    found = read(project)
+    assert (found.results_persist_by_default, found.default_result_storage) == ("false", "")
+    assert found.results_default_serializer == "auto"
+    found = read(project, RESULTS_PERSIST_BY_DEFAULT="yes", DEFAULT_RESULT_STORAGE="s3://bucket/x")
+    assert (found.results_persist_by_default, found.default_result_storage) == ("true", "s3://bucket/x")
+    found = read(project, RESULTS_PERSIST_BY_DEFAULT="large", DEFAULT_RESULT_STORAGE="kept")
+    assert found.results_persist_by_default == "large"
+    assert Path(found.default_result_storage).is_absolute()
 
 
 @pytest.mark.parametrize(

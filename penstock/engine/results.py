@@ -1,0 +1,287 @@
+"""Results that outlive the memory of their worker: who wants them, where they go, how they come back.
+
+The worker writes them (`penstock.runners.result_store`), before it says that it has completed; no
+byte passes through the driver. Here a work order gets its commit target, and a stored copy takes
+the place of a value that is gone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from penstock import errors
+from penstock.runners import result_formats, result_store
+from penstock.settings import settings
+
+if TYPE_CHECKING:
+    from penstock.engine.calls import TaskRun
+
+Persistence: TypeAlias = bool | Literal["large"] | None
+
+
+@dataclass(frozen=True, slots=True)
+class ResultStorage:
+    """A storage for results whose file system needs options.
+
+    >>> ResultStorage("s3://bucket/results", {"endpoint_url": "…"})  # doctest: +SKIP
+
+    Parameters
+    ----------
+    url : str
+        Any URL of fsspec, or a directory.
+    options : mapping
+        Options of the fsspec file system. They travel to the workers; the record does not get them.
+    """
+
+    url: str
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
+
+
+Storage: TypeAlias = str | os.PathLike[str] | ResultStorage | None
+
+
+@dataclass(frozen=True, slots=True)
+class ResultOptions:
+    """What a task, or a flow for its tasks, says about results; None where it says nothing.
+
+    Attributes
+    ----------
+    persist : bool or "large", optional
+        Whether to store them; "large": from ``PENSTOCK_LARGE_ARGUMENT`` bytes.
+    storage : ResultStorage, optional
+        Where.
+    key : str, optional
+        Template for the place in the storage.
+    serializer : str, optional
+        Name of the format.
+    """
+
+    persist: Persistence = None
+    storage: ResultStorage | None = None
+    key: str | None = None
+    serializer: str | None = None
+
+    @property
+    def wish(self) -> Persistence:
+        """Whether results are stored: who says where, or how, wants it."""
+        if self.persist is not None:
+            return self.persist
+        return True if self.storage or self.key or self.serializer else None
+
+    def over(self, outer: ResultOptions) -> ResultOptions:
+        """Fill what is not said here from what surrounds it."""
+        return ResultOptions(
+            outer.wish if self.wish is None else self.wish,
+            self.storage or outer.storage,
+            self.key,
+            self.serializer or outer.serializer,
+        )
+
+    def pack(self) -> tuple[Any, ...]:
+        """Return primitives for nested code on workers, whose settings may be others."""
+        full = self.over(defaults())
+        storage = full.storage
+        assert storage is not None
+        return full.wish, storage.url, dict(storage.options), full.serializer
+
+
+def unpack(packed: tuple[Any, ...] | None) -> ResultOptions:
+    """Read what `ResultOptions.pack` wrote."""
+    if packed is None:
+        return ResultOptions()
+    persist, url, options, serializer = packed
+    return ResultOptions(persist, ResultStorage(url, options), None, serializer)
+
+
+def defaults() -> ResultOptions:
+    """Return what the settings say."""
+    known = settings()
+    persist: Persistence = {"true": True, "large": "large"}.get(known.results_persist_by_default, False)  # type: ignore[assignment]
+    storage = ResultStorage(known.default_result_storage or str(known.home / "storage"))
+    return ResultOptions(persist, storage, None, known.results_default_serializer)
+
+
+def read_options(
+    persist: Persistence, storage: Storage, key: str | None = None, serializer: str | None = None
+) -> ResultOptions:
+    """Check what a user writes about results.
+
+    Raises
+    ------
+    ConfigurationError
+        Naming the option and what it can be.
+    """
+    if persist is not None and not isinstance(persist, bool) and persist != "large":
+        message = f"'persist_result' must be True, False, None or 'large', got {persist!r}."
+        raise errors.ConfigurationError(message)
+    if serializer is not None and serializer not in result_formats.NAMES:
+        names = ", ".join(repr(name) for name in result_formats.NAMES)
+        message = f"'result_serializer' must be one of {names}, got {serializer!r}."
+        raise errors.ConfigurationError(message)
+    if key is not None:
+        _check_key(key)
+    return ResultOptions(persist, _read_storage(storage), key, serializer)
+
+
+def _read_storage(storage: Any) -> ResultStorage | None:
+    if storage is None:
+        return None
+    if isinstance(storage, ResultStorage):
+        plain = _read_storage(storage.url)
+        return replace(storage, url=plain.url) if plain is not None else None
+    options = getattr(storage, "storage_options", None)  # a UPath knows those of its file system
+    if isinstance(options, Mapping) and "://" in str(storage):
+        return ResultStorage(str(storage), dict(options))
+    if not isinstance(storage, (str, os.PathLike)) or not str(storage):
+        message = f"'result_storage' must be a directory, a URL or a ResultStorage, got {storage!r}."
+        raise errors.ConfigurationError(message)
+    text = str(storage)
+    if text.startswith(("file://", "local://")):
+        text = text.partition("://")[2]
+    return ResultStorage(text if "://" in text else str(Path(text).expanduser().absolute()))
+
+
+def _check_key(template: Any) -> None:
+    try:
+        assert isinstance(template, str) and template  # noqa: PT018
+        made = _format_key(template, "r", "n", "f", "m", "t", 0)
+    except Exception as error:
+        message = (
+            "'result_storage_key' must be a template of {task_run.id}, {task_run.name}, {flow_run.id}, "
+            f"{{flow_run.name}}, {{task.name}} and {{index}}, got {template!r} ({type(error).__name__}: {error})."
+        )
+        raise errors.ConfigurationError(message) from None
+    if made.startswith("/") or ".." in made.split("/"):
+        raise errors.ConfigurationError(f"'result_storage_key' must stay in the storage, got {template!r}.")
+
+
+def _format_key(
+    template: str, run: str, name: str, flow_run: str, flow_run_name: str, task: str, index: int
+) -> str:
+    return template.format(
+        task_run=SimpleNamespace(id=run, name=name),
+        flow_run=SimpleNamespace(id=flow_run, name=flow_run_name),
+        task=SimpleNamespace(name=task),
+        index=index,
+    )
+
+
+# -- to the worker --------------------------------------------------------------------------
+
+
+def commit_order(run: TaskRun) -> dict[str, Any] | None:
+    """Return what the worker has to know in order to store the result of a run; None if it has not to.
+
+    Without a ``result_storage_key`` it is the same for all elements of a map.
+    """
+    own: ResultOptions | None = getattr(run.task.options, "results", None)
+    if own is None or not run.tracked:
+        return None
+    outer = run.flow_run.results if run.flow_run is not None else ResultOptions()
+    wish = outer.wish if own.wish is None else own.wish
+    if wish is False or (wish is None and settings().results_persist_by_default == "false"):
+        return None
+    full = own.over(outer).over(defaults())
+    assert full.storage is not None
+    return {
+        "storage": full.storage.url,
+        "options": dict(full.storage.options),
+        "key": _key(run, own.key),
+        "format": full.serializer or "auto",
+        "over": settings().large_argument if full.wish == "large" else 0,
+    }
+
+
+def _key(run: TaskRun, template: str | None) -> str:
+    flow = run.flow_run
+    folder = flow.id if flow is not None else run.root
+    if template is None:
+        return f"{folder}/{{run}}"
+    name = flow.name if flow is not None else ""
+    made = _format_key(template, "{run}", run.name, folder, name, run.task.name, run.index)
+    # Names of runs are free text: none may leave the storage.
+    return "/".join("_" if part in {"", ".", ".."} else part for part in made.split("/"))
+
+
+# -- back -----------------------------------------------------------------------------------
+
+
+def location(stored: Mapping[str, Any]) -> str:
+    """Return where a result lies, as the record shows it and `load_result` takes it."""
+    return f"{str(stored['storage']).rstrip('/')}/{stored['key']}{result_store.EXTENSION}"
+
+
+def load(run: TaskRun) -> Any:
+    """Return the stored copy of a run's value.
+
+    Parameters
+    ----------
+    run : TaskRun
+        Completed.
+
+    Raises
+    ------
+    MissingResult
+        If it was not stored, or the copy is gone.
+    ResultCorrupt
+        If the copy is damaged.
+    StorageRefused, MissingExtra
+        If the storage cannot be read from here.
+    """
+    if run.stored is None:
+        message = (
+            f"the value of task run {run.name!r} ({run.id}) was kept in memory only, and is gone; "
+            "ask for it while its runner is open, or store it: @task(persist_result=True)."
+        )
+        raise errors.MissingResult(message).of_run(run.id)
+    own = run.task.options.results
+    outer = run.flow_run.results if run.flow_run is not None else ResultOptions()
+    storage = own.over(outer).storage
+    options = dict(storage.options) if storage is not None and storage.url == run.stored["storage"] else {}
+    return _load({**run.stored, "options": options}, run.id)
+
+
+def load_result(where: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Any:
+    """Return a stored result, also of a run of another day.
+
+    It is unpickled where it was pickled: load only what you trust.
+
+    >>> load_result("…/storage/0199…/0199….result")  # doctest: +SKIP
+
+    Parameters
+    ----------
+    where : str or path
+        The location that ``penstock runs show`` prints.
+    options : mapping, optional
+        Options of the fsspec file system, for a URL.
+
+    Raises
+    ------
+    MissingResult, ResultCorrupt, StorageRefused
+        If there is none, if it is damaged, if it cannot be read.
+    """
+    text = str(where).removesuffix(result_store.EXTENSION)
+    storage, _, key = text.rpartition("/")
+    return _load({"storage": storage or ".", "key": key, "options": dict(options or {})}, None)
+
+
+def _load(where: dict[str, Any], run_id: str | None) -> Any:
+    about = f"task run {run_id}: " if run_id else ""
+    try:
+        return result_store.load(where, run_id)
+    except result_store.Absent as error:
+        message = f"{about}{error}; a directory must be one that driver and workers share."
+        raise errors.MissingResult(message).of_run(run_id) from None
+    except result_store.Damaged as error:
+        raise errors.ResultCorrupt(f"{about}{error}.").of_run(run_id) from None
+    except result_formats.CommitError as error:
+        kind: type[errors.PenstockError] = getattr(errors, error._penstock_error)
+        raised = kind(f"{about}{error}")
+        if isinstance(raised, errors.RunError):
+            raised.of_run(run_id)
+        raise raised from error.__cause__
