@@ -115,6 +115,30 @@ def test_elements_of_a_map_are_stored_one_by_one(in_flow: InFlow, record: Record
     assert [len(results.load(future._run)) for future in futures] == list(range(5))
 
 
+@pytest.mark.parametrize("key", [None, "{task.name}/{index}"], ids=["own", "named"])
+def test_elements_that_go_together_are_stored_and_fail_one_by_one(
+    in_flow: InFlow, record: Record, home: Path, key: str | None
+) -> None:
+    @task(result_serializer="json", result_storage_key=key, chunk_size=5)
+    def odd(x: int) -> Any:
+        return (x,) if x == 7 else [x]
+
+    def body() -> list[Any]:
+        return [future.result(raise_on_failure=False) for future in odd.map(range(20))]
+
+    found = in_flow(body)
+    assert isinstance(found.pop(7), UnserializableResult)
+    assert found == [[x] for x in range(20) if x != 7]
+    rows = record.tasks("odd")
+    assert [row.type for row in rows] == ["FAILED" if x == 7 else "COMPLETED" for x in range(20)]
+    stored = [row.state.get("stored") for row in rows]
+    assert stored.pop(7) is None
+    assert [load_result(where) for where in stored] == found
+    assert len(files(home, "*.result")) == 19
+    if key is not None:
+        assert stored[3] == str(home / "odd" / "3.result")
+
+
 def test_tasks_that_tasks_submit_are_stored_by_the_same_rules(
     runner: TaskRunner, record: Record, tmp_path: Path
 ) -> None:
