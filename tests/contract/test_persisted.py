@@ -133,7 +133,7 @@ def test_elements_that_go_together_are_stored_and_fail_one_by_one(
     assert [row.type for row in rows] == ["FAILED" if x == 7 else "COMPLETED" for x in range(20)]
     stored = [row.state.get("stored") for row in rows]
     assert stored.pop(7) is None
-    assert [load_result(where) for where in stored] == found
+    assert [load_result(str(where)) for where in stored] == found
     assert len(files(home, "*.result")) == 19
     if key is not None:
         assert stored[3] == str(home / "odd" / "3.result")
