@@ -126,7 +126,7 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         self._displaced = ("", [])
         known = self._workers.pop(worker, {"worker": worker, "pid": 0, "limit": 0})
         known["silent"] = "ttl" in stimulus_id  # the process may live, but does not answer
-        marked = plugin.Marks.read(known["pid"], worker)
+        begun = plugin.runtime.read_starts(known["pid"], plugin.starts_label(worker))
         restarted = worker in self._restarting
         self._restarting.discard(worker)
         lost: dict[Any, bool | None] = {}
@@ -135,7 +135,7 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
             if task is None or task.suspicious <= self._blamed.get(key, 0):
                 continue  # retired in good order: Dask moves the task
             self._blamed[key] = task.suspicious
-            began = None if marked is None else plugin.name_of(key) in marked
+            began = None if begun is None else plugin.runtime.start_name(key) in begun
             if given_up or not (restarted or began is False):
                 lost[key] = began
         if lost:

@@ -105,6 +105,7 @@ def begin(runtime: Any) -> None:
 
     node = ray.get_runtime_context().get_node_id()
     rt.worker_name = f"{node[:8]}:{os.getpid()}"
+    rt.starts().open()
     rt._HIDDEN.add(__file__)
     _WAITS.add(rt.__file__)  # a task whose stack goes on in another thread waits in there
 
@@ -141,6 +142,7 @@ def work(head: bytes, values: Sequence[Any]) -> tuple[Any, Any]:
     global _task
     key, order, function, arguments, announce, after = pickle.loads(head)
     _listen()
+    start = rt.starts().begin(key)
     _task = _Task(key, announce)
     try:
         upstream = [_arrived(value) for value in values[after:]]
@@ -151,6 +153,7 @@ def work(head: bytes, values: Sequence[Any]) -> tuple[Any, Any]:
         value, record = rt.run(order, function, arguments, upstream, key, _task.begin)
     finally:
         _task = None
+        start.end()  # Ray stores the result after this; the note of what has ended stays for a while
     return _departing(value, record)
 
 
