@@ -149,7 +149,21 @@ class FailedRun(RunError):
 
 
 class CrashedRun(RunError):
-    """The infrastructure failed while the run was in its hands."""
+    """The infrastructure failed while the run was in its hands.
+
+    Attributes
+    ----------
+    began : bool or None
+        Whether user code of the attempt had begun; None if nobody knows.
+    shared : int
+        How many other tasks were lost with it, any of which may be to blame.
+    final : bool
+        Trying again is pointless: the backend is gone.
+    """
+
+    began: bool | None = None
+    shared: int = 0
+    final: bool = False
 
 
 class WorkerLost(CrashedRun):

@@ -13,6 +13,7 @@ from penstock.engine.states import Position, StateType
 if TYPE_CHECKING:
     from penstock.engine.clock import Alarm
     from penstock.engine.graph import Edge
+    from penstock.engine.recipes import Recipe
     from penstock.engine.session import Session
     from penstock.engine.task import Task
     from penstock.runners.base import Key, Ref
@@ -105,6 +106,7 @@ class TaskRun:
         "done",
         "ended",
         "error",
+        "excuses",
         "failures",
         "flow_run",
         "index",
@@ -115,15 +117,18 @@ class TaskRun:
         "name",
         "nbytes",
         "position",
+        "recipe",
         "ref",
         "released",
         "root",
         "session",
         "started",
         "surrounding",
+        "suspicions",
         "tags",
         "task",
         "tracked",
+        "unbegun",
         "value",
         "waiting",
         "worker",
@@ -154,6 +159,7 @@ class TaskRun:
         self.position = Position(StateType.PENDING, "Pending", 0)
         self.message = ""
         self.call: Call | None = None
+        self.recipe: Recipe | None = None  # how to make the value again, once it exists
         self.key: Key | None = None
         self.ref: Ref | None = None
         self.value: Any = None  # of a run that ended in this process with its value at hand
@@ -172,6 +178,9 @@ class TaskRun:
         self.inside = 0  # how many task runs surround it
         self.failures = 0
         self.crashes = 0
+        self.suspicions = 0  # losses in company of others, since it last came through
+        self.excuses = 0  # losses at no cost
+        self.unbegun = 0  # those of them before the attempt had begun
         self.started = 0.0
         self.ended = 0.0
         self.nbytes = 0
@@ -208,6 +217,11 @@ class TaskRun:
     def attempt(self) -> int:
         """Number of the present execution, 0 before the first."""
         return self.position.attempt
+
+    @property
+    def next_attempt(self) -> int:
+        """Number of the execution that comes next: every one that may have begun counts."""
+        return self.failures + self.crashes + self.excuses - self.unbegun + 1
 
     @property
     def completed(self) -> bool:

@@ -16,7 +16,6 @@ from penstock.runners.base import UNSENT
 if TYPE_CHECKING:
     from penstock.engine.calls import TaskRun
     from penstock.engine.session import Session
-    from penstock.runners.base import Report
 
 
 def started(session: Session, run: TaskRun) -> None:
@@ -58,6 +57,7 @@ def ended(session: Session, run: TaskRun, record: dict[str, Any], nbytes: int, w
     status = record["status"]
     if status == "upstream":
         return
+    run.suspicions = 0  # its worker has survived it
     run.started, run.nbytes = record["started"], max(nbytes, record["nbytes"])
     run.worker = worker or record["worker"] or f"{record['host']}:{record['pid']}"
     lines, dropped = [list(line) for line in record.get("logs", ())], record.get("dropped", 0)
@@ -139,7 +139,7 @@ def _failed(
     if delay is None or run.cancelling or not _wants_retry(session, run, name, message):
         session.settle(run, StateType.FAILED, name, message, **details)
         return
-    _try_again(session, run, delay, message, details)
+    try_again(session, run, delay, message, details)
 
 
 def _wants_retry(session: Session, run: TaskRun, name: str | None, message: str) -> bool:
@@ -156,28 +156,8 @@ def _wants_retry(session: Session, run: TaskRun, name: str | None, message: str)
         return False
 
 
-def lost(session: Session, run: TaskRun, report: Report) -> None:
-    """The infrastructure failed while the run was in its hands."""
-    cause = report.cause or errors.CrashedRun("the backend lost the task")
-    run.worker = report.worker or run.worker
-    if run.cancelling:
-        session.settle(run, StateType.CANCELLED, None, "Cancelled.")
-        return
-    if isinstance(cause, errors.CancelledRun):
-        cause = errors.CrashedRun(f"the backend cancelled the task: {cause}")
-    run.crashes += 1
-    run.error = cause.of_run(run.id) if isinstance(cause, errors.RunError) else cause
-    message = str(cause)
-    details = {"cause": type(cause).__name__}
-    policy = run.task.options.retry
-    delay = policy.after_crash(run.crashes) if run.task.options.idempotent else None
-    if delay is None:
-        session.settle(run, StateType.CRASHED, None, message, **details)
-    else:
-        _try_again(session, run, delay, message, details)
-
-
-def _try_again(session: Session, run: TaskRun, delay: float, message: str, details: dict[str, Any]) -> None:
+def try_again(session: Session, run: TaskRun, delay: float, message: str, details: dict[str, Any]) -> None:
+    """Start another attempt, after a delay if there is one."""
     if run.alarm is not None:
         run.alarm.cancel()
         run.alarm = None

@@ -13,21 +13,33 @@ import itertools
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from penstock import errors
-from penstock.engine import compile, invoke, nested, outcomes, payload, values  # noqa: A004 - the house's word
+from penstock.engine import (
+    compile,  # noqa: A004 - the house's word
+    invoke,
+    losses,
+    nested,
+    outcomes,
+    payload,
+    recipes,
+    remaking,
+    values,
+    waiting,
+)
 from penstock.engine.buffer import Buffer
 from penstock.engine.calls import FlowRun, Source, TaskRun
-from penstock.engine.clock import clock
+from penstock.engine.clock import Alarm, clock
 from penstock.engine.context import Scope
 from penstock.engine.graph import Graph, admits, sources_of
 from penstock.engine.journal import Journal
 from penstock.engine.objects import Objects
+from penstock.engine.quarantine import Quarantine
 from penstock.engine.states import StateType, advance
-from penstock.engine.waiting import surrounds
 from penstock.runners import worker_runtime
 from penstock.runners.base import UNSENT, Key, Ref, Report, TaskRunner, new_tag
 from penstock.settings import settings
@@ -56,12 +68,15 @@ class Session:
         self._working = threading.Lock()
         self._inbox: deque[list[Report]] = deque()
         self._sent: dict[Key, TaskRun] = {}
+        self.made: weakref.WeakValueDictionary[Key, TaskRun] = weakref.WeakValueDictionary()
         self._scopes: dict[FlowRun | None, Scope] = {}
         self._functions: dict[
             int, tuple[Any, bytes]
         ] = {}  # the function is kept, so that its id stays its own
         self._counter = itertools.count()
         self.buffer = Buffer(self._pump)
+        self.quarantine = Quarantine()
+        self._alarm: Alarm | None = None
         self.bytes_fetched = 0
         self.failures = 0
         self.live: dict[TaskRun, None] = {}
@@ -193,7 +208,11 @@ class Session:
             )
             raise errors.NestingTooDeep(message)
         for source in sources_of(run):
-            if source.run is not None and not source.run.done and surrounds(source.run, scope.task_run):
+            if (
+                source.run is not None
+                and not source.run.done
+                and waiting.surrounds(source.run, scope.task_run)
+            ):
                 message = (
                     f"deadlock: {run.name!r} would wait for {source.run.name!r}, "
                     "whose own code submits it and cannot end before it."
@@ -212,6 +231,8 @@ class Session:
         pending = [run]
         while pending:
             one = pending.pop(0)
+            if self.quarantine.add(one):
+                continue
             one.released = True
             self.buffer.add(one, leading=leading)
             pending.extend(self.graph.released(one))
@@ -239,7 +260,7 @@ class Session:
 
     def _pump(self) -> None:
         """Do what is due, unless another thread is at it: that one will see it."""
-        while (self._inbox or self.buffer.due) and self._working.acquire(blocking=False):
+        while (self._inbox or self._due) and self._working.acquire(blocking=False):
             try:
                 if self._inbox:
                     self._read(self._inbox.popleft())
@@ -248,12 +269,21 @@ class Session:
             finally:
                 self._working.release()
 
+    @property
+    def _due(self) -> bool:
+        return self.quarantine.due or (self.buffer.due and not self.quarantine.holds)
+
+    def _take(self) -> list[TaskRun]:
+        suspects = [run for run in self.quarantine.take() if not run.done]
+        for run in suspects:
+            run.released = True
+        return suspects or [run for run in self.buffer.take() if run.released and not run.done]
+
     def _send(self) -> None:
         with self.changing():
-            batch = [run for run in self.buffer.take() if run.released and not run.done]
+            batch = self._take()
             for run in batch:
-                attempt = run.failures + run.crashes + 1
-                run.position = advance(run.position, StateType.PENDING, "Submitting", max(attempt, 1))
+                run.position = advance(run.position, StateType.PENDING, "Submitting", run.next_attempt)
                 run.key = (f"{run.task.name}-{self.tag}", next(self._counter))
                 run.ref = Ref(run.key, UNSENT)
                 self._sent[run.key] = run
@@ -285,6 +315,9 @@ class Session:
     def _read(self, reports: list[Report]) -> None:
         with self.changing():
             for report in reports:
+                if report.kind in {"again", "gone"}:
+                    self._about_value(report)
+                    continue
                 run = self._sent.get(report.key)
                 if run is None or run.done or run.key != report.key:
                     continue
@@ -293,8 +326,18 @@ class Session:
                 elif report.kind == "ended":
                     outcomes.ended(self, run, invoke.read_record(report.record), report.nbytes, report.worker)
                 elif report.kind == "lost":
-                    outcomes.lost(self, run, report)
+                    losses.lost(self, run, report)
                 # "upstream": the upstream's own report decides, by `Graph.ended`
+
+    def _about_value(self, report: Report) -> None:
+        """A value that existed was lost: made again by the backend, or gone."""
+        run = self.made.get(report.key)
+        if run is None or not run.completed:
+            return
+        if report.kind == "again":
+            remaking.made_again(self, run, report)
+        else:
+            remaking.gone(self, run, report.cause or errors.ResultLost(f"the value of {run.name!r} is gone"))
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
@@ -304,12 +347,24 @@ class Session:
                 yield
             finally:
                 self.journal.write_out()
+                self._turn()
                 self.changed.notify_all()
                 self.buffer.flush()
                 due, self.journal.callbacks = self.journal.callbacks, []
         for call in due:
             call()
         self._pump()
+
+    def _turn(self) -> None:
+        """Let suspects go on, if there are any."""
+        if self.quarantine.waits:
+            again = self.quarantine.turn(len(self._sent), lambda: self.runner.info.workers)
+            if again is not None and self._alarm is None:
+                self._alarm = clock.call_later(again, self._wake)
+
+    def _wake(self) -> None:
+        with self.changing():
+            self._alarm = None
 
     def ended_here(self, run: TaskRun, value: Any, record: bytes) -> None:
         """Take the end of an attempt that was made in the calling thread."""
@@ -350,6 +405,7 @@ class Session:
         run.ended = time.time()
         if run.key is not None:
             self._sent.pop(run.key, None)
+        self.quarantine.discard(run)
         if run.alarm is not None:
             run.alarm.cancel()
             run.alarm = None
@@ -362,6 +418,9 @@ class Session:
             run.flow_run.finished += 1
         self.journal.add(run, details)
         ready, dead = self.graph.ended(run)
+        if run.completed and run.key is not None and not self.in_process:
+            self.made[run.key] = run
+            run.recipe = recipes.of(run)
         run.call = None
         for one in ready:
             self._release(one)
@@ -393,6 +452,7 @@ class Session:
         """Take a run back from buffer and backend without touching its state."""
         run.released = False
         self.buffer.discard(run)
+        self.quarantine.discard(run)
         if run.key is not None and self._sent.pop(run.key, None) is not None and run.ref is not None:
             ref, run.ref, run.key = run.ref, None, None
             if ref.handle is not UNSENT:
@@ -417,8 +477,52 @@ class Session:
         else:
             self._release(run)
 
+    def reopen(self, run: TaskRun) -> None:
+        """Run again what had completed, and have the runs that need its value wait for it."""
+        run.done = False
+        run.ref = run.value = None
+        if run.key is not None:
+            self.made.pop(run.key, None)
+            run.key = None
+        self.live[run] = None
+        if run.flow_run is not None:
+            run.flow_run.live[run] = None
+            run.flow_run.finished -= 1
+        self._enter(run, leading=False)
+        self.recall(run)
+
+    def recall(self, run: TaskRun) -> None:
+        """Hold back what needs the value of a run, is not in the backend's hands, and lacks it now."""
+        for one in list(self.live):
+            here = one.key is None or one in self.buffer or one in self.quarantine
+            if here and any(source.run is run for source in sources_of(one)):
+                self.enter_again(one)
+
+    def enter_again(self, run: TaskRun) -> None:
+        """Send a run that has not begun, once its upstreams that are made again have ended."""
+        self.withdraw(run)
+        dead = self.graph.reconnect(run)
+        if dead is not None:
+            self._never(run, dead)
+            return
+        for dependant in self.graph.recalled(run):
+            self.withdraw(dependant)
+        if run.waiting == 0:
+            self._release(run)
+
+    def renew(self, runs: Sequence[TaskRun], cause: Exception) -> bool:
+        """Make lost values of completed runs again and wait for them; answer whether any was lost."""
+        with self.changing():
+            lost = {id(run.ref): run for run in runs if run.completed and run.ref is not None}
+            refs = [run.ref for run in runs if run.completed and run.ref is not None]
+            missing = [lost[id(ref)] for ref in self.runner.missing(refs)]
+            for run in missing:
+                remaking.gone(self, run, cause)
+        waiting.wait([run for run in missing if not run.done])
+        return bool(missing)
+
     def _release_again(self, run: TaskRun) -> None:
-        if not run.done:
+        if not run.done and not run.released:
             self._release(run)
 
     def _fail(self, run: TaskRun, error: Exception) -> None:

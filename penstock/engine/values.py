@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from penstock import errors
 from penstock.engine.calls import Source, TaskRun
 from penstock.engine.failure import Failure
 from penstock.engine.states import State, StateType, Stored, failure_of
@@ -31,7 +32,13 @@ def results(runs: Sequence[TaskRun], *, raise_on_failure: bool = True) -> list[A
         if run.completed and run.value is None and run.ref is not None:
             wanted.setdefault(run.carrier, {})[run] = run.ref
     for session, refs in wanted.items():
-        for run, value in zip(refs, session.runner.fetch(list(refs.values())), strict=True):
+        try:
+            fetched = session.runner.fetch(list(refs.values()))
+        except errors.ResultLost as loss:
+            if session.renew(list(refs), loss):
+                return results(runs, raise_on_failure=raise_on_failure)
+            raise
+        for run, value in zip(refs, fetched, strict=True):
             run.value = value
             if not session.in_process:
                 session.bytes_fetched += run.nbytes

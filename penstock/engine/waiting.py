@@ -217,7 +217,7 @@ def _run_here(session: Session, run: TaskRun) -> None:
 
 def _claim(session: Session, run: TaskRun) -> dict[str, object] | None:
     with session.lock:
-        if run.done or run.waiting or run.call is None:
+        if run.done or run.waiting or run.call is None or run in session.quarantine:
             return None
         if run.key is not None:
             if run.ref is None or run.ref.handle is UNSENT or not session.runner.take_back(run.ref):
@@ -225,7 +225,7 @@ def _claim(session: Session, run: TaskRun) -> dict[str, object] | None:
             session.forget(run)
         session.buffer.discard(run)
         run.released = True
-        run.position = advance(run.position, StateType.RUNNING, None, run.failures + run.crashes + 1)
+        run.position = advance(run.position, StateType.RUNNING, None, run.next_attempt)
         order = invoke.work_order(run, run.call, session.prints_of(run))
         order["scope"] = session.scope_of(run)
         return order

@@ -23,6 +23,8 @@ with one of the kinds
     Like "upstream", but that value had been reported as good before.
 ``broken``
     Dask could not run it; `details` hold its words.
+``refused``
+    Its value was lost, and it must not be executed twice.
 ``waiting``
     No worker may run it now.
 """
@@ -73,6 +75,7 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
             [],
         )  # stimulus, and the keys that it took off a worker
         self._blamed: dict[Any, int] = {}  # key → times that a worker died under it
+        self._gone: dict[Any, str] = {}  # values lost that must not be made again → stimulus
         self._doomed: dict[str, int] = {}  # worker → resident bytes when its nanny ended it
         self._restarting: set[str] = set()
         self._workers = {address: _known(state) for address, state in scheduler.workers.items()}
@@ -86,6 +89,10 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
             if finish == "memory":
                 if start == "processing" and MARK in (details.get("metadata") or ()):
                     self._completed(key, details)
+            elif start == "memory" and finish == "released":
+                task = self.scheduler.tasks[key]
+                if task.annotations and "penstock_once" in task.annotations and task.who_wants:
+                    self._gone[key] = stimulus_id
             elif finish == "forgotten":
                 self._blamed.pop(key, None)
             elif finish in {"erred", "no-worker"} or start == "processing":
@@ -124,6 +131,8 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         """
         stimulus, displaced = self._displaced
         self._displaced = ("", [])
+        gone, self._gone = self._gone, {}
+        self._refuse([key for key, why in gone.items() if why == stimulus_id], worker)
         known = self._workers.pop(worker, {"worker": worker, "pid": 0, "limit": 0})
         known["silent"] = "ttl" in stimulus_id  # the process may live, but does not answer
         begun = plugin.runtime.read_starts(known["pid"], plugin.starts_label(worker))
@@ -199,6 +208,14 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         for key, began in lost.items():
             details = {**known, "began": began, "shared": len(lost) - 1}
             self._add(topic_of(key), ("lost", key, b"", 0, known["worker"], details))
+
+    def _refuse(self, keys: list[Any], worker: str) -> None:
+        """Keep Dask from making again what must not be executed twice."""
+        keys = [key for key in keys if self._topic_of(key)]
+        for key in keys:
+            self._add(topic_of(key), ("refused", key, b"", 0, worker, None))
+        if keys:
+            self.drop(keys)
 
     def drop(self, keys: Iterable[Any]) -> None:
         """Take tasks and all that waits for them back from their clients.
