@@ -366,7 +366,6 @@ def _unwritten(flight: Flight, error: Any) -> list[Report]:
         # The engine believes that the value is there: both have to be told.
         cause = neutral(error.cause)
         gone = [one for one in flight.upstream if _is_about(error.cause, one)]
-        cause.began = False
         reports = [Report(one.key, "gone", cause=cause) for one in gone]
         return [*reports, Report(key, "lost", cause=cause)]
     if isinstance(error.cause, exceptions.RayError) or any(_is_broken(one) for one in flight.upstream):
