@@ -64,6 +64,7 @@ class DaskTaskRunner(TaskRunner):
     """
 
     name = "dask"
+    _worker = ""  # where the runner lives, if it is one of a task
 
     def __init__(
         self,
@@ -210,7 +211,7 @@ class DaskTaskRunner(TaskRunner):
 
     def _follow(self, attachment: attach.Attachment) -> None:
         assert self._runtime is not None
-        self._summary = (time.monotonic(), self._runtime.join(attachment.client))
+        self._summary = (time.monotonic(), self._runtime.join(attachment.client, self._worker))
         self._attachment = attachment
         self._watch = Watch(
             attachment.client, self._runtime.tracker, self.deliver, self._return, self.reconnect_timeout
@@ -480,7 +481,10 @@ class _InsideRunner(DaskTaskRunner):
 
     def start(self) -> None:
         if self._attachment is None:
+            from distributed import get_worker
+
             self._runtime = dask_runtime.of_worker()
+            self._worker = worker_runtime.on_task_thread(get_worker).address
             self._direct = True
             self._follow(attach.Attachment(self._wish.client, own_client=False, local=True))
 

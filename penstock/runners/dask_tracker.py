@@ -67,6 +67,7 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         self.name = name
         self.scheduler = scheduler
         self.users: set[str] = set()  # clients; the plugin leaves with the last
+        self.homes: dict[str, str] = {}  # client of a worker's own → the worker
         self._events: defaultdict[str, list[tuple[Any, ...]]] = defaultdict(list)
         self._pause = SHORTEST
         self._flush_due = False
@@ -139,14 +140,19 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         restarted = worker in self._restarting
         self._restarting.discard(worker)
         lost: dict[Any, bool | None] = {}
+        orphans: list[Any] = []
         for key, given_up in displaced if stimulus == stimulus_id else ():
             task = scheduler.tasks.get(key)
             if task is None or task.suspicious <= self._blamed.get(key, 0):
                 continue  # retired in good order: Dask moves the task
             self._blamed[key] = task.suspicious
+            if task.who_wants and all(self.homes.get(one.client_key) == worker for one in task.who_wants):
+                orphans.append(key)  # who has submitted it died on this worker, too, and bears the blame
+                continue
             began = None if begun is None else plugin.runtime.start_name(key) in begun
             if given_up or not (restarted or began is False):
                 lost[key] = began
+        self.drop(orphans)
         if lost:
             self.drop([key for key in lost if scheduler.tasks[key].state != "erred"])
             scheduler.loop.call_later(PATIENCE, self._announce_loss, lost, known)
@@ -283,6 +289,7 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
     def forget(self, client: str) -> None:
         """Count one client less; the last one takes the plugin and the uploaded files along."""
         self.users.discard(client)
+        self.homes.pop(client, None)
         self.unsubscribe(client)
         if not self.users and self.scheduler.plugins.get(self.name) is self:
             self.scheduler.remove_plugin(name=self.name)
@@ -304,13 +311,23 @@ def _known(state: Any) -> dict[str, Any]:
 # -- what a client asks the scheduler -------------------------------------------------------
 
 
-def join(name: str, client: str, dask_scheduler: Any) -> dict[str, Any]:
-    """Install the tracker if it is not, and count a client as its user."""
+def join(name: str, client: str, worker: str, dask_scheduler: Any) -> dict[str, Any]:
+    """Install the tracker if it is not, and count a client as its user.
+
+    Parameters
+    ----------
+    name, client : str
+        Of the tracker and of the client.
+    worker : str
+        Address of the worker that the client is a part of, empty for a driver's.
+    """
     tracker = dask_scheduler.plugins.get(name)
     if tracker is None:
         tracker = Tracker(name, dask_scheduler)
         dask_scheduler.add_plugin(tracker, name=name)
     tracker.users.add(client)
+    if worker:
+        tracker.homes[client] = worker
     return summary(dask_scheduler)
 
 
