@@ -71,3 +71,17 @@ def check_count(record: Record, row: Row, executed: int) -> None:
         assert executed <= row.attempt
     else:
         assert executed == row.attempt, (executed, row.names, row.history)
+
+
+def check_random(record: Record, executed: Counter[str], kills: int) -> None:
+    """After kills from outside: every execution is counted.
+
+    A kill may strike between the note that an attempt begins and the first line of its code, so
+    there may be one attempt more than executions for each task that ran then.
+    """
+    rows = record.tasks("works")
+    assert {row.type for row in rows} == {"COMPLETED"}
+    for number, row in enumerate(rows):
+        losses = len([one for one in began(row) if one != "no"])
+        assert row.attempt - losses <= executed[str(number)] <= row.attempt, (row.names, executed)
+    assert sum(row.attempt for row in rows) <= len(rows) + 2 * kills

@@ -1,67 +1,85 @@
 """How to make the value of a completed run again, kept as long as the run, without keeping values.
 
-A call holds its upstream runs, and with them their values on the cluster. What is left of it
-once the value exists refers to upstreams weakly: nothing lives longer because of it. Where an
-upstream is gone, or the arguments are large, there is no way back.
+A call holds its upstream runs, and with them their values on the cluster. Once its own value
+exists it refers to them weakly: nothing lives longer because of it. Where an upstream is gone,
+or the arguments are large, there is no way back.
 """
 
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from penstock.engine.calls import Call, Source
 
 if TYPE_CHECKING:
     from penstock.engine.calls import TaskRun
+    from penstock.runners.base import Key
 
 LARGEST = 4_096
 """Bytes of arguments that are kept beside each value."""
 
-Weak = tuple["weakref.ref[Any] | None", bool]
 
-
-@dataclass(slots=True, eq=False)
 class Recipe:
     """A call whose sources are held weakly.
 
-    Attributes
+    Parameters
     ----------
     call : Call
-        Without its sources.
-    sources : tuple
-        Upstream runs and references to put values: weak, with their `tolerant`.
+        Of a run that has ended; its sources are taken away.
     """
 
-    call: Call
-    sources: tuple[Weak, ...]
+    __slots__ = ("_call", "_sources")
+
+    def __init__(self, call: Call) -> None:
+        self._sources = [(weakref.ref(one.run or one.ref), one.tolerant) for one in call.sources]
+        self._call = call
+        call.sources = call.after = ()
 
     def restored(self) -> Call | None:
         """Return the call as it was, None if one of its upstreams no longer exists."""
-        sources = []
-        for weak, tolerant in self.sources:
-            found = weak() if weak is not None else None
+        sources: list[Source] = []
+        for weak, tolerant in self._sources:
+            found: Any = weak()
             if found is None:
                 return None
             is_run = hasattr(found, "position")
             sources.append(Source(found if is_run else None, None if is_run else found, tolerant))
-        call = self.call
-        return Call(call.task, call.function, call.arguments, tuple(sources), (), call.context)
+        self._call.sources = tuple(sources)
+        return self._call
 
 
 def of(run: TaskRun) -> Recipe | None:
     """Return the recipe of a run that ends now, None if it cannot be made again."""
     call = run.call
-    if call is None or not run.task.options.idempotent or not isinstance(call.arguments, bytes):
+    if call is None or not call.task.options.idempotent:
         return None
-    if len(call.arguments) > LARGEST:
+    if type(call.arguments) is not bytes or len(call.arguments) > LARGEST:
         return None
-    sources = tuple(
-        (_weak(source.ref if source.run is None else source.run), source.tolerant) for source in call.sources
-    )
-    return Recipe(Call(call.task, call.function, call.arguments, (), (), call.context), sources)
+    return Recipe(call)
 
 
-def _weak(target: Any) -> weakref.ref[Any] | None:
-    return None if target is None else weakref.ref(target)
+class Made:
+    """Completed runs by the key under which the backend knows their values, as long as they live."""
+
+    def __init__(self) -> None:
+        self._runs: dict[Key, weakref.ref[TaskRun]] = {}
+        self._sweep_at = 1_000
+
+    def add(self, run: TaskRun) -> None:
+        """Remember a run; its key is set."""
+        assert run.key is not None
+        self._runs[run.key] = weakref.ref(run)
+        if len(self._runs) > self._sweep_at:  # dearer than forgetting each, but not for each
+            self._runs = {key: weak for key, weak in self._runs.items() if weak() is not None}
+            self._sweep_at = 2 * len(self._runs) + 1_000
+
+    def find(self, key: Key) -> TaskRun | None:
+        """Return the run whose value has a key, if somebody still holds it."""
+        weak = self._runs.get(key)
+        return None if weak is None else weak()
+
+    def forget(self, run: TaskRun) -> None:
+        """The value of a run is gone."""
+        if run.key is not None:
+            self._runs.pop(run.key, None)

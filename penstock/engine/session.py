@@ -13,7 +13,6 @@ import itertools
 import logging
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -68,7 +67,7 @@ class Session:
         self._working = threading.Lock()
         self._inbox: deque[list[Report]] = deque()
         self._sent: dict[Key, TaskRun] = {}
-        self.made: weakref.WeakValueDictionary[Key, TaskRun] = weakref.WeakValueDictionary()
+        self.made = recipes.Made()
         self._scopes: dict[FlowRun | None, Scope] = {}
         self._functions: dict[
             int, tuple[Any, bytes]
@@ -331,7 +330,7 @@ class Session:
 
     def _about_value(self, report: Report) -> None:
         """A value that existed was lost: made again by the backend, or gone."""
-        run = self.made.get(report.key)
+        run = self.made.find(report.key)
         if run is None or not run.completed:
             return
         if report.kind == "again":
@@ -419,7 +418,7 @@ class Session:
         self.journal.add(run, details)
         ready, dead = self.graph.ended(run)
         if run.completed and run.key is not None and not self.in_process:
-            self.made[run.key] = run
+            self.made.add(run)
             run.recipe = recipes.of(run)
         run.call = None
         for one in ready:
@@ -481,9 +480,8 @@ class Session:
         """Run again what had completed, and have the runs that need its value wait for it."""
         run.done = False
         run.ref = run.value = None
-        if run.key is not None:
-            self.made.pop(run.key, None)
-            run.key = None
+        self.made.forget(run)
+        run.key = None
         self.live[run] = None
         if run.flow_run is not None:
             run.flow_run.live[run] = None
