@@ -20,6 +20,7 @@ from penstock import errors
 from penstock.runners import ray_tasks, worker_runtime
 from penstock.runners.base import Key, Report
 from penstock.runners.ray_errors import first_words, is_propagated, neutral, never_ran
+from penstock.runners.ray_nodes import how_died
 
 FEW = 64  # tasks in flight, for whose end we wait in Ray itself
 WINDOW, SLICE = 512, 1_000  # notes in one question to Ray: it takes time by their number
@@ -382,7 +383,12 @@ def _located(cause: errors.RunError, key: Key) -> errors.RunError:
     if found is None:
         return cause
     name = key[0].rpartition("-")[0]
-    located = type(cause)(f"worker pid {found[0]} died while running {name!r}: {cause}")
+    if isinstance(cause, errors.OutOfMemory):
+        located: errors.CrashedRun = errors.OutOfMemory(
+            f"worker pid {found[0]}, while running {name!r}: {cause}"
+        )
+    else:
+        located = errors.WorkerLost(f"worker pid {found[0]} {how_died(found[0])} while running {name!r}")
     located.began = True
     return located
 

@@ -60,6 +60,8 @@ def test_a_death_is_named_and_tried_again_once(run: Run, way: str, record: Recor
     assert (row.type, row.attempt) == ("CRASHED", 2)
     assert executions(ledger) == {"dies": 2, **{str(number): 1 for number in range(6)}}
     assert began(row) == ["yes", "yes"]
+    end = f"exited with code {way[-1]}" if way.startswith("exit") else f"by {way}"
+    assert end in row.state["message"], row.state["message"]
     assert "worker pid " in row.state["message"]
     assert "attempt 2" in row.state["message"]
     assert {one.attempt for one in record.tasks("works")} == {1}
