@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import dask
+import distributed  # noqa: F401 - its defaults have to be there before a test changes one
 import numpy as np
 import pytest
 

@@ -124,7 +124,7 @@ import os, sys, time
 from pathlib import Path
 import numpy as np, ray
 from ray.cluster_utils import Cluster
-from penstock import errors, flow
+from penstock import flow, task
 from penstock.engine.events import bus
 from penstock.runners.ray import RayTaskRunner
 from tests.faults import check_random, enter, executions
@@ -217,7 +217,7 @@ import os
 os.environ["RAY_memory_usage_threshold"] = "0.0001"
 os.environ["RAY_memory_monitor_refresh_ms"] = "100"
 import time
-from penstock import flow, task, errors
+from penstock import flow, task
 from penstock.runners.ray import RayTaskRunner
 
 @task(crash_retries=0)
