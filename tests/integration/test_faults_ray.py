@@ -114,7 +114,7 @@ def random_deaths(runner: RayTaskRunner, record: Record, tmp_path: Path, orders:
             return second.result()
 
         assert flow(task_runner=runner)(body)() == list(range(12)), f"order {order}"
-        check_random(record, executions(ledger), 3)
+        check_random(record, executions(ledger))
 
 
 # ------------------------------------------------------------ nodes, memory and the head: each in a Ray of its own
@@ -208,8 +208,12 @@ print("state", main(return_state=True), flush=True)
 def test_the_death_of_the_head_ends_the_flow_with_a_reason(process: str, tmp_path: Path) -> None:
     begun = time.monotonic()
     found = outside(HEAD, str(tmp_path / "ledger"), process)
-    print(found.returncode, time.monotonic() - begun, found.stdout[-2000:], found.stderr[-3000:])
     assert time.monotonic() - begun < 80
+    if process == "raylet":
+        assert "CRASHED" in found.stdout, found.stdout + found.stderr
+        assert "SchedulerLost" in found.stdout
+    else:  # what is under way needs no head
+        assert "COMPLETED" in found.stdout, found.stdout + found.stderr
 
 
 MEMORY = """
