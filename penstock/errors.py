@@ -159,7 +159,27 @@ class FailedRun(RunError):
 
 
 class CrashedRun(RunError):
-    """The infrastructure failed while the run was in its hands."""
+    """The infrastructure failed while the run was in its hands.
+
+    Attributes
+    ----------
+    began : bool or None
+        Whether user code of the attempt had begun; None if nobody knows.
+    shared : int
+        How many other tasks were lost with it, any of which may be to blame.
+    element : int or None
+        Of a chunk that was lost: which of its elements ran last; None if nobody knows.
+    excused : bool
+        Nobody is to blame: the worker was retired.
+    final : bool
+        Trying again is pointless: the backend is gone.
+    """
+
+    began: bool | None = None
+    shared: int = 0
+    element: int | None = None
+    excused: bool = False
+    final: bool = False
 
 
 class WorkerLost(CrashedRun):

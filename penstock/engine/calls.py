@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from penstock.engine.clock import Alarm
     from penstock.engine.graph import Edge
     from penstock.engine.mapped import Mapped
+    from penstock.engine.recipes import Recipe
     from penstock.engine.session import Session
     from penstock.engine.task import Task
     from penstock.runners.base import Key, Ref
@@ -111,6 +112,7 @@ class TaskRun:
         "done",
         "ended",
         "error",
+        "excuses",
         "failures",
         "flow_run",
         "index",
@@ -122,6 +124,7 @@ class TaskRun:
         "nbytes",
         "place",
         "position",
+        "recipe",
         "ref",
         "released",
         "root",
@@ -129,9 +132,11 @@ class TaskRun:
         "started",
         "stored",
         "surrounding",
+        "suspicions",
         "tags",
         "task",
         "tracked",
+        "unbegun",
         "value",
         "waiting",
         "worker",
@@ -163,6 +168,7 @@ class TaskRun:
         self.message = ""
         self.call: Call | None = None
         self.mapped: Mapped | None = None  # of an element: the map, which knows its arguments
+        self.recipe: Recipe | Mapped | None = None  # how to make the value again, once it exists
         self.key: Key | None = None
         self.ref: Ref | None = None
         self.place = -1  # of a run that is one of many in a chunk: where in its value this one's is
@@ -182,6 +188,9 @@ class TaskRun:
         self.inside = 0  # how many task runs surround it
         self.failures = 0
         self.crashes = 0
+        self.suspicions = 0  # losses in company of others, since it last came through
+        self.excuses = 0  # losses at no cost
+        self.unbegun = 0  # those of them before the attempt had begun
         self.started = 0.0
         self.ended = 0.0
         self.nbytes = 0
@@ -234,6 +243,11 @@ class TaskRun:
     def attempt(self) -> int:
         """Number of the present execution, 0 before the first."""
         return self.position.attempt
+
+    @property
+    def next_attempt(self) -> int:
+        """Number of the execution that comes next: every one that may have begun counts."""
+        return self.failures + self.crashes + self.excuses - self.unbegun + 1
 
     @property
     def completed(self) -> bool:

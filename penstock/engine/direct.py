@@ -55,7 +55,7 @@ def _attempts(run: TaskRun, scope: Scope, call: Call, inputs: list[Any]) -> Step
     assert isinstance(call.arguments, Bound)
     while not run.done:
         run.delay = None
-        run.position = advance(run.position, StateType.RUNNING, None, run.failures + run.crashes + 1)
+        run.position = advance(run.position, StateType.RUNNING, None, run.next_attempt)
         order = invoke.work_order(run, call, session.prints_of(run))
         attempt = worker_runtime.Attempt(order, None, session.scope_of(run))
         args, kwargs = call.arguments(worker_runtime.guarded_inputs(inputs, options.inputs))

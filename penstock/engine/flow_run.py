@@ -275,6 +275,8 @@ class FlowRunScope:
             return State(StateType.CRASHED, message="Execution was aborted by an interrupt signal.")
         if isinstance(error, SystemExit):
             return State(StateType.CRASHED, message="Execution was aborted by Python system exit call.")
+        if isinstance(error, errors.CrashedRun) and error.final:
+            return State(StateType.CRASHED, message=str(error), data=error)
         if type(error).__name__ == "CancelledError" and not isinstance(error, Exception):
             return State(StateType.CRASHED, message="Execution was cancelled by the runtime environment.")
         if isinstance(error, errors.TaskTimeout) and error.run_id is None:

@@ -63,14 +63,35 @@ class Graph:
                 if not admits(upstream, source.tolerant):
                     return upstream
                 continue
-            edge = Edge(run, source.tolerant)
-            if upstream.dependants is None:
-                upstream.dependants = []
-            upstream.dependants.append(edge)
-            if self.native and upstream.released and not source.tolerant:
-                edge.satisfied = True
-            else:
-                run.waiting += 1
+            self._connect(run, upstream, source.tolerant)
+        return None
+
+    def _connect(self, run: TaskRun, upstream: TaskRun, tolerant: bool) -> None:
+        edge = Edge(run, tolerant)
+        if upstream.dependants is None:
+            upstream.dependants = []
+        upstream.dependants.append(edge)
+        if self.native and upstream.released and not tolerant:
+            edge.satisfied = True
+        else:
+            run.waiting += 1
+
+    def reconnect(self, run: TaskRun) -> TaskRun | None:
+        """Have a run wait for those of its upstreams that had ended and are made again.
+
+        Returns
+        -------
+        TaskRun or None
+            An upstream that has ended without a value, because of which the run can never start.
+        """
+        for source in sources_of(run):
+            upstream = source.run
+            if upstream is None or upstream.session is not run.session:
+                continue
+            if upstream.done and not admits(upstream, source.tolerant):
+                return upstream
+            if not upstream.done and not any(edge.run is run for edge in upstream.dependants or ()):
+                self._connect(run, upstream, source.tolerant)
         return None
 
     @staticmethod

@@ -75,3 +75,27 @@ def read_record(data: bytes) -> dict[str, Any]:
     """Unpack what a worker wrote down."""
     record: dict[str, Any] = pickle.loads(data)
     return record
+
+
+def element_record(record: dict[str, Any], place: int) -> dict[str, Any] | None:
+    """Return the record that one run of a chunk would have had alone; None if it was not run.
+
+    Parameters
+    ----------
+    record : dict
+        Of the chunk.
+    place : int
+        Where its value is in that of the chunk.
+    """
+    stage, number = divmod(place, record["count"])
+    own = record["odd"].get(place) or {}
+    if number >= record["done"] or own.get("status") == "upstream":
+        return None
+    return _alone(record, stage, number, own)
+
+
+def _alone(record: dict[str, Any], stage: int, number: int, own: dict[str, Any]) -> dict[str, Any]:
+    started, seconds, nbytes = (column[number] for column in record["stages"][stage])
+    common = {name: record[name] for name in ("host", "pid", "worker", "thread", "peak", "attempt")}
+    times = {"started": started, "ended": started + seconds, "seconds": seconds, "nbytes": nbytes}
+    return {**common, "status": "completed", **times, **own}

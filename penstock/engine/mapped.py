@@ -125,6 +125,13 @@ class Mapped:
         )
 
     @property
+    def is_light(self) -> bool:
+        """Whether it may be kept beside the values of its elements, so that these can be made again."""
+        if self.has_upstreams or not self.task.options.idempotent:
+            return False
+        return all(argument.kind == "plain" for _, argument in self.arguments)
+
+    @property
     def shared_sources(self) -> list[Source]:
         """The upstream values that every element gets."""
         found: list[Source] = []

@@ -7,6 +7,7 @@ known to be the same, since anything else may have changed in between.
 from __future__ import annotations
 
 import weakref
+import zlib
 from typing import Any
 
 from penstock.engine.calls import Source
@@ -31,6 +32,7 @@ class Objects:
         self._runner = runner
         self._threshold = threshold
         self._frozen: dict[int, tuple[weakref.ref[Any], weakref.ref[Ref]]] = {}
+        self._origins: weakref.WeakKeyDictionary[Ref, tuple[Any, int]] = weakref.WeakKeyDictionary()
         self.bytes_put = 0
 
     def is_large(self, value: Any) -> bool:
@@ -62,8 +64,19 @@ class Objects:
             ref = self._runner.put([value])[0]
             self.bytes_put += worker_runtime.size(value)
             self._remember(value, ref)
+            if not self._runner.in_process and (sum_ := fingerprint(value)) is not None:
+                self._origins[ref] = (value, sum_)
         source = known[id(value)] = Source(ref=ref)
         return source
+
+    def put_again(self, ref: Ref) -> Ref | None:
+        """Put a value whose copies on the workers are lost; None if it may have changed since."""
+        value, known = self._origins.get(ref, (None, None))
+        if known is None or fingerprint(value) != known:
+            return None
+        renewed = self._runner.put([value])[0]
+        self._origins[renewed] = (value, known)
+        return renewed
 
     def _earlier(self, value: Any) -> Ref | None:
         entry = self._frozen.get(id(value))
@@ -81,3 +94,14 @@ class Objects:
             self._frozen.pop(identity, None)
 
         self._frozen[identity] = (weakref.ref(value, forget), weakref.ref(ref))
+
+
+def fingerprint(value: Any) -> int | None:
+    """Return a checksum by which a change of a value is noticed, None for what has no plain bytes."""
+    dtype = getattr(value, "dtype", None)
+    if not isinstance(value, (bytes, bytearray)) and (dtype is None or getattr(dtype, "hasobject", True)):
+        return None
+    try:
+        return zlib.crc32(memoryview(value).cast("B"))
+    except (TypeError, ValueError):
+        return None

@@ -107,11 +107,15 @@ def check_choices(inputs: str, chunk_size: int | str, timeout: float | None) -> 
 
 
 def backend_options(
-    resources: Mapping[str, float] | None, threads: int, workers: Iterable[str] | str | None
+    resources: Mapping[str, float] | None,
+    threads: int,
+    workers: Iterable[str] | str | None,
+    *,
+    once: bool = False,
 ) -> Options:
     """Turn what a user writes about placement into the runners' vocabulary."""
     names = (workers,) if isinstance(workers, str) else tuple(workers or ())
-    return Options(tuple(sorted((resources or {}).items())), threads, names)
+    return Options(tuple(sorted((resources or {}).items())), threads, names, once=once)
 
 
 def run_name(template: RunName, default: str, parameters: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from penstock import errors
-from penstock.engine import results
+from penstock.engine import invoke, results
 from penstock.engine.clock import clock
 from penstock.engine.failure import Failure
 from penstock.engine.states import State, StateType, advance
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from penstock.engine.calls import TaskRun
     from penstock.engine.chunks import Chunk
     from penstock.engine.session import Session
-    from penstock.runners.base import Report
 
 
 def chunk_ended(session: Session, chunk: Chunk, record: dict[str, Any], worker: str) -> None:
@@ -38,9 +37,10 @@ def chunk_ended(session: Session, chunk: Chunk, record: dict[str, Any], worker: 
                 continue
             own = odd.get(place)
             if number >= done or (own is not None and _was_spared(run, own)):
-                _not_run(session, run)
+                not_run(session, run)
             elif own is not None or run.task.options.timeout_seconds is not None:
-                ended(session, run, _of_element(record, column, number, own), nbytes[number], worker)
+                element = invoke.element_record(record, place) or {}
+                ended(session, run, element, nbytes[number], worker)
             else:
                 run.started, run.nbytes, run.worker = started[number], nbytes[number], worker
                 plain.append(number)
@@ -72,56 +72,13 @@ def _learn(chunk: Chunk, record: dict[str, Any]) -> None:
             packer.learn((sum(seconds) + overhead) / done, sum(nbytes) / done, together=True)
 
 
-def _of_element(
-    record: dict[str, Any], column: Any, number: int, own: dict[str, Any] | None
-) -> dict[str, Any]:
-    """Make the record that an element would have had alone."""
-    started, seconds, nbytes = (values[number] for values in column)
-    common = {name: record[name] for name in ("host", "pid", "worker", "thread", "peak")}
-    ended = started + seconds
-    return {
-        **common,
-        "status": "completed",
-        "attempt": 1,
-        "started": started,
-        "ended": ended,
-        "seconds": seconds,
-        "nbytes": nbytes,
-        **(own or {}),
-    }
-
-
-def _not_run(session: Session, run: TaskRun) -> None:
+def not_run(session: Session, run: TaskRun) -> None:
+    """An element was not run by its chunk."""
     if run.cancelling:
         session.forget(run)
         session.settle(run, StateType.CANCELLED, None, "Cancelled before it started.")
     else:
         session.put_back(run)
-
-
-def chunk_lost(session: Session, chunk: Chunk, report: Report) -> None:
-    """A chunk was lost with its worker: whatever has no record of its end runs again.
-
-    Only the element that ran when the worker died is charged. Where nobody can tell which one that
-    was, the elements go alone from now on, and the next loss tells.
-    """
-    suspect = getattr(report.cause, "element", None)
-    began = getattr(report.cause, "began", None)
-    count = chunk.count
-    for stage in chunk.stages:
-        for number, run in enumerate(stage):
-            if run.done or run.key is not chunk.key:
-                continue
-            guilty = suspect is not None and number == suspect % count
-            if guilty or count == 1:
-                lost(session, run, report)
-            else:
-                _not_run(session, run)
-    if suspect is None and began is not False:
-        for stage in chunk.stages:
-            mapped = next((run.mapped for run in stage if run.mapped is not None), None)
-            if mapped is not None and mapped.packer is not None:
-                mapped.packer.part()
 
 
 def started(session: Session, run: TaskRun) -> None:
@@ -163,6 +120,7 @@ def ended(session: Session, run: TaskRun, record: dict[str, Any], nbytes: int, w
     status = record["status"]
     if status == "upstream":
         return
+    run.suspicions = 0  # its worker has survived it
     run.started, run.nbytes = record["started"], max(nbytes, record["nbytes"])
     run.worker = worker or record["worker"] or f"{record['host']}:{record['pid']}"
     lines, dropped = [list(line) for line in record.get("logs", ())], record.get("dropped", 0)
@@ -258,7 +216,7 @@ def _failed(
     if delay is None or run.cancelling or not _wants_retry(session, run, name, message):
         session.settle(run, StateType.FAILED, name, message, **details)
         return
-    _try_again(session, run, delay, message, details)
+    try_again(session, run, delay, message, details)
 
 
 def _wants_retry(session: Session, run: TaskRun, name: str | None, message: str) -> bool:
@@ -275,28 +233,8 @@ def _wants_retry(session: Session, run: TaskRun, name: str | None, message: str)
         return False
 
 
-def lost(session: Session, run: TaskRun, report: Report) -> None:
-    """The infrastructure failed while the run was in its hands."""
-    cause = report.cause or errors.CrashedRun("the backend lost the task")
-    run.worker = report.worker or run.worker
-    if run.cancelling:
-        session.settle(run, StateType.CANCELLED, None, "Cancelled.")
-        return
-    if isinstance(cause, errors.CancelledRun):
-        cause = errors.CrashedRun(f"the backend cancelled the task: {cause}")
-    run.crashes += 1
-    run.error = cause.of_run(run.id) if isinstance(cause, errors.RunError) else cause
-    message = str(cause)
-    details = {"cause": type(cause).__name__}
-    policy = run.task.options.retry
-    delay = policy.after_crash(run.crashes) if run.task.options.idempotent else None
-    if delay is None:
-        session.settle(run, StateType.CRASHED, None, message, **details)
-    else:
-        _try_again(session, run, delay, message, details)
-
-
-def _try_again(session: Session, run: TaskRun, delay: float, message: str, details: dict[str, Any]) -> None:
+def try_again(session: Session, run: TaskRun, delay: float, message: str, details: dict[str, Any]) -> None:
+    """Start another attempt, after a delay if there is one."""
     if run.alarm is not None:
         run.alarm.cancel()
         run.alarm = None

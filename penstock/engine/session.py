@@ -19,18 +19,29 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from penstock import errors
-from penstock.engine import compile, invoke, nested, outcomes, payload, values  # noqa: A004 - the house's word
+from penstock.engine import (
+    compile,  # noqa: A004 - the house's word
+    invoke,
+    losses,
+    nested,
+    outcomes,
+    payload,
+    recipes,
+    remaking,
+    values,
+    waiting,
+)
 from penstock.engine.buffer import Buffer
 from penstock.engine.calls import Call, FlowRun, Source, TaskRun
 from penstock.engine.chunks import Chunk, fuse
-from penstock.engine.clock import clock
+from penstock.engine.clock import Alarm, clock
 from penstock.engine.context import Scope
 from penstock.engine.graph import Graph, admits, sources_of
 from penstock.engine.journal import Journal
 from penstock.engine.objects import Objects
+from penstock.engine.quarantine import Quarantine
 from penstock.engine.results import ResultOptions
 from penstock.engine.states import Position, StateType, advance
-from penstock.engine.waiting import surrounds
 from penstock.runners import worker_runtime
 from penstock.runners.base import UNSENT, Key, Ref, Report, TaskRunner, new_tag
 from penstock.settings import settings
@@ -59,6 +70,7 @@ class Session:
         self._working = threading.Lock()
         self._inbox: deque[list[Report]] = deque()
         self._sent: dict[Key, TaskRun | Chunk] = {}
+        self.made = recipes.Made()
         self._scopes: dict[FlowRun | None, Scope] = {}
         self._results: dict[FlowRun | None, tuple[Any, ...]] = {}
         self._functions: dict[
@@ -67,6 +79,8 @@ class Session:
         self._chains: dict[tuple[int, ...], tuple[list[bytes], bytes]] = {}
         self._counter = itertools.count()
         self.buffer = Buffer(self._pump)
+        self.quarantine = Quarantine()
+        self._alarm: Alarm | None = None
         self.bytes_fetched = 0
         self.fetched: dict[Key, Any] = {}  # the chunk that was fetched last, at most 8 MB
         self.failures = 0
@@ -251,7 +265,11 @@ class Session:
             )
             raise errors.NestingTooDeep(message)
         for source in sources_of(run):
-            if source.run is not None and not source.run.done and surrounds(source.run, scope.task_run):
+            if (
+                source.run is not None
+                and not source.run.done
+                and waiting.surrounds(source.run, scope.task_run)
+            ):
                 message = (
                     f"deadlock: {run.name!r} would wait for {source.run.name!r}, "
                     "whose own code submits it and cannot end before it."
@@ -270,6 +288,8 @@ class Session:
         pending = deque([run])
         while pending:
             one = pending.popleft()
+            if self.quarantine.add(one):
+                continue
             self.buffer.add(one, leading=leading)
             if one.mapped is None or one.mapped.packer is None:
                 one.released = True
@@ -299,7 +319,7 @@ class Session:
 
     def _pump(self) -> None:
         """Do what is due, unless another thread is at it: that one will see it."""
-        while (self._inbox or self.buffer.due) and self._working.acquire(blocking=False):
+        while (self._inbox or self._due) and self._working.acquire(blocking=False):
             try:
                 if self._inbox:
                     self._read(self._inbox.popleft())
@@ -307,6 +327,10 @@ class Session:
                     self._send()
             finally:
                 self._working.release()
+
+    @property
+    def _due(self) -> bool:
+        return self.quarantine.due or (self.buffer.due and not self.quarantine.holds)
 
     def _send(self) -> None:
         with self.changing():
@@ -339,21 +363,29 @@ class Session:
     def _take(self) -> list[TaskRun | Chunk]:
         """Take what goes now out of the buffer; where the backend knows dependencies, what hangs on it too."""
         units: list[TaskRun | Chunk] = []
+        for run in self.quarantine.take():
+            if not run.done:
+                run.released = True
+                units.append(self._address(run))
+        if units:
+            return units
         while taken := self.buffer.take():
             for unit in taken:
                 if isinstance(unit, list) and len(unit) > 1:
                     units.append(self._pack(unit))
-                else:
-                    run = unit[0] if isinstance(unit, list) else unit
-                    if run.done:
-                        continue
+                    continue
+                run = unit[0] if isinstance(unit, list) else unit
+                if not run.done:
                     self._hand_out(run)
-                    self._submitting([run])
-                    run.key = (f"{run.task.name}-{self.tag}", next(self._counter))
-                    run.ref, run.place = Ref(run.key, UNSENT), -1
-                    self._sent[run.key] = run
-                    units.append(run)
+                    units.append(self._address(run))
         return units
+
+    def _address(self, run: TaskRun) -> TaskRun:
+        self._submitting([run])
+        run.key = (f"{run.task.name}-{self.tag}", next(self._counter))
+        run.ref, run.place = Ref(run.key, UNSENT), -1
+        self._sent[run.key] = run
+        return run
 
     def _pack(self, runs: list[TaskRun]) -> Chunk:
         key = (f"{runs[0].task.name}-{self.tag}", next(self._counter))
@@ -383,15 +415,18 @@ class Session:
         before: Position | None = None
         after = runs[0].position
         for run in runs:
-            if run.position is not before or run.failures or run.crashes:
+            if run.position is not before or run.failures or run.crashes or run.excuses:
                 before = run.position
-                after = advance(before, StateType.PENDING, "Submitting", run.failures + run.crashes + 1)
+                after = advance(before, StateType.PENDING, "Submitting", run.next_attempt)
             run.position = after
 
     # -- reports ------------------------------------------------------------------------------
     def _read(self, reports: list[Report]) -> None:
         with self.changing():
             for report in reports:
+                if report.kind in {"again", "gone"}:
+                    self._about_value(report)
+                    continue
                 run = self._sent.get(report.key)
                 if isinstance(run, Chunk):
                     self._read_chunk(run, report)
@@ -403,7 +438,7 @@ class Session:
                 elif report.kind == "ended":
                     outcomes.ended(self, run, invoke.read_record(report.record), report.nbytes, report.worker)
                 elif report.kind == "lost":
-                    outcomes.lost(self, run, report)
+                    losses.lost(self, run, report)
                 # "upstream": the upstream's own report decides, by `Graph.ended`
 
     def _read_chunk(self, chunk: Chunk, report: Report) -> None:
@@ -412,7 +447,7 @@ class Session:
             outcomes.chunk_ended(self, chunk, invoke.read_record(report.record), report.worker)
         elif report.kind == "lost":
             self._landed(chunk)
-            outcomes.chunk_lost(self, chunk, report)
+            losses.chunk_lost(self, chunk, report)
         # "upstream": none of its elements has got what it needs; the upstream's own report decides
 
     def _landed(self, unit: TaskRun | Chunk | None) -> None:
@@ -457,6 +492,15 @@ class Session:
         if not run.done and run.waiting == 0:
             self._release(run)
 
+    def _about_value(self, report: Report) -> None:
+        """A value that existed was lost: made again by the backend, or gone."""
+        runs = [run for run in self.made.find(report.key) if run.completed]
+        if runs and report.kind == "again":
+            remaking.made_again(self, runs, report)
+            return
+        for run in runs:
+            remaking.gone(self, run, report.cause or errors.ResultLost(f"the value of {run.name!r} is gone"))
+
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
         """Change states in a block: then write them down, wake who waits, call back, send what is ready."""
@@ -465,12 +509,24 @@ class Session:
                 yield
             finally:
                 self.journal.write_out()
+                self._turn()
                 self.changed.notify_all()
                 self.buffer.flush()
                 due, self.journal.callbacks = self.journal.callbacks, []
         for call in due:
             call()
         self._pump()
+
+    def _turn(self) -> None:
+        """Let suspects go on, if there are any."""
+        if self.quarantine.waits:
+            again = self.quarantine.turn(len(self._sent), lambda: self.runner.info.workers)
+            if again is not None and self._alarm is None:
+                self._alarm = clock.call_later(again, self._wake)
+
+    def _wake(self) -> None:
+        with self.changing():
+            self._alarm = None
 
     def ended_here(self, run: TaskRun, value: Any, record: bytes) -> None:
         """Take the end of an attempt that was made in the calling thread."""
@@ -511,6 +567,7 @@ class Session:
         run.ended = time.time()
         if run.key is not None:
             self._detach(run)
+        self.quarantine.discard(run)
         if run.alarm is not None:
             run.alarm.cancel()
             run.alarm = None
@@ -556,14 +613,25 @@ class Session:
             if run.dependants is not None or run.callbacks is not None:
                 self._let_dependants_go(run)
             else:
+                if not self.in_process:
+                    run.recipe = recipes.of(run)
                 run.call = run.mapped = None
+        if not self.in_process:
+            self.made.add(runs)
         if flow_run is not None:
             flow_run.finished += len(runs)
         self.journal.add_completed(runs, started, seconds, peak)
 
+    def _remember(self, run: TaskRun) -> None:
+        """Keep what it takes to make the value again, should it be lost."""
+        if run.completed and run.key is not None and not self.in_process:
+            self.made.add([run])
+            run.recipe = recipes.of(run)
+
     def _let_dependants_go(self, run: TaskRun) -> None:
         """A run has ended: say so to those that wait for it."""
         ready, dead = self.graph.ended(run)
+        self._remember(run)
         run.call = run.mapped = None
         for one in ready:
             self._release(one)
@@ -595,6 +663,7 @@ class Session:
         """Take a run back from buffer and backend without touching its state."""
         run.released = False
         self.buffer.discard(run)
+        self.quarantine.discard(run)
         if run.key is None:
             return
         ref = run.ref if run.place < 0 and run.key in self._sent else None
@@ -621,8 +690,51 @@ class Session:
         else:
             self._release(run)
 
+    def reopen(self, run: TaskRun) -> None:
+        """Run again what had completed, and have the runs that need its value wait for it."""
+        run.done = False
+        run.ref = run.value = None
+        self.made.forget(run)
+        run.key, run.place = None, -1
+        self.live[run] = None
+        if run.flow_run is not None:
+            run.flow_run.live[run] = None
+            run.flow_run.finished -= 1
+        self._enter(run, leading=False)
+        self.recall(run)
+
+    def recall(self, run: TaskRun) -> None:
+        """Hold back what needs the value of a run, is not in the backend's hands, and lacks it now."""
+        for one in list(self.live):
+            here = one.key is None or one in self.buffer or one in self.quarantine
+            if here and any(source.run is run for source in sources_of(one)):
+                self.enter_again(one)
+
+    def enter_again(self, run: TaskRun) -> None:
+        """Send a run that has not begun, once its upstreams that are made again have ended."""
+        self.withdraw(run)
+        dead = self.graph.reconnect(run)
+        if dead is not None:
+            self._never(run, dead)
+            return
+        for dependant in self.graph.recalled(run):
+            self.withdraw(dependant)
+        if run.waiting == 0:
+            self._release(run)
+
+    def renew(self, runs: Sequence[TaskRun], cause: Exception) -> bool:
+        """Make lost values of completed runs again and wait for them; answer whether any was lost."""
+        with self.changing():
+            refs = {run.ref.key: run.ref for run in runs if run.completed and run.ref is not None}
+            gone = {ref.key for ref in self.runner.missing(list(refs.values()))}
+            missing = [run for run in runs if run.completed and run.ref is not None and run.ref.key in gone]
+            for run in missing:
+                remaking.gone(self, run, cause)
+        waiting.wait([run for run in missing if not run.done])
+        return bool(missing)
+
     def _release_again(self, run: TaskRun) -> None:
-        if not run.done:
+        if not run.done and not run.released:
             self._release(run)
 
     def _fail(self, run: TaskRun, error: Exception) -> None:

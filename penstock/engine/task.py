@@ -163,7 +163,7 @@ class Task(Generic[P, R]):
             inputs=inputs,
             chunk_size=chunk_size,
             idempotent=idempotent,
-            backend=backend_options(resources, threads, workers),
+            backend=backend_options(resources, threads, workers, once=not idempotent),
             priority=priority,
             results=read_options(persist_result, result_storage, result_storage_key, result_serializer),
         )
@@ -424,7 +424,10 @@ class Task(Generic[P, R]):
         )
         resource_map = given(resources, dict(old.backend.resources))
         placed = backend_options(
-            resource_map, given(threads, old.backend.threads), given(workers, old.backend.workers)
+            resource_map,
+            given(threads, old.backend.threads),
+            given(workers, old.backend.workers),
+            once=not safe,
         )
         options: TaskOptions = changed(
             old,

@@ -41,7 +41,12 @@ def results(runs: Sequence[TaskRun], *, raise_on_failure: bool = True) -> list[A
         if run.completed and run.value is None and run.ref is not None:
             wanted.setdefault(run.carrier, []).append(run)
     for session, members in wanted.items():
-        _fetch(session, members)
+        try:
+            _fetch(session, members)
+        except errors.ResultLost as loss:
+            if session.renew(members, loss):
+                return results(runs, raise_on_failure=raise_on_failure)
+            raise
     found = []
     for run in runs:
         error = exception_of(run)

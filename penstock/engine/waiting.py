@@ -219,7 +219,7 @@ def _run_here(session: Session, run: TaskRun) -> None:
 def _claim(session: Session, run: TaskRun) -> dict[str, object] | None:
     with session.lock:
         call = run.invocation()
-        if run.done or run.waiting or call is None:
+        if run.done or run.waiting or call is None or run in session.quarantine:
             return None
         if run.key is not None:
             alone = run.place < 0  # an element that was sent with others cannot be taken back by itself
@@ -230,7 +230,7 @@ def _claim(session: Session, run: TaskRun) -> dict[str, object] | None:
             session.forget(run)
         session.buffer.discard(run)
         run.released = True
-        run.position = advance(run.position, StateType.RUNNING, None, run.failures + run.crashes + 1)
+        run.position = advance(run.position, StateType.RUNNING, None, run.next_attempt)
         order = invoke.work_order(run, call, session.prints_of(run))
         order["scope"] = session.scope_of(run)
         return order

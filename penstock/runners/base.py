@@ -103,6 +103,8 @@ class Options:
     threads: int = 1
     workers: tuple[str, ...] = ()
     crash_retries: int = 0
+    once: bool = False
+    """The work must not be executed twice, not even to make a lost value again."""
 
 
 NO_OPTIONS: Options = Options()
@@ -119,10 +121,12 @@ class Report:
     ----------
     key : Key
         The attempt.
-    kind : {"started", "ended", "lost", "upstream"}
+    kind : {"started", "ended", "lost", "upstream", "again", "gone"}
         "ended": user code came to an end, well or not, and `record` says how. "lost": it did
         not, and `cause` says why. "upstream": it was never started, because a value it depends
-        on failed or was lost; the engine hears of that value by its own report.
+        on failed or was lost; the engine hears of that value by its own report. About a value that
+        was reported before: "again", it was lost with its worker and the backend has made it anew,
+        as `record` says; "gone", it was lost and the backend will not make it.
     record : bytes
         Packed by `worker_runtime`, opaque to the runner; empty unless "ended".
     cause : Exception or None
@@ -136,7 +140,7 @@ class Report:
     """
 
     key: Key
-    kind: Literal["started", "ended", "lost", "upstream"]
+    kind: Literal["started", "ended", "lost", "upstream", "again", "gone"]
     record: bytes = b""
     cause: Exception | None = None
     nbytes: int = 0
@@ -365,6 +369,15 @@ class TaskRunner(ABC):
         """
 
     # -- optional hooks -------------------------------------------------------------------
+    def missing(self, refs: Sequence[Ref]) -> list[Ref]:
+        """Return those references of finished work and of put values whose values are lost.
+
+        Asked only after something was lost; a value that the backend will make again by itself
+        is not missing.
+        """
+        del refs
+        return []
+
     def take_back(self, ref: Ref) -> bool:
         """Withdraw work that has not started, so that a waiting task can do it in place."""
         del ref

@@ -50,6 +50,9 @@ class DaskTaskRunner(TaskRunner):
         File that a scheduler has written (``dask scheduler --scheduler-file``).
     strict : bool
         Refuse clusters whose versions do not fit.
+    reconnect_timeout : float
+        Seconds to wait for a scheduler that has died or cannot be reached. If one is back at its
+        address by then, what had not ended is sent again at no cost; else it has crashed.
     max_in_flight : int
         Tasks that are with the cluster at a time.
 
@@ -61,6 +64,7 @@ class DaskTaskRunner(TaskRunner):
     """
 
     name = "dask"
+    _worker = ""  # where the runner lives, if it is one of a task
 
     def __init__(
         self,
@@ -76,6 +80,7 @@ class DaskTaskRunner(TaskRunner):
         scheduler_file: str | None = None,
         strict: bool = True,
         max_in_flight: int = 50_000,
+        reconnect_timeout: float = 60.0,
     ) -> None:
         super().__init__()
         if isinstance(cluster, str):
@@ -95,7 +100,11 @@ class DaskTaskRunner(TaskRunner):
             message = f"'max_in_flight' must be at least 1, got {max_in_flight}."
             raise ValueError(message)
         self.performance_report_path = performance_report_path
+        if reconnect_timeout < 0:
+            message = f"'reconnect_timeout' must not be negative, got {reconnect_timeout}."
+            raise ValueError(message)
         self.max_in_flight = max_in_flight
+        self.reconnect_timeout = reconnect_timeout
         self._attachment: attach.Attachment | None = None
         self._runtime: dask_runtime.Runtime | None = None
         self._watch: Watch | None = None
@@ -136,7 +145,14 @@ class DaskTaskRunner(TaskRunner):
     def _identity(self) -> tuple[Any, ...]:
         wish = self._wish
         plain = dataclasses.replace(wish, cluster=None, client=None)
-        return id(wish.cluster), id(wish.client), plain, self.performance_report_path, self.max_in_flight
+        return (
+            id(wish.cluster),
+            id(wish.client),
+            plain,
+            self.performance_report_path,
+            self.max_in_flight,
+            self.reconnect_timeout,
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel as an address, or as settings where there is none yet; never with a cluster inside."""
@@ -195,9 +211,13 @@ class DaskTaskRunner(TaskRunner):
 
     def _follow(self, attachment: attach.Attachment) -> None:
         assert self._runtime is not None
-        self._summary = (time.monotonic(), self._runtime.join(attachment.client))
+        self._summary = (time.monotonic(), self._runtime.join(attachment.client, self._worker))
         self._attachment = attachment
-        self._watch = Watch(attachment.client, self._runtime.tracker, self.deliver, self._return)
+        self._watch = Watch(
+            attachment.client, self._runtime.tracker, self.deliver, self._return, self.reconnect_timeout
+        )
+        if attachment.own_client:  # it gives up by itself, and never comes back
+            attachment.client._timeout = max(attachment.client._timeout, self.reconnect_timeout + 5)
         for tag in list(self._listeners):
             self._subscribe(tag)
 
@@ -363,6 +383,10 @@ class DaskTaskRunner(TaskRunner):
                 raise errors.ResultLost(f"a value could not be made again: {error}") from error
             raise
 
+    def missing(self, refs: Sequence[Ref]) -> list[Ref]:
+        """Return those whose future was taken back; what is "lost" Dask makes again."""
+        return [ref for ref in refs if ref.handle is None or ref.handle.status in {"cancelled", "error"}]
+
     def release(self, refs: Sequence[Ref]) -> None:
         """Free values; work that has not started is withdrawn."""
         watch, attachment = self._watch, self._attachment
@@ -392,13 +416,17 @@ class DaskTaskRunner(TaskRunner):
         client, watch, runtime = self.client, self._watch, self._runtime
         assert watch is not None and runtime is not None  # noqa: PT018 - it is open
         refs = {one.key: Ref(one.key, None) for one in submissions}
-        dead = dask_graph.without_input(client, submissions)
+        away = watch.is_away or client.status != "running"  # then all futures look cancelled
+        dead = {} if away else dask_graph.without_input(client, submissions)
         if dead:
             watch.tell([Report(key, "lost", cause=cause) for key, cause in dead.items()])
             submissions = [one for one in submissions if one.key not in dead]
         for batch in dask_graph.batches(submissions):
             keys = [one.key for one in batch]
             watch.expect({key: refs[key] for key in keys})
+            if away:
+                watch.expect_later(keys)
+                continue
             try:
                 futures = dask_graph.send(
                     client, runtime.plugin.Batch(*dask_graph.columns(batch, self._tag)), keys
@@ -406,10 +434,8 @@ class DaskTaskRunner(TaskRunner):
             except Exception as error:
                 if client.status == "running":
                     raise
-                for key in keys:
-                    watch.outstanding.pop(key, None)
-                cause = errors.SchedulerLost(f"the Dask scheduler is gone: {type(error).__name__}: {error}")
-                watch.tell([Report(key, "lost", cause=cause) for key in keys])
+                log.debug("the Dask scheduler is gone: %r", error)
+                watch.expect_later(keys)
                 continue
             for key, future in futures.items():
                 refs[key].handle = future
@@ -455,7 +481,10 @@ class _InsideRunner(DaskTaskRunner):
 
     def start(self) -> None:
         if self._attachment is None:
+            from distributed import get_worker
+
             self._runtime = dask_runtime.of_worker()
+            self._worker = worker_runtime.on_task_thread(get_worker).address
             self._direct = True
             self._follow(attach.Attachment(self._wish.client, own_client=False, local=True))
 

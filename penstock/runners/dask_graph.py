@@ -86,6 +86,8 @@ def _annotations(submissions: Sequence[Submission]) -> dict[str, dict[Key, Any]]
             continue
         if options.resources:
             found.setdefault("resources", {})[one.key] = dict(options.resources)
+        if options.once:
+            found.setdefault("penstock_once", {})[one.key] = True
         if options.workers:
             found.setdefault("workers", {})[one.key] = list(options.workers)
             found.setdefault("allow_other_workers", {})[one.key] = False

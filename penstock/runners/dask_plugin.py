@@ -11,17 +11,12 @@ message that commits the result, so that neither is known without the other. A f
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import hashlib
 import importlib
 import os
 import pickle
 import signal
 import sys
-import tempfile
-import threading
-from mmap import mmap
 from typing import Any
 
 from dask._task_spec import DataNode, Task, TaskRef
@@ -80,7 +75,7 @@ def run_one(flags: int, order: bytes, function: bytes, arguments: bytes, *values
     if task.state == "cancelled":  # withdrawn before this thread got to it
         return None
     runtime.worker_name = worker.address
-    place = _marks.enter(key, worker.address)
+    start = runtime.starts(starts_label(worker.address)).begin(key)
     try:
         if flags >> 1:
             values = values[: -(flags >> 1)]
@@ -96,7 +91,7 @@ def run_one(flags: int, order: bytes, function: bytes, arguments: bytes, *values
         elif value.error is not None:
             value.error.__traceback__ = None  # its frames hold the upstream values
     finally:
-        _marks.leave(place)
+        start.end()
     value = values = ()
     raise TaskFailure(record)
 
@@ -165,101 +160,9 @@ def end_process() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-# -- what runs here, where it survives a SIGKILL ----------------------------------------------
-
-
-class Marks:
-    """What runs in this process, written where it survives a SIGKILL.
-
-    A worker that dies takes the knowledge with it which of its tasks had begun. Each worker keeps
-    it in a small mapped file; a scheduler on the same host reads the file of a dead worker, so
-    that tasks which had not begun go elsewhere without being blamed.
-    """
-
-    SLOT, SLOTS = 128, 64
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._map: mmap | None = None
-        self._free: list[int] = []
-
-    def enter(self, key: Any, address: str) -> int | None:
-        """Note that an attempt begins; answer the place of the note."""
-        try:
-            with self._lock:
-                if self._map is None:
-                    self._map = self._mapped(address)
-                place = self._free.pop()
-            text = name_of(key).encode()
-            start = place * self.SLOT
-            self._map[start + 1 : start + 1 + len(text)] = text
-            self._map[start] = len(text)
-        except Exception:  # no room, no disk: nobody will know
-            return None
-        return place
-
-    def leave(self, place: int | None) -> None:
-        """Note that the attempt has ended."""
-        if place is not None and self._map is not None:
-            self._map[place * self.SLOT] = 0
-            self._free.append(place)
-
-    def _mapped(self, address: str) -> mmap:
-        path = _marks_file(os.getpid(), address)
-        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-        _sweep(os.path.dirname(path))
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-        try:
-            os.truncate(descriptor, self.SLOT * self.SLOTS)
-            atexit.register(_unlink, path)
-            self._free = list(range(self.SLOTS))[::-1]
-            return mmap(descriptor, self.SLOT * self.SLOTS)
-        finally:
-            os.close(descriptor)
-
-    @classmethod
-    def read(cls, pid: int, address: str) -> set[str] | None:
-        """Return the names of what ran in a dead worker, None if nobody knows; works once."""
-        path = _marks_file(pid, address)
-        try:
-            if os.stat(path).st_uid != os.getuid():
-                return None
-            with open(path, "rb") as file:
-                data = file.read()
-            os.unlink(path)
-        except OSError:
-            return None
-        slots = (data[start : start + cls.SLOT] for start in range(0, len(data), cls.SLOT))
-        return {slot[1 : 1 + slot[0]].decode("ascii", "replace") for slot in slots if slot[0]}
-
-
-def name_of(key: Any) -> str:
-    """Return a short name for a key of ours."""
-    return f"{key[0].rpartition('-')[2]}:{key[1]}"
-
-
-def _marks_file(pid: int, address: str) -> str:
-    name = "".join(letter if letter.isalnum() else "_" for letter in f"{address}-{__name__}")
-    return os.path.join(tempfile.gettempdir(), f"penstock-marks-{os.getuid()}", f"{pid}-{name}")
-
-
-def _sweep(folder: str) -> None:
-    """Remove the files of processes that are gone."""
-    for name in os.listdir(folder):
-        try:
-            os.kill(int(name.partition("-")[0]), 0)
-        except ProcessLookupError:
-            _unlink(os.path.join(folder, name))
-        except (ValueError, OSError):
-            continue
-
-
-def _unlink(path: str) -> None:
-    with contextlib.suppress(OSError):
-        os.unlink(path)
-
-
-_marks = Marks()
+def starts_label(address: str) -> str:
+    """Return the label of a worker's table of starts; other versions of this file have other names."""
+    return f"{address}-{__name__}"
 
 
 # -- a batch of tasks ---------------------------------------------------------------------

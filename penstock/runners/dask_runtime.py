@@ -81,9 +81,17 @@ class Runtime:
         self.plugin: Any = importlib.import_module(f"{package}.dask_plugin")
         self.tracker: Any = importlib.import_module(f"{package}.dask_tracker")
 
-    def join(self, client: Any) -> dict[str, Any]:
-        """Have the tracker on the scheduler know the client; return the cluster's summary."""
-        found: dict[str, Any] = dask_graph.ask(client, self.tracker.join, self.name, client.id)
+    def join(self, client: Any, worker: str = "") -> dict[str, Any]:
+        """Have the tracker on the scheduler know the client; return the cluster's summary.
+
+        Parameters
+        ----------
+        client : distributed.Client
+            Connected.
+        worker : str
+            Address of the worker that it is a part of.
+        """
+        found: dict[str, Any] = dask_graph.ask(client, self.tracker.join, self.name, client.id, worker)
         return found
 
     def leave(self, client: Any) -> None:

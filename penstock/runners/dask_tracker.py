@@ -23,6 +23,8 @@ with one of the kinds
     Like "upstream", but that value had been reported as good before.
 ``broken``
     Dask could not run it; `details` hold its words.
+``refused``
+    Its value was lost, and it must not be executed twice.
 ``waiting``
     No worker may run it now.
 """
@@ -65,6 +67,7 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         self.name = name
         self.scheduler = scheduler
         self.users: set[str] = set()  # clients; the plugin leaves with the last
+        self.homes: dict[str, str] = {}  # client of a worker's own → the worker
         self._events: defaultdict[str, list[tuple[Any, ...]]] = defaultdict(list)
         self._pause = SHORTEST
         self._flush_due = False
@@ -73,6 +76,7 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
             [],
         )  # stimulus, and the keys that it took off a worker
         self._blamed: dict[Any, int] = {}  # key → times that a worker died under it
+        self._gone: dict[Any, str] = {}  # values lost that must not be made again → stimulus
         self._doomed: dict[str, int] = {}  # worker → resident bytes when its nanny ended it
         self._restarting: set[str] = set()
         self._workers = {address: _known(state) for address, state in scheduler.workers.items()}
@@ -86,6 +90,10 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
             if finish == "memory":
                 if start == "processing" and MARK in (details.get("metadata") or ()):
                     self._completed(key, details)
+            elif start == "memory" and finish == "released":
+                task = self.scheduler.tasks[key]
+                if task.annotations and "penstock_once" in task.annotations and task.who_wants:
+                    self._gone[key] = stimulus_id
             elif finish == "forgotten":
                 self._blamed.pop(key, None)
             elif finish in {"erred", "no-worker"} or start == "processing":
@@ -124,23 +132,39 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         """
         stimulus, displaced = self._displaced
         self._displaced = ("", [])
+        gone, self._gone = self._gone, {}
+        self._refuse([key for key, why in gone.items() if why == stimulus_id], worker)
         known = self._workers.pop(worker, {"worker": worker, "pid": 0, "limit": 0})
         known["silent"] = "ttl" in stimulus_id  # the process may live, but does not answer
-        marked = plugin.Marks.read(known["pid"], worker)
+        begun = plugin.runtime.read_starts(known["pid"], plugin.starts_label(worker))
         restarted = worker in self._restarting
         self._restarting.discard(worker)
         lost: dict[Any, bool | None] = {}
+        retired: dict[Any, bool | None] = {}
+        orphans: list[Any] = []
         for key, given_up in displaced if stimulus == stimulus_id else ():
             task = scheduler.tasks.get(key)
-            if task is None or task.suspicious <= self._blamed.get(key, 0):
-                continue  # retired in good order: Dask moves the task
+            if task is None:
+                continue
+            name = plugin.runtime.start_name(key)
+            if task.suspicious <= self._blamed.get(key, 0):  # retired in good order: Dask moves the task
+                if begun is not None and name in begun:  # not uncounted if it had begun
+                    retired[key] = True
+                continue
             self._blamed[key] = task.suspicious
-            began = None if marked is None else plugin.name_of(key) in marked
+            if task.who_wants and all(self.homes.get(one.client_key) == worker for one in task.who_wants):
+                orphans.append(key)  # who has submitted it died on this worker, too, and bears the blame
+                continue
+            began = None if begun is None else name in begun
             if given_up or not (restarted or began is False):
                 lost[key] = began
-        if lost:
-            self.drop([key for key in lost if scheduler.tasks[key].state != "erred"])
-            scheduler.loop.call_later(PATIENCE, self._announce_loss, lost, known)
+        self.drop(orphans)
+        elements = {name: element for name, (element, _) in (begun or {}).items()}
+        for some, retires in ((lost, False), (retired, True)):
+            if some:
+                self.drop([key for key in some if scheduler.tasks[key].state != "erred"])
+                facts = {**known, "retired": retires}
+                scheduler.loop.call_later(PATIENCE, self._announce_loss, some, facts, elements)
 
     def log_event(self, topic: str, msg: Any) -> None:
         """Hear of workers that use too much memory."""
@@ -194,11 +218,22 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
             text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
             self._add(topic, ("broken", key, b"", 0, worker, {"error": text[:2000]}))
 
-    def _announce_loss(self, lost: dict[Any, bool | None], known: dict[str, Any]) -> None:
+    def _announce_loss(
+        self, lost: dict[Any, bool | None], known: dict[str, Any], elements: dict[str, int]
+    ) -> None:
         known["rss"] = self._doomed.pop(known["worker"], 0)
         for key, began in lost.items():
-            details = {**known, "began": began, "shared": len(lost) - 1}
+            element = elements.get(plugin.runtime.start_name(key))
+            details = {**known, "began": began, "shared": len(lost) - 1, "element": element}
             self._add(topic_of(key), ("lost", key, b"", 0, known["worker"], details))
+
+    def _refuse(self, keys: list[Any], worker: str) -> None:
+        """Keep Dask from making again what must not be executed twice."""
+        keys = [key for key in keys if self._topic_of(key)]
+        for key in keys:
+            self._add(topic_of(key), ("refused", key, b"", 0, worker, None))
+        if keys:
+            self.drop(keys)
 
     def drop(self, keys: Iterable[Any]) -> None:
         """Take tasks and all that waits for them back from their clients.
@@ -266,6 +301,7 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
     def forget(self, client: str) -> None:
         """Count one client less; the last one takes the plugin and the uploaded files along."""
         self.users.discard(client)
+        self.homes.pop(client, None)
         self.unsubscribe(client)
         if not self.users and self.scheduler.plugins.get(self.name) is self:
             self.scheduler.remove_plugin(name=self.name)
@@ -287,13 +323,23 @@ def _known(state: Any) -> dict[str, Any]:
 # -- what a client asks the scheduler -------------------------------------------------------
 
 
-def join(name: str, client: str, dask_scheduler: Any) -> dict[str, Any]:
-    """Install the tracker if it is not, and count a client as its user."""
+def join(name: str, client: str, worker: str, dask_scheduler: Any) -> dict[str, Any]:
+    """Install the tracker if it is not, and count a client as its user.
+
+    Parameters
+    ----------
+    name, client : str
+        Of the tracker and of the client.
+    worker : str
+        Address of the worker that the client is a part of, empty for a driver's.
+    """
     tracker = dask_scheduler.plugins.get(name)
     if tracker is None:
         tracker = Tracker(name, dask_scheduler)
         dask_scheduler.add_plugin(tracker, name=name)
     tracker.users.add(client)
+    if worker:
+        tracker.homes[client] = worker
     return summary(dask_scheduler)
 
 

@@ -44,6 +44,8 @@ class Watch:
         Takes reports; called from this object's own thread.
     reconnected : callable
         Called after the client has found a scheduler again.
+    patience : float
+        Seconds to wait for that.
     """
 
     def __init__(
@@ -52,7 +54,11 @@ class Watch:
         tracker: Any,
         deliver: Callable[[Sequence[Report]], None],
         reconnected: Callable[[], None],
+        patience: float = 60.0,
     ) -> None:
+        self._patience = patience
+        self._away: float | None = None  # since when there is no scheduler
+        self._unsent: set[Key] = set()
         self.outstanding: dict[Key, Ref] = {}
         self._client = client
         self._tracker = tracker
@@ -74,6 +80,15 @@ class Watch:
         """Follow tasks that are about to be sent."""
         self.outstanding.update(refs)
         self._heard = time.monotonic()  # their graph takes its time to arrive
+
+    @property
+    def is_away(self) -> bool:
+        """Whether there is no scheduler at the moment."""
+        return self._away is not None and self._away >= 0
+
+    def expect_later(self, keys: Sequence[Key]) -> None:
+        """Keep tasks that could not be sent: they are reported when the scheduler is back, or given up."""
+        self._unsent.update(keys)
 
     def hear(self, message: Any) -> None:
         """Take a message of the tracker; returns at once."""
@@ -135,7 +150,7 @@ class Watch:
                 continue
             ref = self.outstanding.pop(key, None)
             if ref is None:
-                self._recomputed += kind == "ended" and details is not None
+                reports.extend(self._of_value(kind, key, record, nbytes, worker, details))
                 continue
             if kind == "ended":
                 ref.nbytes, ref.worker = nbytes, worker
@@ -151,9 +166,24 @@ class Watch:
                 reports.append(Report(key, "lost", cause=errors.CrashedRun(text), worker=worker))
         return reports
 
+    def _of_value(
+        self, kind: str, key: Key, record: bytes, nbytes: int, worker: str, details: Any
+    ) -> list[Report]:
+        """Say what became of a value that had been reported, or of a task that was given up."""
+        if kind == "ended":
+            if details is None:
+                return []
+            self._recomputed += 1
+            return [Report(key, "again", record, None, nbytes, worker)]
+        text = f"the value of task {_name(key)!r} was lost with worker {worker or 'that held it'}"
+        return [Report(key, "gone", cause=errors.ResultLost(text))]
+
     # -- what if no message comes -----------------------------------------------------------
     def _look(self) -> list[Report]:
         reports = self._look_at_connection()
+        if self._away is not None:
+            self._heard = self._answered = time.monotonic()
+            return reports
         if not self.outstanding:
             self._heard = self._answered = time.monotonic()
             self._waiting.clear()
@@ -167,18 +197,43 @@ class Watch:
 
     def _look_at_connection(self) -> list[Report]:
         connection = dask_graph.connection(self._client)
-        if connection is self._connection:
+        if connection is self._connection and self._away is None and not self._unsent:
             return []
-        self._connection = connection
-        lost = list(self.outstanding)
+        if connection is None or (connection is self._connection and self._unsent):
+            return self._wait_for_scheduler()
+        self._connection, self._away = connection, None
+        try:
+            self._reconnected()
+        except Exception as error:
+            log.warning("the Dask scheduler came back, but cannot be used: %s", error)
+        return self._give_back(
+            "the Dask scheduler died or went away, and another one has taken over", final=False
+        )
+
+    def _wait_for_scheduler(self) -> list[Report]:
+        now = time.monotonic()
+        if self._away is None:
+            self._away, self._connection = now, None
+            log.warning(
+                "the Dask scheduler is gone; waiting %g s for one at the same address", self._patience
+            )
+        away = now - self._away
+        if away < self._patience and self._client.status != "closed":
+            return []
+        text = f"the Dask scheduler is gone, and none has come back at its address within {away:.0f} s"
+        return self._give_back(text, final=True)
+
+    def _give_back(self, text: str, *, final: bool) -> list[Report]:
+        keys, unsent = list(self.outstanding), self._unsent
         self.outstanding.clear()
-        if connection is not None:
-            try:
-                self._reconnected()
-            except Exception as error:
-                log.warning("the Dask scheduler came back, but cannot be used: %s", error)
-        text = "the connection to the Dask scheduler was lost, and with it task {!r}"
-        return [Report(key, "lost", cause=errors.SchedulerLost(text.format(_name(key)))) for key in lost]
+        self._unsent = set()
+        reports = []
+        for key in keys:
+            cause = errors.SchedulerLost(f"{text}; it had task {_name(key)!r}")
+            cause.final = final
+            cause.began = False if key in unsent else None
+            reports.append(Report(key, "lost", cause=cause))
+        return reports
 
     def _look_at_futures(self) -> list[Report]:
         """Report what the client knows to be over since the last look, and the tracker never said."""
@@ -283,7 +338,7 @@ def loss(key: Key, details: dict[str, Any]) -> Exception:
     key : tuple
         The attempt.
     details : dict
-        ``worker, pid, limit, rss, silent, began, shared`` as the tracker found them.
+        ``worker, pid, limit, rss, silent, began, shared, element, retired`` as the tracker found them.
 
     Returns
     -------
@@ -305,8 +360,9 @@ def loss(key: Key, details: dict[str, Any]) -> Exception:
         cause = errors.WorkerLost(f"worker {worker} (pid {pid}) no longer answered {when} task {name!r}")
     else:
         cause = errors.WorkerLost(f"worker {worker} (pid {pid}) {_death(pid)} {when} task {name!r}")
-    cause.began = began
+    cause.began, cause.element = began, details.get("element")
     cause.shared = details["shared"]
+    cause.excused = bool(details.get("retired"))
     return cause  # type: ignore[no-any-return]
 
 
@@ -345,7 +401,9 @@ def _made_up_record() -> bytes:
 
 
 def _gone(key: Key) -> errors.ResultLost:
-    return errors.ResultLost(f"a value that task {_name(key)!r} needs is gone, with the worker that held it")
+    cause = errors.ResultLost(f"a value that task {_name(key)!r} needs is gone, with the worker that held it")
+    cause.began = False
+    return cause
 
 
 def _name(key: Key) -> str:

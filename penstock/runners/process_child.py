@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from penstock.runners import worker_runtime
 from penstock.runners.base import Key
 from penstock.runners.process_channel import Channel, FunctionsReceived, FunctionsSent
 from penstock.runners.process_work import Handle, Work
@@ -74,6 +75,8 @@ class Child:
         Reports for its tasks.
     victim : Work or None
         The work that was cancelled by killing the process.
+    begun : dict or None
+        What had begun in it, once it is buried; see `worker_runtime.read_starts`.
     """
 
     def __init__(self, number: int, process: subprocess.Popen[bytes], channel: Channel) -> None:
@@ -94,6 +97,7 @@ class Child:
         self.functions = FunctionsSent()
         self.nested_functions = FunctionsReceived()
         self.victim: Work | None = None
+        self.begun: dict[str, tuple[int, bool]] | None = None
         self.death: int | None = None
         with contextlib.suppress(AttributeError, OSError):
             # Readable when the process has ended. The end of the stream is not enough: a process
@@ -198,6 +202,7 @@ class Child:
         """Reap the process and close what belongs to it; return how it ended, in words."""
         self.kill()
         self.channel.close()
+        self.begun = worker_runtime.read_starts(self.pid)
         death, self.death = self.death, None  # first: two threads that close it would close a stranger's
         if death is not None:
             os.close(death)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from penstock import errors
+from penstock.runners import worker_runtime
 from penstock.runners.base import Key, Report
 from penstock.runners.process_channel import Message
 from penstock.runners.process_child import Child
@@ -168,6 +169,7 @@ class Schedule:
         work = child.take(key)
         if work is not None:
             cause = errors.ResultLost(f"an input of {work.task} no longer exists: {path}")
+            cause.began = False
             self._end(work, "lost", cause=cause, worker=child.name)
 
     def returned(self, child: Child, keys: Iterable[Key]) -> None:
@@ -196,10 +198,17 @@ class Schedule:
         work = child.current
         if work is not None:
             child.take(work.key)
-            message = f"worker process pid {child.pid} {end} while running {work.task!r}"
+            began = None if child.begun is None else worker_runtime.start_name(work.key) in child.begun
+            when = "before it began" if began is False else "while running"
+            message = f"worker process pid {child.pid} {end} {when} {work.task!r}"
             cause: Exception = errors.WorkerLost(message)
             if by_oom:
                 cause = errors.OutOfMemory(f"{message}: the host had run out of memory")
+            assert isinstance(cause, errors.CrashedRun)
+            cause.began = began
+            if began:
+                assert child.begun is not None
+                cause.element = child.begun[worker_runtime.start_name(work.key)][0]
             if child.victim is work:
                 cause = _cancelled(work)
             elif child.victim is not None:  # it had ended when we killed its process

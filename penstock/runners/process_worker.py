@@ -116,6 +116,7 @@ class Worker:
             target=self._receive, args=(messages,), name="penstock-receiver", daemon=True
         )
         receiver.start()
+        worker_runtime.starts().open()
         self.send(("ready",))
         while (job := self._jobs.get()) is not None:
             with self._lock:
@@ -175,11 +176,13 @@ class Worker:
     def _perform(self, job: Message) -> None:
         _, key, order, function, arguments, inputs, announce = job
         clock = time.perf_counter()
+        start = worker_runtime.starts().begin(key)
         values: list[Any] = []
         try:
             values = [_input(packed) for packed in inputs]
         except shared_memory.Vanished as error:
             self.send(("missing", key, str(error)))
+            start.end()
             return
         except BaseException as error:  # it cannot be unpickled here: the task's failure, not ours
             function, arguments = _raiser(error), _no_arguments
@@ -207,6 +210,7 @@ class Worker:
             self.send(("returned", self._hand_back(len(self._queued))))
         seconds = time.perf_counter() - clock
         self.send(("ended", key, record, packed, nbytes, seconds, self._interrupted))
+        start.end()
 
     # -- for the nested runner ------------------------------------------------------------
     def runner(self) -> WorkerProcessRunner:

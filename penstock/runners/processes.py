@@ -208,6 +208,10 @@ class ProcessPoolTaskRunner(TaskRunner):
             for ref, value in zip(refs, values, strict=True)
         ]
 
+    def missing(self, refs: Sequence[Ref]) -> list[Ref]:
+        """Return those whose value, or the file it lies in, no longer exists."""
+        return [ref for ref in refs if not _exists(ref.handle)]
+
     def release(self, refs: Sequence[Ref]) -> None:
         """Let go of values; work that has been sent with them still gets them."""
         for ref in refs:
@@ -243,3 +247,10 @@ def _usable_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _exists(handle: Handle) -> bool:
+    if handle.value is None:
+        return False
+    packed = handle.value.packed
+    return packed[0] != "file" or os.path.exists(packed[1])

@@ -31,7 +31,7 @@ from penstock import errors
 from penstock.runners import ray_cluster, ray_nodes, ray_tasks, result_formats, result_store, worker_runtime
 from penstock.runners.base import Key, Options, Ref, RunnerInfo, Submission, TaskRunner
 from penstock.runners.ray_errors import first_words
-from penstock.runners.ray_pump import Flight, Handle, Pump, arrived
+from penstock.runners.ray_pump import Flight, Handle, Pump, arrived, missing
 
 FUNCTION_BYTES = 8_192  # larger functions are stored once, not sent with each task
 CANCEL_SECONDS = 0.2
@@ -277,6 +277,11 @@ class RayTaskRunner(TaskRunner):
             message = f"the result is gone: {first_words(error)}"
             raise errors.ResultLost(message) from None
         return [arrived(value) for value in values]
+
+    def missing(self, refs: Sequence[Ref]) -> list[Ref]:
+        """Return those whose values Ray has lost, with the node that held them."""
+        self._running()
+        return [ref for ref in refs if isinstance(ref.handle, Handle) and missing(ref.handle)]
 
     def release(self, refs: Sequence[Ref]) -> None:
         """Drop our references; Ray frees what nobody else refers to."""

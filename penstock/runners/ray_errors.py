@@ -33,9 +33,13 @@ def neutral(error: Any) -> errors.RunError:
             "the logs of Ray name the signal or exit code."
         )
     if isinstance(error, exceptions.ObjectLostError):
-        return errors.ResultLost(f"a value is gone: {first_words(error)}")
+        gone = errors.ResultLost(f"a value is gone: {first_words(error)}")
+        gone.began = False
+        return gone
     if isinstance(error, exceptions.LocalRayletDiedError):
-        return errors.SchedulerLost("Ray's own process on this machine died.")
+        lost = errors.SchedulerLost("Ray's own process on this machine died.")
+        lost.final = True  # this process is a part of that Ray: there is no way back
+        return lost
     return errors.WorkerLost(f"Ray could not run the task: {first_words(error)}")
 
 

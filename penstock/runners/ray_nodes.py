@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import signal
 import warnings
 from collections.abc import Set as AbstractSet
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -98,6 +100,29 @@ def node_id(name: str) -> str:
             return found
     message = f"no node of the Ray cluster is called {name!r}."
     raise errors.ConfigurationError(message)
+
+
+def how_died(pid: int) -> str:
+    """Say how a worker process of this host ended, as far as its own log knows; Ray does not tell.
+
+    Ray's handler of fatal signals writes there, and so does `ray_tasks.begin` of exits. Nothing is
+    written by a SIGKILL.
+    """
+    try:
+        folder = Path(ray._private.worker._global_node.get_logs_dir_path())
+        (path,) = folder.glob(f"worker-*-{pid}.err")
+        with path.open("rb") as file:
+            file.seek(max(path.stat().st_size - 16_384, 0))
+            said = _LAST_WORDS.findall(file.read())
+    except Exception:  # private ground of Ray; another host; a client of a far cluster
+        return "died"
+    if not said:
+        return "died (killed by SIGKILL, or for want of memory)"
+    signal_name, code = said[-1]
+    return f"died by {signal_name.decode()}" if signal_name else f"exited with code {code.decode()}"
+
+
+_LAST_WORDS = re.compile(rb"^\*\*\* (?:(SIG[A-Z]+) received|exit (\d+) )", re.MULTILINE)
 
 
 def end_processes(tasks: AbstractSet[bytes]) -> None:

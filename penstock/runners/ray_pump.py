@@ -20,6 +20,7 @@ from penstock import errors
 from penstock.runners import ray_tasks, worker_runtime
 from penstock.runners.base import Key, Report
 from penstock.runners.ray_errors import first_words, is_propagated, neutral, never_ran
+from penstock.runners.ray_nodes import how_died
 
 FEW = 64  # tasks in flight, for whose end we wait in Ray itself
 WINDOW, SLICE = 512, 1_000  # notes in one question to Ray: it takes time by their number
@@ -308,6 +309,7 @@ class Pump:
             left = list(self._flying.values())
             self._flying.clear()
         cause = errors.SchedulerLost(f"Ray no longer answers: {first_words(error)}")
+        cause.final = True  # the driver's own process is a part of Ray: there is no way back
         return [Report(flight.handle.key, "lost", cause=cause) for flight in left]
 
 
@@ -360,17 +362,35 @@ def _unwritten(flight: Flight, error: Any) -> list[Report]:
     """Say what became of a task that left no note."""
     key = flight.handle.key
     if not is_propagated(error):
-        return [Report(key, "lost", cause=neutral(error), worker=flight.worker)]
+        return [Report(key, "lost", cause=_located(neutral(error), key), worker=flight.worker)]
     if isinstance(error.cause, exceptions.ObjectLostError):
         # The engine believes that the value is there: both have to be told.
         cause = neutral(error.cause)
         gone = [one for one in flight.upstream if _is_about(error.cause, one)]
-        reports = [Report(one.key, "lost", cause=cause) for one in gone]
+        reports = [Report(one.key, "gone", cause=cause) for one in gone]
         return [*reports, Report(key, "lost", cause=cause)]
     if isinstance(error.cause, exceptions.RayError) or any(_is_broken(one) for one in flight.upstream):
         return [Report(key, "upstream")]
     message = f"the task could not be set up on its worker: {first_words(error.cause)}"
     return [Report(key, "lost", cause=errors.WorkerLost(message))]
+
+
+def _located(cause: errors.RunError, key: Key) -> errors.RunError:
+    """Name the process that has died, if it was one of this host: Ray does not."""
+    if not isinstance(cause, (errors.WorkerLost, errors.OutOfMemory)):
+        return cause
+    found = worker_runtime.find_start(key)
+    if found is None:
+        return cause
+    name = key[0].rpartition("-")[0]
+    if isinstance(cause, errors.OutOfMemory):
+        located: errors.CrashedRun = errors.OutOfMemory(
+            f"worker pid {found[0]}, while running {name!r}: {cause}"
+        )
+    else:
+        located = errors.WorkerLost(f"worker pid {found[0]} {how_died(found[0])} while running {name!r}")
+    located.began, located.element = True, found[1]
+    return located
 
 
 def _is_about(error: Any, handle: Handle) -> bool:
@@ -394,3 +414,18 @@ def arrived(value: Any) -> Any:
     """Turn what stands for the value of a failed task into `worker_runtime.Failed`."""
     record = ray_tasks.failure(value)
     return value if record is None else worker_runtime.Failed(record)
+
+
+def missing(handle: Handle) -> bool:
+    """Whether a value that existed is lost; brings it here to find out."""
+    if handle.value is None:
+        return True
+    try:
+        _get(handle.value, timeout=5.0)
+    except exceptions.GetTimeoutError:
+        return False
+    except exceptions.ObjectLostError:
+        return True
+    except exceptions.RayError:
+        return False
+    return False

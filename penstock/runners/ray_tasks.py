@@ -114,8 +114,22 @@ def begin(runtime: Any) -> None:
 
     node = ray.get_runtime_context().get_node_id()
     rt.worker_name = f"{node[:8]}:{os.getpid()}"
+    rt.starts().open()
+    _tell_exits()
     rt._HIDDEN.add(__file__)
     _WAITS.add(rt.__file__)  # a task whose stack goes on in another thread waits in there
+
+
+def _tell_exits() -> None:
+    """Have the log of this process say with which code user code left it; Ray never tells."""
+    leave, process = os._exit, os.getpid()
+
+    def _exit(status: int) -> None:
+        if os.getpid() == process:
+            os.write(2, f"*** exit {status} by os._exit ***\n".encode())
+        leave(status)
+
+    os._exit = _exit  # type: ignore[assignment]
 
 
 # -- one task -----------------------------------------------------------------------------
@@ -150,6 +164,7 @@ def work(head: bytes, values: Sequence[Any]) -> tuple[Any, Any]:
     global _task
     key, order, function, arguments, announce, after = pickle.loads(head)
     _listen()
+    start = rt.starts().begin(key)
     _task = _Task(key, announce)
     try:
         upstream = [_arrived(value) for value in values[after:]]
@@ -160,6 +175,7 @@ def work(head: bytes, values: Sequence[Any]) -> tuple[Any, Any]:
         value, record = rt.run(order, function, arguments, upstream, key, _task.begin)
     finally:
         _task = None
+        start.end()  # Ray stores the result after this; the note of what has ended stays for a while
     return _departing(value, record)
 
 

@@ -1,6 +1,7 @@
 """Many elements in one unit of work: every element is still a run of its own."""
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -397,3 +398,31 @@ def test_a_missing_value_leaves_nothing_to_combine(in_flow: InFlow, record: Reco
 
     assert in_flow(body) == "NotReady"
     assert set(record.types("total")) <= {"COMPLETED", "PENDING"}
+
+
+def test_an_element_that_kills_its_worker_is_the_only_one_to_crash(
+    apart: TaskRunner, in_flow: InFlow, tmp_path: Path, record: Record
+) -> None:
+    folder = str(tmp_path)
+
+    @task(chunk_size=10, crash_retries=1)
+    def deadly(x: int) -> int:
+        with open(os.path.join(folder, str(x)), "a") as file:
+            file.write("x")
+        if x == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+    def body() -> Any:
+        futures = deadly.map(range(10))
+        wait(futures, timeout=60)
+        return [future.state.name for future in futures], futures.result(raise_on_failure=False)
+
+    names, values = in_flow(body)
+    assert names == ["Crashed" if x == 4 else "Completed" for x in range(10)]
+    assert isinstance(values[4], errors.WorkerLost)
+    executions = {x: os.path.getsize(tmp_path / str(x)) for x in range(10)}
+    attempts = {int(run.name.rpartition("-")[2]): run.attempt for run in record.tasks("deadly")}
+    assert executions == attempts
+    assert executions[4] == 2
+    assert all(executions[x] == 1 for x in range(5, 10))

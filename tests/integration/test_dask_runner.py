@@ -312,7 +312,7 @@ def test_a_killed_worker_is_reported_and_its_queue_goes_elsewhere(session: Sessi
     assert report.kind == "lost"
     assert isinstance(report.cause, errors.WorkerLost)
     assert "died by SIGKILL while it ran task 'killer'" in str(report.cause)
-    assert report.cause.began is True  # type: ignore[attr-defined]
+    assert report.cause.began is True
     assert session.wait(heir)[0].kind == "upstream"
     assert [status(one) for one in session.wait(*others)] == ["completed"] * 20
     assert session.runner.fetch(others) == list(range(20))

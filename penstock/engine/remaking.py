@@ -1,0 +1,127 @@
+"""Values that were lost with their worker after their run had completed: made again, and said so.
+
+Nothing of it is silent: each time is an attempt of the run, opened by a state "Recomputed" whose
+``reason`` is "lost_result". A run that must not be executed twice ends as crashed instead.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from penstock import errors
+from penstock.engine import invoke, recipes
+from penstock.engine.failure import Failure
+from penstock.engine.graph import sources_of
+from penstock.engine.states import StateType, advance
+
+if TYPE_CHECKING:
+    from penstock.engine.calls import TaskRun
+    from penstock.engine.session import Session
+    from penstock.runners.base import Report
+
+REASON = "lost_result"
+
+
+def made_again(session: Session, runs: Sequence[TaskRun], report: Report) -> None:
+    """The backend has lost a value, of one run or of a chunk, and has made it again by itself."""
+    record = invoke.read_record(report.record)
+    worker = report.worker or record["worker"]
+    for run in runs:
+        if record["status"] != "chunk":
+            _made_again(session, run, record, max(report.nbytes, record["nbytes"]), worker)
+            continue
+        own = invoke.element_record(record, run.place)
+        if own is None:  # this time the chunk ended before it
+            gone(session, run, errors.ResultLost(f"the value of {run.name!r} was lost with its worker"))
+        else:
+            _made_again(session, run, own, own["nbytes"], worker)
+
+
+def _made_again(session: Session, run: TaskRun, record: dict[str, Any], nbytes: int, worker: str) -> None:
+    _reopen(session, run, "its result was lost with the worker that held it, and made again")
+    run.worker = worker
+    details = {"started": record["started"], "seconds": record["seconds"], "peak": record["peak"]}
+    run.ended = time.time()
+    if record["status"] == "completed":
+        run.nbytes = nbytes
+        run.position = advance(run.position, StateType.COMPLETED)
+    else:  # the function is not the one it was
+        described = record.get("error") or {"type": "Error", "message": record["status"], "text": ""}
+        failed: Any = Failure(described, "") if "frames" in described else None
+        run.error = failed or errors.ResultLost(described["message"])
+        run.ref = None
+        run.position = advance(run.position, StateType.FAILED)
+        details["error"] = {name: described[name] for name in ("type", "message", "text")}
+        run.message = f"its result was lost, and making it again failed: {described['message']}"
+    session.journal.task_state(run, **details)
+
+
+def gone(session: Session, run: TaskRun, cause: Exception) -> bool:
+    """A value is lost, and the backend will not make it: do so, if the run may be executed again.
+
+    Returns
+    -------
+    bool
+        Whether the value will exist again.
+    """
+    if run.stored is not None:  # whoever needs it reads the copy (`values`)
+        return True
+    message = str(cause)
+    options = run.task.options
+    call = recipes.restored(run)
+    if not options.idempotent:
+        _give_up(session, run, f"{message}; it must not run twice, so it is not made again")
+        return False
+    if call is None or run.cancelling:
+        _give_up(session, run, f"{message}; what it was made of no longer exists")
+        return False
+    _reopen(session, run, message)
+    run.call, run.recipe = call, None
+    session.reopen(run)
+    return True
+
+
+def renew_inputs(session: Session, run: TaskRun, cause: Exception) -> bool:
+    """See to the values that a run needs and that were lost; it had not begun, and is sent again.
+
+    Returns
+    -------
+    bool
+        False if a value that was put is lost, and cannot be put again.
+    """
+    upstreams = {id(source.run.ref): source.run for source in sources_of(run) if source.run is not None}
+    lost = [one for one in upstreams.values() if one.session is session and one.completed]
+    for ref in session.runner.missing([one.ref for one in lost if one.ref is not None]):
+        if upstreams[id(ref)].completed:
+            gone(session, upstreams[id(ref)], cause)
+    for source in sources_of(run):
+        if source.run is None and source.ref is not None and session.runner.missing([source.ref]):
+            renewed = session.objects.put_again(source.ref)
+            if renewed is None:
+                return False
+            source.ref = renewed
+    if not run.done:
+        session.enter_again(run)
+    return True
+
+
+def _reopen(session: Session, run: TaskRun, message: str) -> None:
+    run.excuses += 1
+    run.position = advance(run.position, StateType.PENDING, "Recomputed", run.attempt + 1)
+    run.message = message
+    session.journal.task_state(run, reason=REASON)
+
+
+def _give_up(session: Session, run: TaskRun, message: str) -> None:
+    """The value is gone for good; the run that had made it is told so, in an attempt that never began."""
+    run.excuses += 1
+    run.unbegun += 1
+    run.position = advance(run.position, StateType.CRASHED, None, run.attempt + 1)
+    run.message = message
+    run.error = errors.ResultLost(message).of_run(run.id)
+    run.ref = run.value = None
+    session.failures += 1
+    session.journal.task_state(run, cause="ResultLost", began="no", reason=REASON)
+    session.recall(run)
