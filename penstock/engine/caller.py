@@ -9,11 +9,15 @@ from penstock.engine import payload, refs
 from penstock.engine.calls import Bound, Call, Source, TaskRun
 from penstock.engine.futures import PenstockFuture, run_of
 from penstock.engine.refs import Slot
+from penstock.runners import worker_runtime
 
 if TYPE_CHECKING:
     from penstock.engine.context import Scope
     from penstock.engine.session import Session
     from penstock.engine.task import Task
+
+
+_CONTAINERS = {list, tuple, dict, set, frozenset}
 
 
 class Caller:
@@ -50,26 +54,43 @@ class Caller:
         """
         sources: list[Source] = []
         positions: dict[int, Slot] = {}
+        held: list[Any] = []
         session = self.session
 
         def leaf(value: Any, tolerant: bool) -> Any:
             run = run_of(value)
             if run is not None:
                 return self._slot(id(run) * 2 + tolerant, positions, sources, Source(run, None, tolerant))
-            if not self.local and session.objects.is_large(value):
-                self._kept.append(value)
-                source = session.objects.place(value, self._placed)
-                return self._slot(id(source), positions, sources, source)
+            if self.local:
+                return value
+            if session.objects.is_large(value):
+                return self._placed_slot(value, positions, sources)
+            if worker_runtime.is_lazy(value):
+                held.append(value)
             return value
 
-        new_args = tuple(refs.replace(list(args), leaf))
-        new_kwargs = refs.replace(kwargs, leaf)
+        def whole(value: Any) -> Any:
+            new = refs.replace(value, leaf)
+            if type(value) in _CONTAINERS and new is value and not self.local:  # many small things
+                return self._placed_slot(value, positions, sources) if session.objects.is_large(value) else value
+            return new
+
+        new_args = tuple([whole(value) for value in args])
+        new_kwargs = {name: whole(value) for name, value in kwargs.items()}
         arguments: Any
         if self.local:
             arguments = Bound(new_args, new_kwargs, len(sources))
         else:
             arguments = payload.pack_arguments(new_args, new_kwargs, len(sources), self.task.name)
-        return Call(self.task, self.function, arguments, tuple(sources), after, self.context)
+            if session.objects.is_large(arguments):  # an object that hides its size: schedulers need not read it
+                sources.append(session.objects.place(arguments, {}))
+                arguments = b""
+        return Call(self.task, self.function, arguments, tuple(sources), after, self.context, tuple(held))
+
+    def _placed_slot(self, value: Any, positions: dict[int, Slot], sources: list[Source]) -> Slot:
+        self._kept.append(value)
+        source = self.session.objects.place(value, self._placed)
+        return self._slot(id(source), positions, sources, source)
 
     @staticmethod
     def _slot(key: int, positions: dict[int, Slot], sources: list[Source], source: Source) -> Slot:

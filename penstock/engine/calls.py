@@ -72,6 +72,8 @@ class Call:
         What has to end first (`wait_for`).
     context : dict
         Primitives that nested code needs to know.
+    held : tuple
+        Objects of the caller that the arguments depend on, such as persisted Dask collections.
     """
 
     task: Task[..., Any]
@@ -80,6 +82,7 @@ class Call:
     sources: tuple[Source, ...] = ()
     after: tuple[Source, ...] = ()
     context: dict[str, Any] = field(default_factory=dict)
+    held: tuple[Any, ...] = ()
 
 
 class TaskRun:
