@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from penstock.engine.annotations import allow_failure, quote, unmapped
     from penstock.engine.context import tags
+    from penstock.engine.dask_client import get_dask_client
     from penstock.engine.flow import Flow, flow
     from penstock.engine.futures import Future, PenstockFuture, PenstockFutureList, as_completed, wait
     from penstock.engine.logs import get_run_logger
+    from penstock.engine.reference import Reference, put
     from penstock.engine.retry import exponential_backoff
     from penstock.engine.states import State, StateType
     from penstock.engine.task import Task, task
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
         PausedRun,
         PenstockError,
         ReservedArgumentError,
+        ResultTooLarge,
         Skip,
         TerminationSignal,
         UnfinishedRun,
@@ -67,6 +70,9 @@ __all__ = [
     "unmapped",
     "allow_failure",
     "quote",
+    "put",
+    "Reference",
+    "get_dask_client",
     # futures and states
     "PenstockFuture",
     "Future",
@@ -100,6 +106,7 @@ __all__ = [
     "CancelledRun",
     "PausedRun",
     "MissingResult",
+    "ResultTooLarge",
     "TerminationSignal",
     "Skip",
 ]
@@ -107,9 +114,11 @@ __all__ = [
 _ENGINE = {
     "annotations": ("unmapped", "allow_failure", "quote"),
     "context": ("tags",),
+    "dask_client": ("get_dask_client",),
     "flow": ("flow", "Flow"),
     "futures": ("PenstockFuture", "Future", "PenstockFutureList", "wait", "as_completed"),
     "logs": ("get_run_logger",),
+    "reference": ("put", "Reference"),
     "retry": ("exponential_backoff",),
     "states": ("State", "StateType"),
     "task": ("task", "Task"),

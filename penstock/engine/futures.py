@@ -208,6 +208,42 @@ class PenstockFuture(Generic[R]):
         """
         return cancelling.cancel([self._run], force=force)
 
+    def to_dask(self, shape: tuple[int, ...] | None = None, dtype: Any = None) -> Any:
+        """Wait for the end of the run and make a Dask collection of its value, which stays where it is.
+
+        On Dask the collection refers to the value on its worker; compute it on the same cluster, under
+        `penstock.get_dask_client`. On other runners the value comes here when it is computed. The
+        collection keeps the value alive.
+
+        Parameters
+        ----------
+        shape : tuple of int, optional
+            Of the array; then the answer is a `dask.array.Array` of one block.
+        dtype : numpy.dtype, optional
+            Its type, needed with `shape`.
+
+        Returns
+        -------
+        dask.delayed.Delayed or dask.array.Array
+            Lazy.
+
+        Raises
+        ------
+        Exception
+            What the task raised.
+        """
+        if (shape is None) is not (dtype is None):
+            message = "to_dask() makes an array of a shape and a dtype: give both, or none for a Delayed."
+            raise errors.ConfigurationError(message)
+        self.wait()
+        error = values.exception_of(self._run)
+        if error is not None:
+            raise error
+        from penstock.runners import dask_collections
+
+        load = functools.partial(_value_of, self)
+        return dask_collections.delayed(self._run.ref, load, f"{self.name}-{self.task_run_id}", shape, dtype)
+
     def add_done_callback(self, fn: Callable[[PenstockFuture[R]], Any]) -> None:
         """Call ``fn(future)`` once when the run has ended, at once if it has."""
         self._run.carrier.add_callback(self._run, lambda run: fn(PenstockFuture(run)))
@@ -474,6 +510,10 @@ def check_timeout(timeout: float) -> float:
         message = f"'timeout' must be a non-negative number, got {timeout}"
         raise ValueError(message)
     return timeout
+
+
+def _value_of(future: PenstockFuture[Any]) -> Any:
+    return values.results([future._run])[0]
 
 
 def run_of(value: Any) -> TaskRun | None:

@@ -450,6 +450,8 @@ _inside_lock = threading.Lock()
 class _InsideRunner(DaskTaskRunner):
     """Of a worker's own client: opens nothing, closes nothing, lives as long as the worker."""
 
+    is_inside = True
+
     def __init__(self, client: Any) -> None:
         super().__init__(client=client)
 

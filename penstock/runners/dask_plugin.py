@@ -32,6 +32,7 @@ runtime: Any = importlib.import_module(f"{__package__}.worker_runtime")  # has a
 sys.modules["_penstock_running"].__dict__.setdefault("dask_plugin", __name__)
 
 MARK = __name__  # our entry in the metadata of a task; other versions of this file have other names
+MEMORY_SHARE = 0.95  # of a worker's limit, at which Dask's nanny ends it
 LARGE_FUNCTION = 65_536  # bytes from which a function is sent once for all its tasks
 
 
@@ -87,7 +88,7 @@ def run_one(flags: int, order: bytes, function: bytes, arguments: bytes, *values
         announce = _Announcement(worker, key) if flags & 1 else None
         value, record = runtime.run(order, function, arguments, values, key, announce)
         if not isinstance(value, runtime.Failed):
-            problem = _unsendable(value)
+            problem = runtime.too_large(value, *_limit(worker)) or _unsendable(value)
             if problem is None:
                 task.metadata[MARK] = record
                 return value
@@ -98,6 +99,12 @@ def run_one(flags: int, order: bytes, function: bytes, arguments: bytes, *values
         _marks.leave(place)
     value = values = ()
     raise TaskFailure(record)
+
+
+def _limit(worker: Any) -> tuple[float, str]:
+    """Return how large one value may be, in bytes: at a little more the nanny ends this process."""
+    limit = getattr(getattr(worker, "memory_manager", None), "memory_limit", None) or 0
+    return MEMORY_SHARE * limit, f"the memory_limit of the Dask worker {worker.address}"
 
 
 class _Announcement:

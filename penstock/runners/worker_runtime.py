@@ -424,7 +424,7 @@ def too_large(value: Any, limit: float, where: str) -> MemoryError | None:
 def _occupied(value: Any, depth: int) -> int:
     kind = type(value)
     if kind in {list, tuple, set, dict} and depth < len(_SAMPLES):
-        items = list(value.values()) if kind is dict else list(value)
+        items = list({id(item): item for item in (value.values() if kind is dict else value)}.values())
         sample = items[:: -(-len(items) // 1000)] if items else []
         return sum(_occupied(item, depth + 1) for item in sample) * len(items) // max(len(sample), 1)
     if kind in {str, bytes, bytearray}:
