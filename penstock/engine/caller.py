@@ -72,7 +72,9 @@ class Caller:
         def whole(value: Any) -> Any:
             new = refs.replace(value, leaf)
             if type(value) in _CONTAINERS and new is value and not self.local:  # many small things
-                return self._placed_slot(value, positions, sources) if session.objects.is_large(value) else value
+                return (
+                    self._placed_slot(value, positions, sources) if session.objects.is_large(value) else value
+                )
             return new
 
         new_args = tuple([whole(value) for value in args])
@@ -82,7 +84,9 @@ class Caller:
             arguments = Bound(new_args, new_kwargs, len(sources))
         else:
             arguments = payload.pack_arguments(new_args, new_kwargs, len(sources), self.task.name)
-            if session.objects.is_large(arguments):  # an object that hides its size: schedulers need not read it
+            if session.objects.is_large(
+                arguments
+            ):  # an object that hides its size: schedulers need not read it
                 sources.append(session.objects.place(arguments, {}))
                 arguments = b""
         return Call(self.task, self.function, arguments, tuple(sources), after, self.context, tuple(held))

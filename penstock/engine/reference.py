@@ -84,9 +84,7 @@ def put(value: R) -> Reference[R]:
 def _placed(value: Any, scope: Scope) -> TaskRun:
     """Make the run that stands for a value which is there already: it has ended before it is seen."""
     session = scope.session
-    run = TaskRun(
-        _computing(), "put", flow_run=scope.flow_run, surrounding=scope.task_run, tracked=False
-    )
+    run = TaskRun(_computing(), "put", flow_run=scope.flow_run, surrounding=scope.task_run, tracked=False)
     run.session = session
     running = worker_runtime.current()
     if running is not None:  # references in what the task returns become their values

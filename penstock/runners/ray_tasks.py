@@ -256,7 +256,9 @@ def _limit() -> tuple[float, str]:
         here = ray.get_runtime_context().get_node_id()
         nodes = [node["Resources"] for node in ray.nodes() if node["NodeID"] == here]
         _capacity = nodes[0].get("object_store_memory", 0) if nodes else 0
-    return _capacity + shutil.disk_usage(tempfile.gettempdir()).free, "Ray's object store with the disk behind it"
+    return _capacity + shutil.disk_usage(
+        tempfile.gettempdir()
+    ).free, "Ray's object store with the disk behind it"
 
 
 _capacity = -1.0

@@ -569,7 +569,7 @@ class Guard:
     def _masked(self, value: Any, depth: int) -> Any:
         guarded = self._array(value, depth)
         mask = guarded._mask
-        if not self.copies and getattr(mask, "ndim", 0):  # a write of `masked` goes to the mask only
+        if not self.copies and hasattr(mask, "shape") and mask.shape:  # a write of `masked` goes to the mask only
             if guarded is value:
                 guarded = value.view()
             guarded._mask = self._array(mask, depth)

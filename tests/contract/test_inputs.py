@@ -151,7 +151,10 @@ def test_one_array_in_two_places_stays_one(in_flow: InFlow) -> None:
         return x is box["x"] and box["x"][0] == 3
 
     array = np.ones(300_000)
-    assert in_flow(lambda: [same.submit(array, {"x": array}), same_copy.submit(array, {"x": array})]) == [True, True]
+    assert in_flow(lambda: [same.submit(array, {"x": array}), same_copy.submit(array, {"x": array})]) == [
+        True,
+        True,
+    ]
 
 
 def test_a_list_that_holds_itself(in_flow: InFlow) -> None:
@@ -354,7 +357,8 @@ def test_sparse_matrices(in_flow: InFlow) -> None:
 
 def test_writes_after_a_submit_change_nothing(apart: TaskRunner, in_flow: InFlow) -> None:
     def body() -> Any:
-        array, box = np.ones(300_000), {"plane": np.ones(300_000), "few": [1]}
+        array = np.ones(300_000)
+        box: dict[str, Any] = {"plane": np.ones(300_000), "few": [1]}
         futures = [total.submit(array), first.submit(box, "dict"), *first.map([array] * 3)]
         array[:] = 7
         box["plane"][:] = 7

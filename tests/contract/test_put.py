@@ -77,7 +77,11 @@ def test_one_copy_for_many_calls_and_maps(
     def body() -> Any:
         reference = put(table)
         futures = [scaled.submit(i, reference) for i in range(5)]
-        return [*futures, *scaled.map(range(5), unmapped(reference)), *scaled.map(range(2), table=unmapped(reference))]
+        return [
+            *futures,
+            *scaled.map(range(5), unmapped(reference)),
+            *scaled.map(range(2), table=unmapped(reference)),
+        ]
 
     assert in_flow(body) == [0.0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
     assert len(placed) == 1
