@@ -25,6 +25,7 @@ from mmap import mmap
 from typing import Any
 
 from dask._task_spec import DataNode, Task, TaskRef
+from dask.sizeof import sizeof
 from distributed import get_worker
 
 runtime: Any = importlib.import_module(f"{__package__}.worker_runtime")  # has another name when shipped
@@ -88,8 +89,10 @@ def run_one(flags: int, order: bytes, function: bytes, arguments: bytes, *values
         announce = _Announcement(worker, key) if flags & 1 else None
         value, record = runtime.run(order, function, arguments, values, key, announce)
         if not isinstance(value, runtime.Failed):
-            problem = runtime.too_large(value, *_limit(worker)) or _unsendable(value)
+            limit, where = _limit(worker)
+            problem = runtime.too_large(value, limit, where) or _unsendable(value)
             if problem is None:
+                _believe_no_more(value, limit)
                 task.metadata[MARK] = record
                 return value
             value, record = runtime.refuse(record, value, problem)
@@ -105,6 +108,18 @@ def _limit(worker: Any) -> tuple[float, str]:
     """Return how large one value may be, in bytes: at a little more the nanny ends this process."""
     limit = getattr(getattr(worker, "memory_manager", None), "memory_limit", None) or 0
     return MEMORY_SHARE * limit, f"the memory_limit of the Dask worker {worker.address}"
+
+
+def _believe_no_more(value: Any, limit: float) -> None:
+    """Have Dask measure a class as we do whose objects claim to be larger than the worker they lie in.
+
+    The scheduler would refuse every task that uses such an object.
+    """
+    kind = type(value)
+    if limit and kind not in _SAFE and kind.__module__.partition(".")[0] not in runtime._BELIEVED:
+        with contextlib.suppress(Exception):  # one that cannot be measured has a size of Dask's own
+            if sizeof(value) > limit:
+                sizeof.register(kind, runtime.size)
 
 
 class _Announcement:

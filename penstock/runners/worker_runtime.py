@@ -569,7 +569,9 @@ class Guard:
     def _masked(self, value: Any, depth: int) -> Any:
         guarded = self._array(value, depth)
         mask = guarded._mask
-        if not self.copies and hasattr(mask, "shape") and mask.shape:  # a write of `masked` goes to the mask only
+        if (
+            not self.copies and hasattr(mask, "shape") and mask.shape
+        ):  # a write of `masked` goes to the mask only
             if guarded is value:
                 guarded = value.view()
             guarded._mask = self._array(mask, depth)
@@ -1065,6 +1067,14 @@ def _size(value: Any, depth: int) -> int:
     kind = type(value)
     if kind in _SHELLS or is_lazy(value):
         return sys.getsizeof(value, 0)
+    found = _told(value, kind, depth)
+    library = kind.__module__.partition(".")[0]
+    if found > _memory_of_host() and library != "builtins" and library not in _BELIEVED:
+        return object.__sizeof__(value)  # there is no such object
+    return found
+
+
+def _told(value: Any, kind: type, depth: int) -> int:
     if kind in {list, tuple, set, frozenset}:
         return sys.getsizeof(value) + _sampled(value, depth)
     if kind is dict:
@@ -1080,6 +1090,17 @@ def _size(value: Any, depth: int) -> int:
     return sys.getsizeof(value, 0)
 
 
+def _memory_of_host() -> int:
+    global _host_memory
+    if not _host_memory:
+        try:
+            _host_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (OSError, ValueError):
+            _host_memory = SIZE_LIMIT
+    return _host_memory
+
+
+_host_memory = 0
 _SHELLS = {type(None), bool, int, float, complex, str, bytes, bytearray, type}
 
 

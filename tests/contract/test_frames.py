@@ -76,8 +76,10 @@ def alike(one: Any, other: Any) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def pool() -> Iterator[None]:
+def pool(request: pytest.FixtureRequest) -> Iterator[None]:
     """Threads for Dask where tasks share this process; its own would stay for as long as it lives."""
+    for name in {"runner", "one_worker"} & set(request.fixturenames):
+        request.getfixturevalue(name)  # a cluster hands its configuration on when it starts
     with ThreadPoolExecutor(2) as threads, dask.config.set(pool=threads):
         yield
 
