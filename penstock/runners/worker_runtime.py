@@ -612,6 +612,8 @@ class Guard:
 
     # -- containers -----------------------------------------------------------------------------
     def _list(self, value: Any, depth: int) -> Any:
+        if _nothing_in(value):
+            return value
         changed = self._changed(enumerate(value), depth)
         if not changed:
             return value
@@ -624,6 +626,8 @@ class Guard:
         return kind(*items) if hasattr(value, "_fields") else kind(items)
 
     def _dict(self, value: Any, depth: int) -> Any:
+        if _nothing_in(value.values()):
+            return value
         changed = self._changed(value.items(), depth)
         return {**value, **changed} if changed else value
 
@@ -651,6 +655,11 @@ class Guard:
             if guarded is not item:
                 changed[place] = guarded
         return changed
+
+
+def _nothing_in(items: Any) -> bool:
+    """Whether all items are of classes that are handed over as they are; quick for long lists of numbers."""
+    return all(_treatments.get(kind, items) is None for kind in set(map(type, items)))
 
 
 def _copy(value: Any) -> Any:
@@ -1057,15 +1066,20 @@ def size(value: Any, depth: int = 0) -> int:
     int
         Not negative, at most `SIZE_LIMIT`.
     """
+    kind = type(value)
+    if kind in _SHELLS:
+        return sys.getsizeof(value)
     try:
-        return min(max(int(_size(value, depth)), 0), SIZE_LIMIT)
+        if kind.__name__ == "ndarray" and kind.__module__ == "numpy" and 0 not in value.strides:
+            found: int = value.nbytes
+            return found
+        return min(max(int(_size(value, kind, depth)), 0), SIZE_LIMIT)
     except Exception:
         return 0
 
 
-def _size(value: Any, depth: int) -> int:
-    kind = type(value)
-    if kind in _SHELLS or is_lazy(value):
+def _size(value: Any, kind: type, depth: int) -> int:
+    if is_lazy(value):
         return sys.getsizeof(value, 0)
     found = _told(value, kind, depth)
     library = kind.__module__.partition(".")[0]
@@ -1111,12 +1125,18 @@ def _sampled(items: Any, depth: int) -> int:
         return 0
     few = _SAMPLES[depth]
     if count <= few:
-        return sum(size(item, depth + 1) for item in items)
+        return _together(items, depth)
     if isinstance(items, (list, tuple)):
         sample = items[:: -(-count // few)]
     else:
         sample = [item for item, _ in zip(items, range(few), strict=False)]
-    return sum(size(item, depth + 1) for item in sample) * count // len(sample)
+    return _together(sample, depth) * count // len(sample)
+
+
+def _together(items: Any, depth: int) -> int:
+    if _SHELLS.issuperset(map(type, items)):
+        return sum(map(sys.getsizeof, items))
+    return sum(size(item, depth + 1) for item in items)
 
 
 def _claimed(value: Any) -> int | None:
