@@ -222,7 +222,7 @@ def _edges(runs: list[TaskRun], parts: dict[Any, Part], after: tuple[Source, ...
             if origin is not None:  # elements of one future: the edge is to that future
                 call = origin._run.call
                 source_run = call.sources[0].run if call is not None and call.sources else None
-                if source_run is not None:
+                if source_run is not None and source_run.tracked:
                     shared.setdefault(source_run.id, str(place))
             continue
         head = upstream[0]

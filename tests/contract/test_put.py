@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from penstock import MissingContextError, Reference, allow_failure, flow, put, task, unmapped
+from penstock import (
+    MissingContextError,
+    Reference,
+    ThreadPoolTaskRunner,
+    allow_failure,
+    flow,
+    put,
+    task,
+    unmapped,
+)
 from penstock.errors import UnserializableArgument
 from penstock.runners.base import TaskRunner
 from tests.conftest import InFlow
@@ -132,6 +141,8 @@ def test_nothing_is_written_to_the_record(in_flow: InFlow, record: Record) -> No
     in_flow(lambda: total.submit(put(np.ones(3))))
     assert [run.name for run in record.tasks()] == ["total"]
     assert list(record.task("total").body["upstream"]) == []
+    in_flow(lambda: scaled.map(put([0, 0]), unmapped(put(np.ones(3)))))
+    assert {edge for row in record.tasks("scaled") for edge in row.body.get("upstream", ())} == set()
 
 
 def test_inside_a_task(in_flow: InFlow) -> None:
@@ -161,6 +172,13 @@ def test_in_another_flow(in_flow: InFlow, runner: TaskRunner) -> None:
 
     in_flow(first)
     assert in_flow(lambda: total.submit(kept[0])) == 300_000
+
+    @flow(task_runner=ThreadPoolTaskRunner(max_workers=2))
+    def elsewhere() -> None:
+        kept.append(put(np.full(300_000, 2.0)))
+
+    elsewhere()
+    assert in_flow(lambda: [total.submit(kept[1]), *scaled.map([1, 2], unmapped(kept[1]))]) == [600_000, 2, 2]
 
     @flow
     def child(table: Any) -> Any:
