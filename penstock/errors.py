@@ -23,7 +23,7 @@
         │   ├── ResultLost            a finished result is gone, with the worker that held it
         │   ├── SchedulerLost         the scheduler or head of the cluster died
         │   └── BackendStalled        the cluster no longer answers
-        ├── ResultTooLarge            (MemoryError) a result does not fit where it was made
+        ├── ResultTooLarge            a result does not fit where it was made
         ├── TaskTimeout               (TimeoutError) a run exceeded its `timeout_seconds`
         ├── CancelledRun              somebody asked for the run to stop
         ├── PausedRun                 the run waits for somebody
@@ -174,7 +174,7 @@ class BackendStalled(CrashedRun):
     """The cluster no longer answers."""
 
 
-class ResultTooLarge(RunError, MemoryError):
+class ResultTooLarge(RunError):
     """A result is larger than its worker, or the disk beside it, can keep."""
 
 

@@ -112,6 +112,7 @@ class TaskRun:
         "flow_run",
         "index",
         "inside",
+        "items",
         "key",
         "map_id",
         "message",
@@ -130,6 +131,7 @@ class TaskRun:
         "value",
         "waiting",
         "worker",
+        "yielded",
     )
 
     def __init__(
@@ -181,6 +183,8 @@ class TaskRun:
         self.worker = ""
         self.alarm: Alarm | None = None
         self.child_flow_run: str | None = None
+        self.items: list[TaskRun] | None = None  # of a generator that was asked for them one by one
+        self.yielded = -1  # how many it has yielded in all, once it has ended
 
     @property
     def id(self) -> str:

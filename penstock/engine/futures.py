@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterat
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, SupportsIndex, TypeVar, overload
 
 from penstock import errors
-from penstock.engine import cancelling, values, waiting
+from penstock.engine import cancelling, items, values, waiting
 from penstock.engine.states import State, StateType
 from penstock.runners import worker_runtime
 
@@ -191,6 +191,31 @@ class PenstockFuture(Generic[R]):
             run.carrier.flush()  # another child is done here: this one may go to another worker
             if waiting.is_unsent(run):  # there is no other worker
                 await asyncio.sleep(0.002)
+
+    def items(self) -> Iterator[PenstockFuture[Any]]:
+        """Iterate over what a generator task yields, as it arrives; each item is a finished future.
+
+        >>> images = [image.submit(plane) for plane in planes.submit(night).items()]  # doctest: +SKIP
+
+        Ask at once, as above: then the worker places each item by itself, and consumers run while
+        the generator goes on. Later, and on runners whose ``info.streams`` is False, the items come
+        when the task has ended. A retry gives items again only from where the attempt before it came to.
+
+        Yields
+        ------
+        PenstockFuture
+            Of an item; its value does not come here.
+
+        Raises
+        ------
+        Exception
+            What the task raised, after the items that were yielded before.
+        """
+        from penstock.engine import mapping
+
+        if items.ask(self._run):
+            return map(PenstockFuture, items.drawn(self._run))
+        return mapping.elements_of(self)
 
     # -- acting -----------------------------------------------------------------------------
     def cancel(self, force: bool = False) -> bool:

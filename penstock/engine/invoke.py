@@ -18,6 +18,7 @@ def work_order(run: TaskRun, call: Call, prints: bool) -> dict[str, Any]:
         "inputs": call.task.options.inputs,
         "prints": prints,
         "context": call.context,
+        "streams": run.items is not None,
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -182,6 +182,15 @@ def _elements(future: PenstockFuture[Any], task: Task[..., Any]) -> list[Penstoc
     length = _helper(length_task, (future,), scope)
     count = length.result()
     return [_helper(item_task, (future, index), scope) for index in range(count)]
+
+
+def elements_of(future: PenstockFuture[Any]) -> Iterator[PenstockFuture[Any]]:
+    """Yield the elements of a value, when its task has ended; raise what the task raised."""
+    future.wait()
+    error = future.exception()
+    if error is not None:
+        raise error
+    yield from _elements(future, future._run.task)
 
 
 def _helper(task: Task[..., Any], args: tuple[Any, ...], scope: Scope) -> PenstockFuture[Any]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from penstock import errors
-from penstock.engine import ambient, nested
+from penstock.engine import ambient, items, nested
 from penstock.engine.calls import TaskRun
 from penstock.engine.futures import PenstockFuture
-from penstock.engine.states import StateType, advance
 from penstock.engine.task import Task
 from penstock.runners import worker_runtime
 
@@ -82,21 +80,15 @@ def put(value: R) -> Reference[R]:
 
 
 def _placed(value: Any, scope: Scope) -> TaskRun:
-    """Make the run that stands for a value which is there already: it has ended before it is seen."""
+    """Place a value; its source is kept, so that `Session.reference` can place it again if it is lost."""
     session = scope.session
-    run = TaskRun(_computing(), "put", flow_run=scope.flow_run, surrounding=scope.task_run, tracked=False)
-    run.session = session
     running = worker_runtime.current()
     if running is not None:  # references in what the task returns become their values
         nested.children_of(running, session)
-    run.value = value  # the source: what is lost is placed again by `Session.reference`
-    run.ref = session.objects.put(value)
-    run.nbytes = worker_runtime.size(value)
-    session.objects.bytes_put += run.nbytes
-    for state in (StateType.RUNNING, StateType.COMPLETED):
-        run.position = advance(run.position, state, None, 1 if state is StateType.RUNNING else None)
-    run.done, run.ended = True, time.time()
-    return run
+    nbytes = worker_runtime.size(value)
+    session.objects.bytes_put += nbytes
+    like = TaskRun(_computing(), "put", flow_run=scope.flow_run, surrounding=scope.task_run, tracked=False)
+    return items.present(session, like, "put", session.objects.put(value), nbytes, value)
 
 
 def compute(collection: Any) -> Any:

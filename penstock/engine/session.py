@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from penstock import errors
-from penstock.engine import compile, invoke, nested, outcomes, payload, values  # noqa: A004 - the house's word
+from penstock.engine import compile, invoke, items, nested, outcomes, payload, values  # noqa: A004 - the house's word
 from penstock.engine.buffer import Buffer
 from penstock.engine.calls import FlowRun, Source, TaskRun
 from penstock.engine.clock import clock
@@ -115,6 +115,8 @@ class Session:
         if run.done and not run.completed:  # `allow_failure`: the exception is the value
             source.ref = self.runner.put([values.exception_of(run)])[0]
             return source.ref
+        if run.items is not None and run.value is None:
+            values.results([run])
         if run.ref is None:
             run.ref = self.runner.put([run.value])[0]
         if run.ref.handle is UNSENT:  # goes in the same batch: the backend knows it by its key
@@ -141,7 +143,7 @@ class Session:
         running = worker_runtime.current()
         if running is not None:  # a task ends when its children have ended
             nested.children_of(running, self).runs.update(runs)
-        leading = running is None
+        leading = running is None and not (len(runs) == 1 and items.yields(runs[0]))  # see `items.ask`
         foreign: list[tuple[TaskRun, Source]] = []
         with self.lock:
             self._scopes.setdefault(scope.flow_run, scope)
@@ -290,6 +292,8 @@ class Session:
                     continue
                 if report.kind == "started":
                     outcomes.started(self, run)
+                elif report.kind == "item":
+                    items.arrived(self, run, report)
                 elif report.kind == "ended":
                     outcomes.ended(self, run, invoke.read_record(report.record), report.nbytes, report.worker)
                 elif report.kind == "lost":

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from penstock import errors
 from penstock.engine.calls import Source, TaskRun
 from penstock.engine.failure import Failure
 from penstock.engine.states import State, StateType, Stored, failure_of
@@ -13,6 +14,8 @@ from penstock.engine.states import State, StateType, Stored, failure_of
 
 def is_at_hand(run: TaskRun) -> bool:
     """Whether the value of a run is in this process already."""
+    if run.items is not None and run.completed:
+        return run.value is not None
     return not run.completed or run.value is not None or run.ref is None or run.carrier.in_process
 
 
@@ -26,6 +29,9 @@ def results(runs: Sequence[TaskRun], *, raise_on_failure: bool = True) -> list[A
     raise_on_failure : bool
         False puts exceptions in the place of values.
     """
+    for run in runs:
+        if run.items is not None:
+            _gather(run)
     wanted: dict[Any, dict[TaskRun, Any]] = {}
     for run in runs:
         if run.completed and run.value is None and run.ref is not None:
@@ -42,6 +48,16 @@ def results(runs: Sequence[TaskRun], *, raise_on_failure: bool = True) -> list[A
             raise error
         found.append(run.value if error is None else error)
     return found
+
+
+def _gather(run: TaskRun) -> None:
+    """Make the list that is the value of a generator which gave its items one by one."""
+    if run.items is None or not run.completed or run.value is not None:
+        return
+    if run.yielded != len(run.items):
+        message = f"of the {run.yielded} items of {run.name!r} only {len(run.items)} have arrived."
+        raise errors.ResultLost(message).of_run(run.id)
+    run.value = results(run.items)
 
 
 def exception_of(run: TaskRun) -> BaseException | None:

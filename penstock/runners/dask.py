@@ -288,6 +288,7 @@ class DaskTaskRunner(TaskRunner):
             memory=summary["memory"],
             dependencies=True,
             interrupts=True,
+            streams=True,
             versions=_library_versions(),
         )
 

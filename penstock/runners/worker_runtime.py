@@ -16,6 +16,8 @@ Work order (a pickled dict of primitives)
     "readonly", "copy" or "shared": what arrays in the arguments are to the function.
 ``prints``
     Whether `print` goes to the run's log.
+``streams``
+    Whether the items of a generator are wanted one by one.
 ``context``
     What nested code needs to know: ids and names of the flow run, tags, depth, runner.
 
@@ -35,6 +37,8 @@ Record (a pickled dict of primitives)
     See `describe`; absent if the status is "completed".
 ``state``
     ``{type, name, message, error}`` if the function returned a state made by hand.
+``yielded``
+    How many items a generator has handed on one by one; absent if its value is a list.
 ``children``
     Packed events of task runs that this one submitted; absent if there are none.
 """
@@ -110,6 +114,7 @@ class Running:
         self.logs: list[tuple[float, str, str]] = []
         self.dropped = 0
         self.nested: Any = None  # set by the engine when the task submits tasks of its own
+        self.yielded = -1  # items that were handed on one by one
         self.helps = False  # a coroutine of the task does a child beside its event loop
         self.awaits = False  # a coroutine of the task has given its slot back
         self.scope: Any = None  # set by the engine where the driver's objects are at hand
@@ -141,6 +146,7 @@ def run(
     key: Any = None,
     on_start: Any = None,
     scope: Any = None,
+    on_item: Any = None,
 ) -> tuple[Any, bytes]:
     """Execute one attempt.
 
@@ -161,6 +167,9 @@ def run(
         Called without arguments right before the user's code.
     scope : object, optional
         The engine's own context, where it is in this process.
+    on_item : callable, optional
+        Called with number and item for each item of a generator, if the order asks for them; the
+        value is then None.
 
     Returns
     -------
@@ -172,7 +181,7 @@ def run(
         if isinstance(value, Failed):
             return attempt.not_started()
     with attempt:
-        attempt.value = _call(attempt.running, function, arguments, values, on_start)
+        attempt.value = _call(attempt.running, function, arguments, values, on_start, on_item)
     outcome: tuple[Any, bytes] = attempt.outcome
     return outcome
 
@@ -235,7 +244,9 @@ class Attempt:
         return True
 
 
-def _call(running: Running, function: Any, arguments: Any, values: Any, on_start: Any) -> Any:
+def _call(
+    running: Running, function: Any, arguments: Any, values: Any, on_start: Any, on_item: Any = None
+) -> Any:
     order = running.order
     if running.cancelled:
         raise Cancelled
@@ -251,11 +262,33 @@ def _call(running: Running, function: Any, arguments: Any, values: Any, on_start
         value = call(*args, **kwargs)
     if inspect.iscoroutine(value):
         value = run_coroutine(value)
-    elif inspect.isgenerator(value):
-        value = list(value)
-    elif inspect.isasyncgen(value):
-        value = run_coroutine(_collect(value))
+    elif inspect.isgenerator(value) or inspect.isasyncgen(value):
+        value = _yielded(running, value, on_item if order.get("streams") else None)
     return value
+
+
+def _yielded(running: Running, generator: Any, on_item: Any) -> list[Any] | None:
+    """Draw a generator: into a list, or item by item to whoever wants them so."""
+    found: list[Any] | None = None
+    if on_item is None:
+        found = []
+    else:
+        running.yielded = 0
+
+    def take(item: Any) -> None:
+        if found is not None:
+            found.append(item)
+            return
+        on_item(running.yielded, item)
+        running.yielded += 1
+
+    if inspect.isasyncgen(generator):
+        run_coroutine(_draw(generator, take))
+    else:
+        for item in generator:
+            take(item)
+            del item  # it may be large, and the next one is about to be made
+    return found
 
 
 class TimedOut(Exception):
@@ -335,6 +368,8 @@ def _record(
         record["logs"] = running.logs
     if running.dropped:
         record["dropped"] = running.dropped
+    if running.yielded >= 0:
+        record["yielded"] = running.yielded
     if error is not None:
         record["error"] = describe(error)
     if children:
@@ -752,8 +787,9 @@ class _Loop:
             self.loop.close()
 
 
-async def _collect(generator: Any) -> list[Any]:
-    return [item async for item in generator]
+async def _draw(generator: Any, take: Any) -> None:
+    async for item in generator:
+        take(item)
 
 
 def in_thread(function: Any, *args: Any) -> Any:

@@ -1,12 +1,16 @@
 """Tasks that yield: their value is the list of what they yielded."""
 
+import os
+import time
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from penstock import UpstreamTaskError, put, task
+from penstock.runners.base import TaskRunner
 from tests.conftest import InFlow
 from tests.record import Record
 
@@ -77,3 +81,121 @@ def test_a_generator_is_no_value(in_flow: InFlow) -> None:
     """One made by the caller runs in the caller; it is drawn when it is mapped over."""
     assert in_flow(lambda: first.map(np.full(3, float(i)) for i in range(3))) == [0, 1, 2]
     assert in_flow(lambda: first.map(put([np.full(3, float(i)) for i in range(3)]))) == [0, 1, 2]
+
+
+# ------------------------------------------------------------------------------------- items, one by one
+
+
+@task
+def in_step(folder: str, count: int, patience: float) -> Iterator[Any]:
+    """Yield the next plane when somebody has seen the last one, or patience ends."""
+    for number in range(count):
+        yield np.full(200_000, float(number))
+        deadline = time.monotonic() + patience
+        while number + 1 < count and not os.path.exists(f"{folder}/{number}"):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"nobody has seen plane {number}")
+            time.sleep(0.01)  # work: the generator goes on when its item has been used
+
+
+@task
+def seen(plane: Any, folder: str) -> float:
+    Path(folder, str(int(plane[0]))).touch()
+    return float(plane[0])
+
+
+def test_consumers_run_while_the_generator_goes_on(
+    parallel: TaskRunner, in_flow: InFlow, tmp_path: Path
+) -> None:
+    streams = parallel.info.streams
+
+    def body() -> Any:
+        source = in_step.submit(str(tmp_path), 4, 10.0 if streams else 0.0)
+        if streams:
+            return [seen.submit(item, str(tmp_path)) for item in source.items()]
+        with pytest.raises(TimeoutError, match="nobody has seen plane 0"):
+            list(source.items())
+        return [0.0, 1.0, 2.0, 3.0]
+
+    assert in_flow(body) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("source", [planes, planes_later])
+def test_items_and_the_list_of_them(in_flow: InFlow, source: Any) -> None:
+    def body() -> Any:
+        future = source.submit(4)
+        consumed = [first.submit(item) for item in future.items()]
+        assert [item.result()[0] for item in future.items()] == [0, 1, 2, 3]
+        values = future.result()
+        assert [value[0] for value in values] == [0, 1, 2, 3]
+        return [consumed, total.submit(future), first.map(future), total.submit([future], nested=True)]
+
+    assert in_flow(body) == [[0, 1, 2, 3], 6, [0, 1, 2, 3], 6]
+
+
+@task
+def total(planes: Any, nested: bool = False) -> float:
+    return float(sum(plane[0] for plane in (planes[0] if nested else planes)))
+
+
+def test_items_of_what_has_ended(in_flow: InFlow) -> None:
+    def body() -> Any:
+        future = planes.submit(3)
+        future.wait()
+        return [first.submit(item) for item in future.items()]
+
+    assert in_flow(body) == [0, 1, 2]
+
+
+def test_items_of_any_list(in_flow: InFlow) -> None:
+    @task
+    def listed() -> Any:
+        return [np.ones(3), np.zeros(3)]
+
+    assert in_flow(lambda: [first.submit(item) for item in listed.submit().items()]) == [1, 0]
+
+
+def test_items_before_a_failure_are_consumed(in_flow: InFlow, runner: TaskRunner, record: Record) -> None:
+    def body() -> Any:
+        futures = []
+        with pytest.raises(ValueError, match="plane 3 is missing"):
+            for item in planes.submit(5, fails_at=3).items():
+                futures.append(first.submit(item))
+        return [future.result() for future in futures]
+
+    assert in_flow(body) == ([0, 1, 2] if runner.info.streams else [])
+    assert record.task("planes").type == "FAILED"
+
+
+def test_a_retry_goes_on_where_the_items_ended(in_flow: InFlow, tmp_path: Path) -> None:
+    @task(retries=1)
+    def once(path: str) -> Iterator[Any]:
+        for number in range(4):
+            if number == 2 and not os.path.exists(path):
+                Path(path).touch()
+                raise OSError("the disk was away")
+            yield np.full(10, float(number))
+
+    assert in_flow(lambda: [first.submit(item) for item in once.submit(str(tmp_path / "x")).items()]) == [
+        0,
+        1,
+        2,
+        3,
+    ]
+
+
+def test_items_in_a_task(in_flow: InFlow) -> None:
+    @task
+    def outer() -> list[float]:
+        return [first.submit(item).result() for item in planes.submit(3).items()]
+
+    assert in_flow(lambda: outer.submit()) == [0, 1, 2]
+
+
+def test_a_task_that_came_first_gets_the_list(in_flow: InFlow) -> None:
+    def body() -> Any:
+        future = planes.submit(3)
+        summed = total.submit(future)
+        return [summed, *[first.submit(item) for item in future.items()]]
+
+    assert in_flow(body) == [3, 0, 1, 2]

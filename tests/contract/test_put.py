@@ -11,7 +11,6 @@ import pytest
 from penstock import (
     MissingContextError,
     Reference,
-    ThreadPoolTaskRunner,
     allow_failure,
     flow,
     put,
@@ -173,7 +172,7 @@ def test_in_another_flow(in_flow: InFlow, runner: TaskRunner) -> None:
     in_flow(first)
     assert in_flow(lambda: total.submit(kept[0])) == 300_000
 
-    @flow(task_runner=ThreadPoolTaskRunner(max_workers=2))
+    @flow  # of the default runner
     def elsewhere() -> None:
         kept.append(put(np.full(300_000, 2.0)))
 
