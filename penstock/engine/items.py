@@ -7,7 +7,6 @@ somebody wants it.
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -24,8 +23,7 @@ if TYPE_CHECKING:
 
 def yields(run: TaskRun) -> bool:
     """Whether the function of a run is a generator."""
-    function = run.task.fn
-    return inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
+    return bool(getattr(run.task, "yields", False))
 
 
 def ask(run: TaskRun) -> bool:
