@@ -55,16 +55,14 @@ class Caller:
         sources: list[Source] = []
         positions: dict[int, Slot] = {}
         held: list[Any] = []
-        session = self.session
 
         def leaf(value: Any, tolerant: bool) -> Any:
             run = run_of(value)
             if run is not None:
                 return self._slot(id(run) * 2 + tolerant, positions, sources, Source(run, None, tolerant))
-            if self.local:
-                return value
-            if session.objects.is_large(value):
-                return self._placed_slot(value, positions, sources)
+            source = None if self.local else self.placed(value)
+            if source is not None:
+                return self._slot(id(source), positions, sources, source)
             if worker_runtime.is_lazy(value):
                 held.append(value)
             return value
@@ -72,9 +70,8 @@ class Caller:
         def whole(value: Any) -> Any:
             new = refs.replace(value, leaf)
             if type(value) in _CONTAINERS and new is value and not self.local:  # many small things
-                return (
-                    self._placed_slot(value, positions, sources) if session.objects.is_large(value) else value
-                )
+                source = self.placed(value)
+                return value if source is None else self._slot(id(source), positions, sources, source)
             return new
 
         new_args = tuple([whole(value) for value in args])
@@ -84,17 +81,17 @@ class Caller:
             arguments = Bound(new_args, new_kwargs, len(sources))
         else:
             arguments = payload.pack_arguments(new_args, new_kwargs, len(sources), self.task.name)
-            if session.objects.is_large(
-                arguments
-            ):  # an object that hides its size: schedulers need not read it
-                sources.append(session.objects.place(arguments, {}))
+            if self.session.objects.is_large(arguments):  # an object hides its size: no scheduler reads it
+                sources.append(self.session.objects.place(arguments, {}))
                 arguments = b""
         return Call(self.task, self.function, arguments, tuple(sources), after, self.context, tuple(held))
 
-    def _placed_slot(self, value: Any, positions: dict[int, Slot], sources: list[Source]) -> Slot:
+    def placed(self, value: Any) -> Source | None:
+        """Place a large value, once for all calls; None if it is small."""
+        if not self.session.objects.is_large(value):
+            return None
         self._kept.append(value)
-        source = self.session.objects.place(value, self._placed)
-        return self._slot(id(source), positions, sources, source)
+        return self.session.objects.place(value, self._placed)
 
     @staticmethod
     def _slot(key: int, positions: dict[int, Slot], sources: list[Source], source: Source) -> Slot:

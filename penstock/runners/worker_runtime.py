@@ -530,6 +530,11 @@ def guarded_inputs(values: Any, mode: str) -> list[Any]:
     return Guard(mode).values(values)
 
 
+def _guarded(value: Any, mode: str) -> Any:
+    """Guard one value; see `guarded_inputs`."""
+    return Guard(mode).values((value,))[0]
+
+
 class Guard:
     """Makes of the arguments of one call what its `inputs` promise, whatever the backend hands over.
 
@@ -565,7 +570,7 @@ class Guard:
         private : bool
             They were unpickled for this call: what can be written to needs no copy.
         """
-        if self._idle:
+        if self._idle or (_nothing_in(args) and _nothing_in(kwargs.values())):
             return args, kwargs
         self._all = not private
         args = tuple([self._guarded(value, 0) for value in args])
