@@ -154,8 +154,19 @@ def test_inside_a_task(in_flow: InFlow) -> None:
     def returns() -> Any:
         return {"data": put(np.ones(300_000))}
 
+    @task
+    def with_a_list() -> float:
+        reference = put([Cube(np.ones(3)), 2])
+        return float(sum(future.result() for future in [count.submit(reference) for _ in range(4)]))
+
     assert in_flow(lambda: outer.submit()) == 300_003
+    assert in_flow(lambda: with_a_list.submit()) == 20
     assert in_flow(lambda: total.submit(unpacked.submit(returns.submit()))) == 300_000
+
+
+@task
+def count(box: Any) -> float:
+    return float(box[0].data.sum() + box[1])
 
 
 @task
