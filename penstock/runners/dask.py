@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import itertools
@@ -326,6 +327,8 @@ class DaskTaskRunner(TaskRunner):
             If a value cannot be pickled.
         """
         client = self.client
+        if self._address().startswith("inproc://"):  # nothing is pickled on the way: capture it here
+            values = [copy.deepcopy(worker_runtime.opened(value)) for value in values]
         names: list[Key] = [(f"put-{self._tag}", next(self._puts)) for _ in values]
         try:
             futures = client.scatter(

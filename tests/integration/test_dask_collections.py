@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import xarray
 
-from penstock import MissingContextError, flow, get_dask_client, put, task, unmapped
+from penstock import DaskTaskRunner, MissingContextError, flow, get_dask_client, put, task, unmapped
 from penstock.runners.base import TaskRunner
 from tests.conftest import InFlow
 from tests.record import Record
@@ -230,3 +230,30 @@ def test_the_client_in_a_flow_and_without_one(in_flow: InFlow) -> None:
             return 6
 
     assert in_flow(body) == 6
+
+
+# ------------------------------------------------------------------------- a cluster inside this process
+
+
+@pytest.mark.dask
+def test_a_cluster_in_this_process_captures_what_is_put() -> None:
+    """Its workers are threads, and nothing is pickled on the way to them."""
+    options = {"processes": False, "n_workers": 1, "threads_per_worker": 2, "dashboard_address": None}
+    runner = DaskTaskRunner(cluster_kwargs=options)
+
+    @task
+    def total(x: Any, inside: bool = False) -> float:
+        return float((x[0] if inside else x).sum())
+
+    @flow(task_runner=runner)
+    def body() -> Any:
+        array, box = np.ones(300_000), [np.ones(300_000)]
+        reference, boxed = put(array), put(box)
+        submitted = total.submit(array)
+        array[:] = box[0][:] = 7
+        return [submitted, total.submit(reference), total.submit(boxed, inside=True)]
+
+    try:
+        assert body() == [300_000] * 3
+    finally:
+        runner.shutdown()
