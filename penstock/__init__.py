@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from penstock.engine.annotations import allow_failure, quote, unmapped
     from penstock.engine.context import tags
+    from penstock.engine.dask_client import get_dask_client
     from penstock.engine.flow import Flow, flow
     from penstock.engine.futures import Future, PenstockFuture, PenstockFutureList, as_completed, wait
     from penstock.engine.logs import get_run_logger
+    from penstock.engine.reference import Reference, put
     from penstock.engine.results import ResultStorage, load_result
     from penstock.engine.retry import exponential_backoff
     from penstock.engine.states import State, StateType
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
         PenstockError,
         ReservedArgumentError,
         ResultCorrupt,
+        ResultTooLarge,
         Skip,
         StorageRefused,
         TerminationSignal,
@@ -74,6 +77,9 @@ __all__ = [
     # results that are stored
     "ResultStorage",
     "load_result",
+    "put",
+    "Reference",
+    "get_dask_client",
     # futures and states
     "PenstockFuture",
     "Future",
@@ -110,6 +116,7 @@ __all__ = [
     "ResultCorrupt",
     "StorageRefused",
     "UnserializableResult",
+    "ResultTooLarge",
     "TerminationSignal",
     "Skip",
 ]
@@ -117,9 +124,11 @@ __all__ = [
 _ENGINE = {
     "annotations": ("unmapped", "allow_failure", "quote"),
     "context": ("tags",),
+    "dask_client": ("get_dask_client",),
     "flow": ("flow", "Flow"),
     "futures": ("PenstockFuture", "Future", "PenstockFutureList", "wait", "as_completed"),
     "logs": ("get_run_logger",),
+    "reference": ("put", "Reference"),
     "results": ("ResultStorage", "load_result"),
     "retry": ("exponential_backoff",),
     "states": ("State", "StateType"),

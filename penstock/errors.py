@@ -24,6 +24,7 @@
         │   ├── ResultLost            a finished result is gone, with the worker that held it
         │   ├── SchedulerLost         the scheduler or head of the cluster died
         │   └── BackendStalled        the cluster no longer answers
+        ├── ResultTooLarge            a result does not fit where it was made
         ├── TaskTimeout               (TimeoutError) a run exceeded its `timeout_seconds`
         ├── CancelledRun              somebody asked for the run to stop
         ├── PausedRun                 the run waits for somebody
@@ -66,6 +67,7 @@ __all__ = [
     "ReservedArgumentError",
     "ResultCorrupt",
     "ResultLost",
+    "ResultTooLarge",
     "RunError",
     "RunnerUnavailable",
     "SchedulerLost",
@@ -200,6 +202,10 @@ class SchedulerLost(CrashedRun):
 
 class BackendStalled(CrashedRun):
     """The cluster no longer answers."""
+
+
+class ResultTooLarge(RunError):
+    """A result is larger than its worker, or the disk beside it, can keep."""
 
 
 class TaskTimeout(RunError, TimeoutError):

@@ -9,11 +9,15 @@ from penstock.engine import payload, refs
 from penstock.engine.calls import Bound, Call, Source, TaskRun
 from penstock.engine.futures import PenstockFuture, run_of
 from penstock.engine.refs import Slot
+from penstock.runners import worker_runtime
 
 if TYPE_CHECKING:
     from penstock.engine.context import Scope
     from penstock.engine.session import Session
     from penstock.engine.task import Task
+
+
+_CONTAINERS = {list, tuple, dict, set, frozenset}
 
 
 class Caller:
@@ -50,6 +54,7 @@ class Caller:
         """
         sources: list[Source] = []
         positions: dict[int, Slot] = {}
+        held: list[Any] = []
 
         def leaf(value: Any, tolerant: bool) -> Any:
             run = run_of(value)
@@ -58,16 +63,28 @@ class Caller:
             source = None if self.local else self.placed(value)
             if source is not None:
                 return self._slot(id(source), positions, sources, source)
+            if worker_runtime.is_lazy(value):
+                held.append(value)
             return value
 
-        new_args = tuple(refs.replace(list(args), leaf))
-        new_kwargs = refs.replace(kwargs, leaf)
+        def whole(value: Any) -> Any:
+            new = refs.replace(value, leaf)
+            if type(value) in _CONTAINERS and new is value and not self.local:  # many small things
+                source = self.placed(value)
+                return value if source is None else self._slot(id(source), positions, sources, source)
+            return new
+
+        new_args = tuple([whole(value) for value in args])
+        new_kwargs = {name: whole(value) for name, value in kwargs.items()}
         arguments: Any
         if self.local:
             arguments = Bound(new_args, new_kwargs, len(sources))
         else:
             arguments = payload.pack_arguments(new_args, new_kwargs, len(sources), self.task.name)
-        return Call(self.task, self.function, arguments, tuple(sources), after, self.context)
+            if self.session.objects.is_large(arguments):  # an object hides its size: no scheduler reads it
+                sources.append(self.session.objects.place(arguments, {}))
+                arguments = b""
+        return Call(self.task, self.function, arguments, tuple(sources), after, self.context, tuple(held))
 
     def placed(self, value: Any) -> Source | None:
         """Place a large value, once for all calls; None if it is small."""

@@ -75,6 +75,8 @@ class Call:
         What has to end first (`wait_for`).
     context : dict
         Primitives that nested code needs to know.
+    held : tuple
+        Objects of the caller that the arguments depend on, such as persisted Dask collections.
     """
 
     task: Task[..., Any]
@@ -83,6 +85,7 @@ class Call:
     sources: tuple[Source, ...] = ()
     after: tuple[Source, ...] = ()
     context: dict[str, Any] = field(default_factory=dict)
+    held: tuple[Any, ...] = ()
 
 
 _NEW = Position(StateType.PENDING, "Pending", 0)  # one for all: a hundred thousand runs begin here
@@ -117,6 +120,7 @@ class TaskRun:
         "flow_run",
         "index",
         "inside",
+        "items",
         "key",
         "map_id",
         "mapped",
@@ -140,6 +144,7 @@ class TaskRun:
         "value",
         "waiting",
         "worker",
+        "yielded",
     )
 
     def __init__(
@@ -198,6 +203,8 @@ class TaskRun:
         self.worker = ""
         self.alarm: Alarm | None = None
         self.child_flow_run: str | None = None
+        self.items: list[TaskRun] | None = None  # of a generator that was asked for them one by one
+        self.yielded = -1  # how many it has yielded in all, once it has ended
 
     @property
     def name(self) -> str:

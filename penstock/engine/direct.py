@@ -58,7 +58,10 @@ def _attempts(run: TaskRun, scope: Scope, call: Call, inputs: list[Any]) -> Step
         run.position = advance(run.position, StateType.RUNNING, None, run.next_attempt)
         order = invoke.work_order(run, call, session.prints_of(run))
         attempt = worker_runtime.Attempt(order, None, session.scope_of(run))
-        args, kwargs = call.arguments(worker_runtime.guarded_inputs(inputs, options.inputs))
+        guard = worker_runtime.Guard(options.inputs)
+        args, kwargs = call.arguments(guard.values(inputs))
+        if guard.copies:  # else the caller's own arguments are passed as by any call
+            args, kwargs = guard.arguments(args, kwargs, private=False)
         if order["prints"]:
             worker_runtime.route_prints()
         with attempt:

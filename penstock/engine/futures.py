@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterat
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, SupportsIndex, TypeVar, overload
 
 from penstock import errors
-from penstock.engine import cancelling, values, waiting
+from penstock.engine import cancelling, items, values, waiting
 from penstock.engine.states import State, StateType
 from penstock.runners import worker_runtime
 
@@ -192,6 +192,31 @@ class PenstockFuture(Generic[R]):
             if waiting.is_unsent(run):  # there is no other worker
                 await asyncio.sleep(0.002)
 
+    def items(self) -> Iterator[PenstockFuture[Any]]:
+        """Iterate over what a generator task yields, as it arrives; each item is a finished future.
+
+        >>> images = [image.submit(plane) for plane in planes.submit(night).items()]  # doctest: +SKIP
+
+        Ask at once, as above: then the worker places each item by itself, and consumers run while
+        the generator goes on. Later, and on runners whose ``info.streams`` is False, the items come
+        when the task has ended. A retry gives items again only from where the attempt before it came to.
+
+        Yields
+        ------
+        PenstockFuture
+            Of an item; its value does not come here.
+
+        Raises
+        ------
+        Exception
+            What the task raised, after the items that were yielded before.
+        """
+        from penstock.engine import mapping
+
+        if items.ask(self._run):
+            return map(PenstockFuture, items.drawn(self._run))
+        return mapping.elements_of(self)
+
     # -- acting -----------------------------------------------------------------------------
     def cancel(self, force: bool = False) -> bool:
         """Ask the run to stop.
@@ -207,6 +232,42 @@ class PenstockFuture(Generic[R]):
             Whether the run will end CANCELLED; False if it has ended already.
         """
         return cancelling.cancel([self._run], force=force)
+
+    def to_dask(self, shape: tuple[int, ...] | None = None, dtype: Any = None) -> Any:
+        """Wait for the end of the run and make a Dask collection of its value, which stays where it is.
+
+        On Dask the collection refers to the value on its worker; compute it on the same cluster, under
+        `penstock.get_dask_client`. On other runners the value comes here when it is computed. The
+        collection keeps the value alive.
+
+        Parameters
+        ----------
+        shape : tuple of int, optional
+            Of the array; then the answer is a `dask.array.Array` of one block.
+        dtype : numpy.dtype, optional
+            Its type, needed with `shape`.
+
+        Returns
+        -------
+        dask.delayed.Delayed or dask.array.Array
+            Lazy.
+
+        Raises
+        ------
+        Exception
+            What the task raised.
+        """
+        if (shape is None) is not (dtype is None):
+            message = "to_dask() makes an array of a shape and a dtype: give both, or none for a Delayed."
+            raise errors.ConfigurationError(message)
+        self.wait()
+        error = values.exception_of(self._run)
+        if error is not None:
+            raise error
+        from penstock.runners import dask_collections
+
+        load = functools.partial(_value_of, self)
+        return dask_collections.delayed(self._run.ref, load, f"{self.name}-{self.task_run_id}", shape, dtype)
 
     def add_done_callback(self, fn: Callable[[PenstockFuture[R]], Any]) -> None:
         """Call ``fn(future)`` once when the run has ended, at once if it has."""
@@ -466,6 +527,10 @@ def check_timeout(timeout: float) -> float:
         message = f"'timeout' must be a non-negative number, got {timeout}"
         raise ValueError(message)
     return timeout
+
+
+def _value_of(future: PenstockFuture[Any]) -> Any:
+    return values.results([future._run])[0]
 
 
 def run_of(value: Any) -> TaskRun | None:

@@ -71,7 +71,7 @@ class Graph:
         if upstream.dependants is None:
             upstream.dependants = []
         upstream.dependants.append(edge)
-        if self.native and upstream.released and not tolerant:
+        if self.native and upstream.released and not tolerant and upstream.items is None:
             edge.satisfied = True
         else:
             run.waiting += 1
@@ -103,7 +103,7 @@ class Graph:
 
     def released(self, run: TaskRun) -> Iterator[TaskRun]:
         """Yield the runs that nothing holds back any more, now that `run` is handed out."""
-        if not self.native:
+        if not self.native or run.items is not None:
             return
         for edge in run.dependants or ():
             if not edge.tolerant and not edge.satisfied:

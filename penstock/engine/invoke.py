@@ -24,6 +24,7 @@ def work_order(run: TaskRun, call: Call, prints: bool) -> dict[str, Any]:
         "inputs": call.task.options.inputs,
         "prints": prints,
         "context": call.context,
+        "streams": run.items is not None,
     }
     commit = results.commit_order(run)
     if commit is not None:

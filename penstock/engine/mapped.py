@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from penstock.engine import payload, refs
 from penstock.engine.calls import Call, Source, TaskRun
 from penstock.engine.refs import Slot
+from penstock.runners import worker_runtime
 
 if TYPE_CHECKING:
     from penstock.engine.chunks import Packer
@@ -99,6 +100,8 @@ class Mapped:
         What has to end before any element starts.
     local : bool
         Elements run in this process and share its objects.
+    held : tuple
+        Lazy collections among the arguments: what they refer to on the cluster goes with them.
     start : int
         Index of the element behind the first entries of the columns.
     packer : Packer or None
@@ -113,6 +116,7 @@ class Mapped:
     arguments: list[tuple[str | None, Argument]]
     after: tuple[Source, ...] = ()
     local: bool = False
+    held: tuple[Any, ...] = ()
     start: int = 0
     packer: Packer | None = None
     reason: str = ""
@@ -161,7 +165,7 @@ class Mapped:
         if not self.local:
             plain = all(entry[0] == "same" for _, entry in entries)
             arguments = pickle.dumps(_as_call(entries) if plain else entries, 5)
-        return Call(self.task, self.function, arguments, tuple(sources), self.after, self.context)
+        return Call(self.task, self.function, arguments, tuple(sources), self.after, self.context, self.held)
 
     def columns(self, indices: Sequence[int], locate: Locate) -> list[tuple[str | None, tuple[Any, ...]]]:
         """Return the arguments of some elements, as `worker_runtime` reads them for a chunk.
@@ -234,6 +238,9 @@ def _some(content: Sequence[Any], numbers: list[int]) -> Sequence[Any]:
     return [content[number] for number in numbers]
 
 
+_CONTAINERS = (list, tuple, dict, set, frozenset)
+
+
 # -- capturing ----------------------------------------------------------------------------------
 
 
@@ -260,6 +267,7 @@ class Capture:
         self._task = task
         self._run_of = run_of
         self._place = place
+        self.held: list[Any] = []
 
     def one(self, value: Any, where: int | str) -> Captured:
         """Take one value.
@@ -277,12 +285,18 @@ class Capture:
                 source: Source | None = Source(run, None, tolerant)
             else:
                 source = None if self._place is None else self._place(item)
-            if source is None:
-                return item
-            sources.append(source)
-            return Slot(len(sources) - 1)
+            if source is not None:
+                sources.append(source)
+                return Slot(len(sources) - 1)
+            if worker_runtime.is_lazy(item):
+                self.held.append(item)
+            return item
 
         taken = refs.replace(value, leaf)
+        if taken is value and type(value) in _CONTAINERS and self._place is not None:  # many small things
+            source = self._place(value)
+            if source is not None:
+                return Captured("upstream", None, (source,))
         if type(taken) is Slot:
             return Captured("upstream", None, tuple(sources))
         if self._place is None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from penstock import errors
-from penstock.engine import cancelling, events, waiting
+from penstock.engine import cancelling, events, items, waiting
 from penstock.engine.annotations import Annotation, allow_failure, quote, unmapped
 from penstock.engine.caller import Caller
 from penstock.engine.calls import Source, TaskRun
@@ -50,11 +50,14 @@ class Part:
         The annotation to put around each.
     of : TaskRun or None
         The run whose value holds the items; `items` are their positions in it.
+    lively : bool
+        Somebody makes the items right now: each goes on its way when it comes.
     """
 
     items: Any
     wrap: Callable[[Any], Any] | None = None
     of: TaskRun | None = None
+    lively: bool = False
 
     def at(self, index: int) -> Any:
         """Return the argument of one element."""
@@ -100,7 +103,8 @@ def _drawn(making: Making, parts: dict[int | str, Part]) -> list[TaskRun]:
     sources = {place: iter(part.items) for place, part in parts.items()}
     runs: list[TaskRun] = []
     ahead: list[TaskRun] = []
-    nbytes, size = 0, PIECE
+    lively = any(part.lively for part in parts.values())
+    nbytes, size = 0, 1 if lively else PIECE
     while True:
         problems: list[Exception] = []
         drawn = {place: _draw(source, size, problems) for place, source in sources.items()}
@@ -121,7 +125,7 @@ def _drawn(making: Making, parts: dict[int | str, Part]) -> list[TaskRun]:
         runs += piece
         added = sum(worker_runtime.size(items) for items in drawn.values())
         nbytes += added
-        if added < AHEAD_BYTES // 32:  # a chunk does not reach beyond a piece
+        if added < AHEAD_BYTES // 32 and not lively:  # a chunk does not reach beyond a piece
             size = min(2 * size, LARGEST_PIECE, max(making.window // 2, 1))
         ahead = [run for run in (*ahead, *piece) if not run.done]
         while len(ahead) >= making.window or (nbytes > AHEAD_BYTES and ahead):
@@ -208,6 +212,7 @@ class Making:
             arguments,
             self.after,
             scope.session.in_process,
+            tuple(self._capture.held),
             start,
             self._packer,
             self._reason,
@@ -337,19 +342,48 @@ def _inside(future: PenstockFuture[Any], task: Task[..., Any]) -> Part:
     from penstock.engine import ambient
 
     scope = ambient.scope_for_submit(task.name)
-    future.wait()
     run = future._run
+    if items.ask(run):  # a generator: each item is taken as it comes
+        return Part(_as_they_come(future, task), lively=True)
+    future.wait()
     if not run.completed:
-        state = future.state
-        message = (
-            f"{task.name}.map got the future of {future.name!r}, which ended as {state.name}: {state.message}"
-        )
-        raise errors.UpstreamTaskError(message).of_run(future.task_run_id)
+        raise _unusable(future, task)
+    if run.session is scope.session and run.place < 0 and run.nbytes <= WHOLE and run.items is None:
+        return Part(range(_helper(helpers()[0], (future,), scope).result()), None, run)
+    return Part(_elements(future, scope))
+
+
+def _as_they_come(future: PenstockFuture[Any], task: Task[..., Any]) -> Iterator[PenstockFuture[Any]]:
+    """Yield the items of a generator task that runs."""
+    for item in items.drawn(future._run, raise_on_failure=False):
+        yield PenstockFuture(item)
+    if not future._run.completed:
+        raise _unusable(future, task)
+
+
+def _unusable(future: PenstockFuture[Any], task: Task[..., Any]) -> errors.RunError:
+    state = future.state
+    message = (
+        f"{task.name}.map got the future of {future.name!r}, which ended as {state.name}: {state.message}"
+    )
+    return errors.UpstreamTaskError(message).of_run(future.task_run_id)
+
+
+def _elements(future: PenstockFuture[Any], scope: Scope) -> list[PenstockFuture[Any]]:
     length_task, item_task = helpers()
     count = _helper(length_task, (future,), scope).result()
-    if run.session is scope.session and run.place < 0 and run.nbytes <= WHOLE:
-        return Part(range(count), None, run)
-    return Part([_helper(item_task, (future, index), scope) for index in range(count)])
+    return [_helper(item_task, (future, index), scope) for index in range(count)]
+
+
+def elements_of(future: PenstockFuture[Any]) -> Iterator[PenstockFuture[Any]]:
+    """Yield the elements of a value, when its task has ended; raise what the task raised."""
+    future.wait()
+    error = future.exception()
+    if error is not None:
+        raise error
+    from penstock.engine import ambient
+
+    yield from _elements(future, ambient.scope_for_submit(future.name))
 
 
 def _helper(task: Task[..., Any], args: tuple[Any, ...], scope: Scope) -> PenstockFuture[Any]:
@@ -383,7 +417,8 @@ def _edges(runs: list[TaskRun], parts: dict[Any, Part], mapped: Mapped) -> dict[
     maps, singles = [], []
     for place, part in parts.items():
         if part.of is not None:
-            shared.setdefault(part.of.id, str(place))
+            if part.of.tracked:
+                shared.setdefault(part.of.id, str(place))
             continue
         if isinstance(part.items, range):
             continue
@@ -393,7 +428,7 @@ def _edges(runs: list[TaskRun], parts: dict[Any, Part], mapped: Mapped) -> dict[
             if origin is not None:  # elements of one future: the edge is to that future
                 call = origin._run.call
                 source_run = call.sources[0].run if call is not None and call.sources else None
-                if source_run is not None:
+                if source_run is not None and source_run.tracked:
                     shared.setdefault(source_run.id, str(place))
             continue
         head = upstream[0]

@@ -1,7 +1,8 @@
 """Large arguments: each is placed near the workers once, and travels as a reference.
 
 Within one `.map` the identity of the object decides; across calls only a read-only array is
-known to be the same, since anything else may have changed in between.
+known to be the same, since anything else may have changed in between. What the user has put
+(`penstock.put`) is a reference already and does not come here.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import weakref
 import zlib
 from typing import Any
 
+from penstock.engine import payload
 from penstock.engine.calls import Source
 from penstock.runners import worker_runtime
 from penstock.runners.base import Ref, TaskRunner
@@ -61,7 +63,7 @@ class Objects:
             return found
         ref = self._earlier(value)
         if ref is None:
-            ref = self._runner.put([value])[0]
+            ref = self.put(value)
             self.bytes_put += worker_runtime.size(value)
             self._remember(value, ref)
             if not self._runner.in_process and (sum_ := fingerprint(value)) is not None:
@@ -74,9 +76,20 @@ class Objects:
         value, known = self._origins.get(ref, (None, None))
         if known is None or fingerprint(value) != known:
             return None
-        renewed = self._runner.put([value])[0]
+        renewed = self.put(value)
         self._origins[renewed] = (value, known)
         return renewed
+
+    def put(self, value: Any) -> Ref:
+        """Put a value near the workers.
+
+        Raises
+        ------
+        UnserializableArgument
+            If it cannot be sent there.
+        """
+        carried = value if self._runner.in_process else payload.portable(value)
+        return self._runner.put([carried])[0]
 
     def _earlier(self, value: Any) -> Ref | None:
         entry = self._frozen.get(id(value))
@@ -85,8 +98,7 @@ class Objects:
         return entry[1]()
 
     def _remember(self, value: Any, ref: Ref) -> None:
-        flags = getattr(value, "flags", None)
-        if flags is None or getattr(flags, "writeable", True) or getattr(value, "base", None) is not None:
+        if not is_frozen(value):
             return
         identity = id(value)
 
@@ -105,3 +117,26 @@ def fingerprint(value: Any) -> int | None:
         return zlib.crc32(memoryview(value).cast("B"))
     except (TypeError, ValueError):
         return None
+
+
+def is_frozen(value: Any) -> bool:
+    """Whether a value is an array that refuses writes, down to the object that owns its memory.
+
+    A read-only view of an array that can be written to is none: it may change from one call to the
+    next. Nor is an array that somebody has thawed since, which nobody can see; who freezes an array
+    promises to leave it.
+    """
+    depth = 0
+    while hasattr(value, "setflags") and depth < 10:
+        if getattr(getattr(value, "flags", None), "writeable", True):
+            return False
+        base = getattr(value, "base", None)
+        if base is None:
+            return True
+        value, depth = base, depth + 1
+    if not depth:
+        return False
+    try:
+        return memoryview(value).readonly  # bytes, or a map that was opened for reading
+    except TypeError:
+        return False

@@ -122,6 +122,11 @@ def ended(session: Session, run: TaskRun, record: dict[str, Any], nbytes: int, w
         return
     run.suspicions = 0  # its worker has survived it
     run.started, run.nbytes = record["started"], max(nbytes, record["nbytes"])
+    if "yielded" in record:
+        run.yielded, run.nbytes = record["yielded"], sum(item.nbytes for item in run.items or ())
+        run.ref = None  # the value is the list of the items: made when somebody wants it
+    elif run.items is not None and status == "completed":
+        run.items = None  # it was done in place: its value is a list
     run.worker = worker or record["worker"] or f"{record['host']}:{record['pid']}"
     lines, dropped = [list(line) for line in record.get("logs", ())], record.get("dropped", 0)
     if run.tracked:

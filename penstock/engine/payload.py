@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import pickle
 import site
@@ -133,11 +134,47 @@ def pack_function(function: Callable[..., Any]) -> bytes:
         raise errors.UnserializableArgument(message) from error
 
 
-def dumps(value: Any) -> bytes:
-    """Pickle a value that holds no slots."""
+def dumps(value: Any, buffer_callback: Callable[[Any], Any] | None = None) -> bytes:
+    """Pickle a value that holds no slots; large buffers may be left out."""
     buffer = io.BytesIO()
-    _Pickler(buffer, protocol=5).dump(value)
+    _Pickler(buffer, protocol=5, buffer_callback=buffer_callback).dump(value)
     return buffer.getvalue()
+
+
+class Envelope:
+    """A value on its way to a backend, pickled as arguments are: the user's classes by value.
+
+    It unpickles to the value itself. Buffers travel out of band, so nothing large is copied.
+    """
+
+    penstock_envelope = True  # `worker_runtime.opened` looks for it: some clusters never pickle
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the value, for a backend that wants to know before it pickles."""
+        return worker_runtime.size(self.value)
+
+    def __sizeof__(self) -> int:
+        return worker_runtime.size(self.value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        buffers: list[Any] = []
+        data = dumps(self.value, buffers.append)
+        return functools.partial(pickle.loads, buffers=buffers), (data,)
+
+
+def portable(value: Any) -> Any:
+    """Return a value as a backend can place it: in an envelope if it may hold classes of the user."""
+    kind = type(value)
+    if kind in _PLAIN or kind.__module__.partition(".")[0] in _INSTALLED:
+        return value
+    return Envelope(value)
+
+
+_INSTALLED = {"numpy", "pandas", "pyarrow", "polars", "xarray", "scipy"}
 
 
 def pack_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], slots: int, task: str) -> bytes:

@@ -22,6 +22,7 @@ from penstock import errors
 from penstock.engine import (
     compile,  # noqa: A004 - the house's word
     invoke,
+    items,
     losses,
     nested,
     outcomes,
@@ -159,6 +160,8 @@ class Session:
         if run.done and not run.completed:  # `allow_failure`: the exception is the value
             source.ref = self.runner.put([values.exception_of(run)])[0]
             return source.ref, None
+        if run.items is not None and run.value is None:
+            values.results([run])
         if run.ref is None:
             run.ref, run.place = self.runner.put([run.value])[0], -1
         place = run.place if run.place >= 0 else None
@@ -186,7 +189,7 @@ class Session:
         running = worker_runtime.current()
         if running is not None:  # a task ends when its children have ended
             nested.children_of(running, self).runs.update(runs)
-        leading = running is None
+        leading = running is None and not (len(runs) == 1 and items.yields(runs[0]))  # see `items.ask`
         foreign: list[tuple[TaskRun, Source]] = []
         with self.lock:
             self._scopes.setdefault(scope.flow_run, scope)
@@ -435,6 +438,8 @@ class Session:
                     continue
                 if report.kind == "started":
                     outcomes.started(self, run)
+                elif report.kind == "item":
+                    items.arrived(self, run, report)
                 elif report.kind == "ended":
                     outcomes.ended(self, run, invoke.read_record(report.record), report.nbytes, report.worker)
                 elif report.kind == "lost":

@@ -140,6 +140,7 @@ class Task(Generic[P, R]):
         check_choices(inputs, chunk_size, timeout_seconds)
         self.fn = fn
         self.isasync = inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(type(fn).__call__)
+        self.yields = inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn)
         functools.update_wrapper(self, fn, updated=())
         self.signature = check_signature(fn)
         own = getattr(fn, "__name__", None) or type(fn).__name__

@@ -23,6 +23,8 @@ KEPT = 16 << 20
 
 def is_at_hand(run: TaskRun) -> bool:
     """Whether the value of a run is in this process already."""
+    if run.items is not None and run.completed:
+        return run.value is not None
     return not run.completed or run.value is not None or run.ref is None or run.carrier.in_process
 
 
@@ -36,6 +38,9 @@ def results(runs: Sequence[TaskRun], *, raise_on_failure: bool = True) -> list[A
     raise_on_failure : bool
         False puts exceptions in the place of values.
     """
+    for run in runs:
+        if run.items is not None:
+            _gather(run)
     wanted: dict[Any, list[TaskRun]] = {}
     for run in runs:
         if run.completed and run.value is None and run.ref is not None:
@@ -91,6 +96,16 @@ def _fetch(session: Session, runs: Sequence[TaskRun]) -> None:
         # Who asks for one element mostly asks for its neighbour next.
         small = worker_runtime.size(next(iter(fetched.values()))) <= KEPT
         session.fetched = fetched if small else {}
+
+
+def _gather(run: TaskRun) -> None:
+    """Make the list that is the value of a generator which gave its items one by one."""
+    if run.items is None or not run.completed or run.value is not None:
+        return
+    if run.yielded != len(run.items):
+        message = f"of the {run.yielded} items of {run.name!r} only {len(run.items)} have arrived."
+        raise errors.ResultLost(message).of_run(run.id)
+    run.value = results(run.items)
 
 
 def exception_of(run: TaskRun) -> BaseException | None:

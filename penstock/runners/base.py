@@ -121,7 +121,8 @@ class Report:
     ----------
     key : Key
         The attempt.
-    kind : {"started", "ended", "lost", "upstream", "again", "gone"}
+    kind : {"started", "item", "ended", "lost", "upstream", "again", "gone"}
+        "item": the generator has yielded, and `ref` says where the item lies.
         "ended": user code came to an end, well or not, and `record` says how. "lost": it did
         not, and `cause` says why. "upstream": it was never started, because a value it depends
         on failed or was lost; the engine hears of that value by its own report. About a value that
@@ -137,14 +138,20 @@ class Report:
         Size of the value in bytes.
     worker : str
         Who ran it.
+    number : int
+        Of an item, from 0.
+    ref : Ref or None
+        Of an item.
     """
 
     key: Key
-    kind: Literal["started", "ended", "lost", "upstream", "again", "gone"]
+    kind: Literal["started", "item", "ended", "lost", "upstream", "again", "gone"]
     record: bytes = b""
     cause: Exception | None = None
     nbytes: int = 0
     worker: str = ""
+    number: int = 0
+    ref: Ref | None = None
 
 
 ambient_runner: ContextVar[TaskRunner | None] = ContextVar("penstock_runner", default=None)
@@ -175,6 +182,8 @@ class RunnerInfo:
         The backend resolves references to unfinished work by itself.
     interrupts : bool
         Running Python code can be stopped.
+    streams : bool
+        Items of a generator can be used while it goes on.
     versions : tuple of (str, str)
         Libraries that matter, for the record.
     """
@@ -188,6 +197,7 @@ class RunnerInfo:
     in_process: bool = False
     dependencies: bool = False
     interrupts: bool = False
+    streams: bool = False
     versions: tuple[tuple[str, str], ...] = ()
 
 
@@ -313,6 +323,11 @@ class TaskRunner(ABC):
             listener = self._listeners.get(tag)
             if listener is not None:
                 listener(batch)
+
+    def deliver_item(self, key: Key, number: int, item: Any, nbytes: int) -> None:
+        """Hand on what a generator in this process has yielded."""
+        ref = Ref((f"{key[0]}-{key[1]}-items", number), item, nbytes)
+        self.deliver([Report(key, "item", nbytes=nbytes, number=number, ref=ref)])
 
     # -- hooks of a backend ---------------------------------------------------------------
     @abstractmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import itertools
@@ -308,6 +309,7 @@ class DaskTaskRunner(TaskRunner):
             memory=summary["memory"],
             dependencies=True,
             interrupts=True,
+            streams=True,
             versions=_library_versions(),
         )
 
@@ -345,6 +347,8 @@ class DaskTaskRunner(TaskRunner):
             If a value cannot be pickled.
         """
         client = self.client
+        if self._address().startswith("inproc://"):  # nothing is pickled on the way: capture it here
+            values = [copy.deepcopy(worker_runtime.opened(value)) for value in values]
         names: list[Key] = [(f"put-{self._tag}", next(self._puts)) for _ in values]
         try:
             futures = client.scatter(
@@ -475,6 +479,8 @@ _inside_lock = threading.Lock()
 
 class _InsideRunner(DaskTaskRunner):
     """Of a worker's own client: opens nothing, closes nothing, lives as long as the worker."""
+
+    is_inside = True
 
     def __init__(self, client: Any) -> None:
         super().__init__(client=client)

@@ -240,6 +240,13 @@ def fate(future: Any) -> tuple[str, str, Any]:
     return state.status, getattr(state.exception, "reason", None) or "", state.exception
 
 
+def adopted(client: Any, key: Key) -> Any:
+    """Make this client's own future of a value that a worker has placed."""
+    from distributed import Future
+
+    return Future(key, client)
+
+
 def holds_slot() -> bool:
     """Whether this is the thread of a task that has not given its slot back."""
     from distributed.threadpoolexecutor import thread_state as thread

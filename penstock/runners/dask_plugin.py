@@ -11,6 +11,7 @@ message that commits the result, so that neither is known without the other. A f
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import os
@@ -20,13 +21,16 @@ import sys
 from typing import Any
 
 from dask._task_spec import DataNode, Task, TaskRef
-from distributed import get_worker
+from dask.sizeof import sizeof
+from distributed import get_client, get_worker
 
 runtime: Any = importlib.import_module(f"{__package__}.worker_runtime")  # has another name when shipped
 # Under which name tasks that submit tasks find this module again.
 sys.modules["_penstock_running"].__dict__.setdefault("dask_plugin", __name__)
 
 MARK = __name__  # our entry in the metadata of a task; other versions of this file have other names
+ITEM_SECONDS = 10.0  # in which the driver hears of an item
+MEMORY_SHARE = 0.95  # of a worker's limit, at which Dask's nanny ends it
 LARGE_FUNCTION = 65_536  # bytes from which a function is sent once for all its tasks
 
 
@@ -80,12 +84,15 @@ def run_one(flags: int, order: bytes, function: bytes, arguments: bytes, *values
         if flags >> 1:
             values = values[: -(flags >> 1)]
         announce = _Announcement(worker, key) if flags & 1 else None
-        value, record = runtime.run(order, function, arguments, values, key, announce)
+        items = _Items(worker, key)
+        value, record = runtime.run(order, function, arguments, values, key, announce, on_item=items)
         if not isinstance(value, runtime.Failed):
-            problem = _unsendable(value)
+            limit, where = _limit(worker)
+            problem = runtime.too_large(value, limit, where) or _unsendable(value)
             if problem is not None:
                 value, record = runtime.refuse(record, value, problem)
             if not isinstance(value, runtime.Failed):
+                _believe_no_more(value, limit)
                 task.metadata[MARK] = record
                 return value
         elif value.error is not None:
@@ -94,6 +101,24 @@ def run_one(flags: int, order: bytes, function: bytes, arguments: bytes, *values
         start.end()
     value = values = ()
     raise TaskFailure(record)
+
+
+def _limit(worker: Any) -> tuple[float, str]:
+    """Return how large one value may be, in bytes: at a little more the nanny ends this process."""
+    limit = getattr(getattr(worker, "memory_manager", None), "memory_limit", None) or 0
+    return MEMORY_SHARE * limit, f"the memory_limit of the Dask worker {worker.address}"
+
+
+def _believe_no_more(value: Any, limit: float) -> None:
+    """Have Dask measure a class as we do whose objects claim to be larger than the worker they lie in.
+
+    The scheduler would refuse every task that uses such an object.
+    """
+    kind = type(value)
+    if limit and kind not in _SAFE and kind.__module__.partition(".")[0] not in runtime._BELIEVED:
+        with contextlib.suppress(Exception):  # one that cannot be measured has a size of Dask's own
+            if sizeof(value) > limit:
+                sizeof.register(kind, runtime.size)
 
 
 class _Announcement:
@@ -106,6 +131,36 @@ class _Announcement:
     def __call__(self) -> None:
         event = ("started", self.key, b"", 0, self.worker.address, None)
         self.worker.log_event(topic_of(self.key), {"events": [event]})
+
+
+class _Items:
+    """Places what a generator yields on this worker, and tells the session where it lies."""
+
+    def __init__(self, worker: Any, key: Any) -> None:
+        self.worker = worker
+        self.key = key
+        self.held: list[Any] = []
+
+    def __call__(self, number: int, item: Any) -> None:
+        problem = _unsendable(item)
+        if problem is not None:
+            raise problem
+        key = (f"{self.key[0]}-{self.key[1]}-items", number)
+        self.held.append(get_client().scatter({key: item}, hash=False)[key])
+        event = ("item", self.key, b"", runtime.size(item), self.worker.address, (number, key))
+        self.worker.log_event(topic_of(self.key), {"events": [event]})
+        if len(self.held) == 1:  # until the session has taken hold of them, somebody has to
+            self.worker.loop.add_callback(self._let_go_later)
+
+    def _let_go_later(self) -> None:
+        self.worker.loop.call_later(ITEM_SECONDS, self._let_go)
+
+    def _let_go(self) -> None:
+        """Let the older half go, which was told of a while ago."""
+        half = len(self.held) // 2
+        del self.held[: max(half, 1)]
+        if self.held:
+            self._let_go_later()
 
 
 def ended(_: Any) -> None:

@@ -145,6 +145,13 @@ class Watch:
                 if key in self.outstanding:
                     reports.append(Report(key, "started", worker=worker))
                 continue
+            if kind == "item":
+                if key in self.outstanding:
+                    number, item_key = details
+                    handle = dask_graph.adopted(self._client, item_key)
+                    item = Ref(item_key, handle, nbytes, worker)
+                    reports.append(Report(key, "item", nbytes=nbytes, worker=worker, number=number, ref=item))
+                continue
             if kind == "waiting":
                 self._waiting.setdefault(key, time.monotonic())
                 continue

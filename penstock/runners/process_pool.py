@@ -244,6 +244,8 @@ class Pool:
                 self._dismiss(child)
         elif kind == "started":
             schedule.started(child, *details)
+        elif kind == "item":
+            schedule.yielded(child, *details)
         elif kind == "returned":
             schedule.returned(child, *details)
         elif kind == "blocked":

@@ -11,7 +11,7 @@ from typing import Any
 
 from penstock import errors
 from penstock.runners import worker_runtime
-from penstock.runners.base import Key, Report
+from penstock.runners.base import Key, Ref, Report
 from penstock.runners.process_channel import Message
 from penstock.runners.process_child import Child
 from penstock.runners.process_work import Backlog, Handle, Value, Work
@@ -150,6 +150,15 @@ class Schedule:
         work = child.running.get(key)
         if work is not None:
             self._report(work, "started", worker=child.name)
+
+    def yielded(self, child: Child, key: Key, number: int, packed: Packed, nbytes: int) -> None:
+        """A generator has handed an item on."""
+        value = Value(packed, nbytes, self.files)
+        self.dropped.append(value)
+        work = child.running.get(key)
+        if work is not None:
+            ref = Ref((f"{key[0]}-{key[1]}-items", number), Handle(value), nbytes, child.name)
+            self._report(work, "item", nbytes=nbytes, worker=child.name, number=number, ref=ref)
 
     def ended(
         self, child: Child, key: Key, record: bytes, packed: Packed | None, nbytes: int, seconds: float

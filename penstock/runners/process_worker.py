@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import os
 import pickle
@@ -187,7 +188,9 @@ class Worker:
         except BaseException as error:  # it cannot be unpickled here: the task's failure, not ours
             function, arguments = _raiser(error), _no_arguments
         on_start = (lambda: self.send(("started", key))) if announce else None
-        value, record = worker_runtime.run(order, function, arguments, values, key, on_start)
+        value, record = worker_runtime.run(
+            order, function, arguments, values, key, on_start, on_item=functools.partial(self._hand_on, key)
+        )
         del values
         packed, nbytes = None, 0
         if isinstance(value, worker_runtime.Failed):
@@ -211,6 +214,11 @@ class Worker:
         seconds = time.perf_counter() - clock
         self.send(("ended", key, record, packed, nbytes, seconds, self._interrupted))
         start.end()
+
+    def _hand_on(self, key: Any, number: int, item: Any) -> None:
+        """Send what a generator has yielded; a large item as the name of its file."""
+        packed, nbytes = self.memory.export(item)
+        self.send(("item", key, number, packed, nbytes))
 
     # -- for the nested runner ------------------------------------------------------------
     def runner(self) -> WorkerProcessRunner:

@@ -131,6 +131,7 @@ class ProcessPoolTaskRunner(TaskRunner):
             workers=self.max_workers,
             threads=self.max_workers,
             interrupts=True,
+            streams=True,
             versions=(("python", platform.python_version()),),
         )
 

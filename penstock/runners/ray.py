@@ -197,7 +197,7 @@ class RayTaskRunner(TaskRunner):
             except TypeError as error:
                 message = f"a value of type {type(value).__qualname__} cannot be sent to Ray: {error}"
                 raise errors.UnserializableArgument(message) from error
-            found.append(Ref(key, Handle(key, reference, None), worker_runtime._size_or_nothing(value)))
+            found.append(Ref(key, Handle(key, reference, None), worker_runtime.size(value)))
         return found
 
     def send(self, submissions: Sequence[Submission]) -> list[Ref]:

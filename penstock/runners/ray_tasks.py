@@ -37,6 +37,7 @@ STORE = b"penstock"
 SLICE = 0.05  # seconds that a task waits in Ray before it looks up
 LOOK_SECONDS = 0.003
 FUNCTIONS_KEPT = 64
+LARGE_VALUE = 100_000_000  # bytes from which a value is compared with what the node can keep
 FAILURE_BYTES = 32_768  # a longer record is not repeated in the value of a failed task
 
 rt: Any = None
@@ -257,6 +258,10 @@ def _departing(value: Any, record: bytes) -> tuple[Any, Any]:
     if isinstance(value, rt.Failed):
         flag = UPSTREAM if facts["status"] == "upstream" else FAILED
         return _mark(record), write_note(flag, 0, record)
+    problem = rt.too_large(value, *_limit()) if facts["nbytes"] > LARGE_VALUE else None
+    if problem is not None:
+        _, record = rt.refuse(record, value, problem)
+        return _mark(record), write_note(FAILED, 0, record)
     note = write_note(COMPLETED, facts["nbytes"], record)
     if _always_pickles(value):
         return value, note
@@ -264,6 +269,24 @@ def _departing(value: Any, record: bytes) -> tuple[Any, Any]:
     return letter, _Postmark(letter)
 
 
+def _limit() -> tuple[float, str]:
+    """Return how large one value may be, in bytes: the object store of this node, and the disk behind it."""
+    import shutil
+    import tempfile
+
+    global _capacity
+    if _capacity < 0:
+        import ray
+
+        here = ray.get_runtime_context().get_node_id()
+        nodes = [node["Resources"] for node in ray.nodes() if node["NodeID"] == here]
+        _capacity = nodes[0].get("object_store_memory", 0) if nodes else 0
+    return _capacity + shutil.disk_usage(
+        tempfile.gettempdir()
+    ).free, "Ray's object store with the disk behind it"
+
+
+_capacity = -1.0
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 
 

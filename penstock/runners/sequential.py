@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -39,7 +40,14 @@ class SequentialTaskRunner(TaskRunner):
             if one.announce:
                 self.deliver([Report(one.key, "started")])
             values = [ref.handle for ref in one.refs]
-            value, record = worker_runtime.run(one.order, one.function, one.arguments, values, one.key)
+            value, record = worker_runtime.run(
+                one.order,
+                one.function,
+                one.arguments,
+                values,
+                one.key,
+                on_item=functools.partial(self._yielded, one.key),
+            )
             refs.append(Ref(one.key, value))
             reports.append(Report(one.key, "ended", record, worker=f"pid {os.getpid()}"))
             error = worker_runtime.signal_of(value)
@@ -48,6 +56,9 @@ class SequentialTaskRunner(TaskRunner):
                 raise error  # it was meant for the driver: what has not run yet will not
         self.deliver(reports)
         return refs
+
+    def _yielded(self, key: Key, number: int, item: Any) -> None:
+        self.deliver_item(key, number, item, worker_runtime.size(item))
 
     def fetch(self, refs: Sequence[Ref]) -> list[Any]:
         """Return the objects."""

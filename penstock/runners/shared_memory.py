@@ -233,7 +233,7 @@ class SharedMemory:
                 problem = error  # filled up meanwhile
             else:
                 return ("file", path, spans[0], tuple(spans[1:]))
-        places = " and ".join(map(os.path.dirname, self.directories))
+        places = " and ".join(f"{os.path.dirname(one)} ({_room(one):,} free)" for one in self.directories)
         raise OSError(errno.ENOSPC, f"no room for {total:,} bytes in {places}") from problem
 
     def sweep(self, writer: str, keep: Container[str]) -> None:

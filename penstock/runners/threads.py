@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import heapq
 import itertools
 import os
@@ -65,7 +66,7 @@ class ThreadPoolTaskRunner(TaskRunner):
     @property
     def info(self) -> RunnerInfo:
         """One process with `max_workers` threads."""
-        return RunnerInfo("threads", threads=self.max_workers, in_process=True)
+        return RunnerInfo("threads", threads=self.max_workers, in_process=True, streams=True)
 
     def put(self, values: Sequence[Any]) -> list[Ref]:
         """Share the objects."""
@@ -119,10 +120,19 @@ class ThreadPoolTaskRunner(TaskRunner):
 
         values = [upstream.handle for upstream in one.refs]
         ref.handle, record = worker_runtime.run(
-            one.order, one.function, one.arguments, values, one.key, announce if one.announce else None
+            one.order,
+            one.function,
+            one.arguments,
+            values,
+            one.key,
+            announce if one.announce else None,
+            on_item=functools.partial(self._yielded, one.key),
         )
         worker = f"thread {threading.get_ident() % 100_000:05d} of pid {os.getpid()}"
         self.deliver([Report(one.key, "ended", record, worker=worker)])
+
+    def _yielded(self, key: Key, number: int, item: Any) -> None:
+        self.deliver_item(key, number, item, worker_runtime.size(item))
 
     def fetch(self, refs: Sequence[Ref]) -> list[Any]:
         """Return the objects."""

@@ -13,9 +13,11 @@ Work order (a pickled dict of primitives)
 ``task``, ``name``
     Name of the task and of the run.
 ``inputs``
-    "readonly", "copy" or "shared": what arrays from other tasks are to the function.
+    "readonly", "copy" or "shared": what arrays in the arguments are to the function.
 ``prints``
     Whether `print` goes to the run's log.
+``streams``
+    Whether the items of a generator are wanted one by one.
 ``context``
     What nested code needs to know: ids and names of the flow run, tags, depth, runner.
 ``commit`` (optional)
@@ -43,6 +45,8 @@ Record (a pickled dict of primitives)
     ``{type, name, message, error}`` if the function returned a state made by hand.
 ``stored``
     Where the value was stored, see `result_store.commit`; absent if it was not.
+``yielded``
+    How many items a generator has handed on one by one; absent if its value is a list.
 ``children``
     Packed events of task runs that this one submitted; absent if there are none.
 """
@@ -54,6 +58,7 @@ import builtins
 import contextlib
 import contextvars
 import ctypes
+import errno
 import functools
 import hashlib
 import importlib
@@ -125,6 +130,7 @@ class Running:
         self.dropped = 0
         self.stored: Any = None  # what an earlier attempt has stored: then the function does not run again
         self.nested: Any = None  # set by the engine when the task submits tasks of its own
+        self.yielded = -1  # items that were handed on one by one
         self.helps = False  # a coroutine of the task does a child beside its event loop
         self.awaits = False  # a coroutine of the task has given its slot back
         self.scope: Any = None  # set by the engine where the driver's objects are at hand
@@ -156,6 +162,7 @@ def run(
     key: Any = None,
     on_start: Any = None,
     scope: Any = None,
+    on_item: Any = None,
 ) -> tuple[Any, bytes]:
     """Execute one attempt.
 
@@ -176,6 +183,9 @@ def run(
         Called without arguments right before the user's code.
     scope : object, optional
         The engine's own context, where it is in this process.
+    on_item : callable, optional
+        Called with number and item for each item of a generator, if the order asks for them; the
+        value is then None.
 
     Returns
     -------
@@ -193,7 +203,7 @@ def run(
         if isinstance(value, Failed):
             return attempt.not_started()
     with attempt:
-        attempt.value = _call(attempt.running, function, arguments, values, on_start)
+        attempt.value = _call(attempt.running, function, arguments, values, on_start, on_item)
     outcome: tuple[Any, bytes] = attempt.outcome
     return outcome
 
@@ -276,6 +286,8 @@ def _finished(
         details["dropped"] = running.dropped
     if children:
         details["children"] = children
+    if running.yielded >= 0:
+        details["yielded"] = running.yielded
     return value, error, details
 
 
@@ -294,7 +306,9 @@ def _kept(running: Running, value: Any, details: dict[str, Any]) -> tuple[Any, B
     return value, None
 
 
-def _call(running: Running, function: Any, arguments: Any, values: Any, on_start: Any) -> Any:
+def _call(
+    running: Running, function: Any, arguments: Any, values: Any, on_start: Any, on_item: Any = None
+) -> Any:
     order = running.order
     if running.cancelled:
         raise Cancelled
@@ -303,28 +317,54 @@ def _call(running: Running, function: Any, arguments: Any, values: Any, on_start
         value, running.stored = found
         return value
     call = _function(function)
-    args, kwargs = _arguments(arguments, guarded_inputs(values, order.get("inputs", "readonly")))
+    guard = Guard(order.get("inputs", "readonly"))  # as long as it lives, a frame is copied on write
+    args, kwargs = _arguments(arguments, guard.values(map(opened, values)))
+    args, kwargs = guard.arguments(args, kwargs, private=isinstance(arguments, bytes))
     if on_start is not None:
         on_start()
     if order.get("prints"):
         route_prints()
     with interrupted_after(order.get("interrupt_after"), order.get("name")):
         value = call(*args, **kwargs)
-    return value if type(value) in _SIMPLE else _settled(value)
+    if type(value) in _SIMPLE:
+        return value
+    return _settled(running, value, on_item if order.get("streams") else None)
 
 
 _SIMPLE = frozenset({type(None), bool, int, float, complex, str, bytes, list, tuple, dict})
 
 
-def _settled(value: Any) -> Any:
+def _settled(running: Running, value: Any, on_item: Any = None) -> Any:
     """Run to its end what the call of a user's function has only begun."""
     if inspect.iscoroutine(value):
         return run_coroutine(value)
-    if inspect.isgenerator(value):
-        return list(value)
-    if inspect.isasyncgen(value):
-        return run_coroutine(_collect(value))
+    if inspect.isgenerator(value) or inspect.isasyncgen(value):
+        return _yielded(running, value, on_item)
     return value
+
+
+def _yielded(running: Running, generator: Any, on_item: Any) -> list[Any] | None:
+    """Draw a generator: into a list, or item by item to whoever wants them so."""
+    found: list[Any] | None = None
+    if on_item is None:
+        found = []
+    else:
+        running.yielded = 0
+
+    def take(item: Any) -> None:
+        if found is not None:
+            found.append(item)
+            return
+        on_item(running.yielded, item)
+        running.yielded += 1
+
+    if inspect.isasyncgen(generator):
+        run_coroutine(_draw(generator, take))
+    else:
+        for item in generator:
+            take(item)
+            del item  # it may be large, and the next one is about to be made
+    return found
 
 
 class TimedOut(Exception):
@@ -385,7 +425,7 @@ def _record(
         "started": started,
         "ended": started + seconds,
         "seconds": seconds,
-        "nbytes": _size_or_nothing(value),
+        "nbytes": size(value),
         **_place_and_peak(),
         **details,
     }
@@ -416,7 +456,7 @@ def _made_by_hand(value: Any) -> tuple[Any, dict[str, Any] | None]:
 
 
 def refuse(record: bytes, value: Any, error: BaseException) -> tuple[Any, bytes]:
-    """Turn the record of a completed attempt into a failed one: its value cannot travel.
+    """Turn the record of a completed attempt into a failed one: its value cannot travel, or stay.
 
     Of a chunk only those elements fail whose own value cannot.
 
@@ -427,7 +467,7 @@ def refuse(record: bytes, value: Any, error: BaseException) -> tuple[Any, bytes]
     value : object
         What it returned.
     error : Exception
-        Why it cannot be pickled or stored.
+        Why it cannot be pickled or stored; a `MemoryError` or a full disk makes it a `ResultTooLarge`.
 
     Returns
     -------
@@ -461,8 +501,12 @@ def _refuse_elements(record: dict[str, Any], values: list[Any]) -> tuple[Any, by
 
 def _unserializable(value: Any, error: BaseException) -> dict[str, Any]:
     kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-    reason = f"{type(error).__name__}: {error}"[:1000]
-    message = f"a result of type {kind} cannot be sent to another process: {reason}"
+    reason = str(error)[:1000]
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOSPC:
+        return _spelled(
+            "ResultTooLarge", f"a result of type {kind} is larger than its worker can keep: {reason}"
+        )
+    message = f"a result of type {kind} cannot be sent to another process: {type(error).__name__}: {reason}"
     return _spelled("UnserializableResult", message)
 
 
@@ -501,7 +545,7 @@ def commit(value: Any, order: dict[str, Any] | None, run: str, attempt: int) -> 
         The value of the run (the stored one, if another attempt was faster), and what the record
         says about the storage: None if nothing was stored.
     """
-    if order is None or (order["over"] and _size_or_nothing(value) < order["over"]):
+    if order is None or (order["over"] and size(value) < order["over"]):
         return value, None
     committed: tuple[Any, Any] = _store().commit(value, order, run, attempt)
     return committed
@@ -567,7 +611,8 @@ class _Stage:
         self.names, self.scopes = order.get("names"), order.get("scopes")
         self.common = {name: order[name] for name in ("map", "task", "inputs", "prints", "context")}
         self.commits = order.get("commits")  # one for all elements, or a list with one for each
-        mode = order["inputs"]
+        mode = self.mode = order["inputs"]
+        self.private = isinstance(function, bytes)  # the arguments were unpickled for this chunk
 
         def maker(entry: Any) -> Any:
             if entry[0] == "stage":
@@ -606,7 +651,7 @@ class _Stage:
             found.scope = self.scopes[number]
         return found
 
-    def invoke(self, number: int) -> Any:
+    def invoke(self, number: int, running: Running) -> Any:
         """Call the function for one element; a `Failed` means that it was not called."""
         args = [make(number) for make in self.args]
         kwargs = {keyword: make(number) for keyword, make in self.kwargs.items()} if self.kwargs else {}
@@ -616,8 +661,10 @@ class _Stage:
         for value in kwargs.values():
             if type(value) is Failed:
                 return value
+        if not (_nothing_in(args) and _nothing_in(kwargs.values())):
+            args, kwargs = Guard(self.mode).arguments(args, kwargs, private=self.private)
         value = self.call(*args, **kwargs)
-        return value if type(value) in _SIMPLE else _settled(value)
+        return value if type(value) in _SIMPLE else _settled(running, value)
 
 
 class _Interrupted(Exception):
@@ -657,6 +704,7 @@ def _run_chunk(
         functions = functions or (function if isinstance(function, list) else [function])
         if isinstance(arguments, bytes):
             arguments = pickle.loads(arguments)
+        values = [opened(value) for value in values]
         for part, one, some in zip(order["stages"], functions, arguments, strict=True):
             stages.append(_Stage(part, one, some, values, stages[:]))
         if on_start is not None:
@@ -697,7 +745,7 @@ def _run_element(
         try:
             found = None if stage.commits is None else stored_before(*_commit_of(running.order))
             if found is None:
-                value = stage.invoke(number)
+                value = stage.invoke(number, running)
             else:
                 value, running.stored = found
         except BaseException as raised:
@@ -720,7 +768,7 @@ def _run_element(
         stage.started.append(started)
         stage.seconds.append(time.perf_counter() - clock)
         stage.values.append(value)
-        stage.nbytes.append(0 if error is not None else _size_or_nothing(value))
+        stage.nbytes.append(0 if error is not None else size(value))
         if error is not None and (running.cancelled or whole.cancelled or is_signal(error)):
             _fill_up(stages[at + 1 :], number, at + 1, count, odd)
             raise _Interrupted
@@ -819,6 +867,42 @@ def element_id(map_id: str, index: int) -> str:
     return f"{_element_prefix(map_id)}{index:08x}"
 
 
+def too_large(value: Any, limit: float, where: str) -> MemoryError | None:
+    """Return the error of a value that does not fit where it was made, None if it does.
+
+    Only arrays, frames, bytes and containers of them are believed.
+
+    Parameters
+    ----------
+    value : object
+        What a task has returned.
+    limit : float
+        Bytes that a single value may have; 0 for no limit.
+    where : str
+        What has the limit, for the message.
+    """
+    nbytes = _occupied(value, 0) if limit else 0
+    if nbytes <= limit:
+        return None
+    return MemoryError(f"{nbytes:,} bytes, and {where} allows {int(limit):,}")
+
+
+def _occupied(value: Any, depth: int) -> int:
+    kind = type(value)
+    if kind in {list, tuple, set, dict} and depth < len(_SAMPLES):
+        items = list({id(item): item for item in (value.values() if kind is dict else value)}.values())
+        sample = items[:: -(-len(items) // 1000)] if items else []
+        return sum(_occupied(item, depth + 1) for item in sample) * len(items) // max(len(sample), 1)
+    if kind in {str, bytes, bytearray}:
+        return len(value)
+    if kind.__module__.partition(".")[0] in _BELIEVED:
+        return size(value)
+    return 0
+
+
+_BELIEVED = {"numpy", "pandas", "pyarrow", "polars", "xarray", "scipy"}
+
+
 # -- functions and arguments --------------------------------------------------------------
 
 _functions: OrderedDict[bytes, Any] = OrderedDict()
@@ -853,11 +937,18 @@ class _Arguments(pickle.Unpickler):
         return self._values[position]
 
 
+def opened(value: Any) -> Any:
+    """Return the value in an envelope of the engine that nobody has pickled on the way."""
+    return value.value if getattr(type(value), "penstock_envelope", False) else value
+
+
 def _arguments(arguments: Any, values: Any) -> Any:
     """Return ``(args, kwargs)``: as they were pickled, made by a callable, or argument by argument."""
     if callable(arguments):
         return arguments(values)
     if isinstance(arguments, bytes):
+        if not arguments:  # they were too large for a message: placed like a value, after all others
+            arguments = values[-1]
         arguments = _Arguments(arguments, values).load() if values else pickle.loads(arguments)
     if isinstance(arguments, tuple):
         return arguments
@@ -932,25 +1023,236 @@ def _filled(content: Any, upstream: list[Any]) -> Any:
     return content(upstream) if callable(content) else _Arguments(content, upstream).load()
 
 
+# -- what arrays are to a function ----------------------------------------------------------
+
+INPUT_DEPTH = 5  # containers inside one another that are searched for arrays
+INPUT_ITEMS = 10_000  # items of a container that are looked at in search of a first array
+
+
 def guarded_inputs(values: Any, mode: str) -> list[Any]:
     """Arrays that other tasks may see too arrive as views that refuse writes."""
-    if mode == "shared":
-        return list(values)
-    return [_guarded(value, mode) for value in values]
+    return Guard(mode).values(values)
 
 
 def _guarded(value: Any, mode: str) -> Any:
-    if mode == "shared" or type(value) in _SIMPLE:
+    """Guard one value; see `guarded_inputs`."""
+    return Guard(mode).values((value,))[0]
+
+
+class Guard:
+    """Makes of the arguments of one call what its `inputs` promise, whatever the backend hands over.
+
+    Containers, dataclasses and models are searched to a bounded depth, and copied where something in
+    them changes. Under "readonly" arrays become views that refuse writes, and frames become copies on
+    write; under "copy" both become the function's own.
+
+    Parameters
+    ----------
+    mode : {"readonly", "copy", "shared"}
+        The option `inputs` of the task.
+    """
+
+    def __init__(self, mode: str) -> None:
+        self.copies = mode == "copy"
+        self._idle = mode == "shared"
+        self._all = True
+        self._made: dict[int, tuple[Any, Any]] = {}  # by identity; an id is good while its object lives
+
+    def values(self, values: Any) -> list[Any]:
+        """Guard values of other tasks, and what was put."""
+        if self._idle:
+            return list(values)
+        return [self._guarded(value, 0) for value in values]
+
+    def arguments(self, args: Any, kwargs: Any, *, private: bool) -> tuple[Any, Any]:
+        """Guard complete arguments.
+
+        Parameters
+        ----------
+        args, kwargs
+            Of the function; what `values` has answered may be among them.
+        private : bool
+            They were unpickled for this call: what can be written to needs no copy.
+        """
+        if self._idle or (_nothing_in(args) and _nothing_in(kwargs.values())):
+            return args, kwargs
+        self._all = not private
+        args = tuple([self._guarded(value, 0) for value in args])
+        return args, {name: self._guarded(value, 0) for name, value in kwargs.items()} if kwargs else kwargs
+
+    def _guarded(self, value: Any, depth: int) -> Any:
+        kind = type(value)
+        try:
+            treatment = _treatments[kind]
+        except KeyError:
+            treatment = _treatments[kind] = _treatment(kind)
+        if treatment is None or depth > INPUT_DEPTH:
+            return value
+        found = self._made.get(id(value))
+        if found is not None:
+            return found[1]
+        self._made[id(value)] = value, value  # it may hold itself
+        try:
+            guarded = treatment(self, value, depth)
+        except Exception:  # an odd class: better its own object than none
+            guarded = value
+        self._made[id(value)] = value, guarded
+        self._made[id(guarded)] = guarded, guarded
+        return guarded
+
+    # -- arrays ---------------------------------------------------------------------------------
+    def _array(self, value: Any, depth: int) -> Any:
+        writable = value.flags.writeable
+        if self.copies:
+            return value.copy(order="K") if self._all or not writable else value
+        if writable:
+            value = value.view()
+            value.setflags(write=False)
         return value
-    flags = getattr(value, "flags", None)
-    if flags is None or not hasattr(flags, "writeable") or not hasattr(value, "setflags"):
-        return value
-    if mode == "copy":
-        return value.copy()
-    if flags.writeable:
-        value = value.view()
-        value.setflags(write=False)
-    return value
+
+    def _masked(self, value: Any, depth: int) -> Any:
+        guarded = self._array(value, depth)
+        mask = guarded._mask
+        if (
+            not self.copies and hasattr(mask, "shape") and mask.shape
+        ):  # a write of `masked` goes to the mask only
+            if guarded is value:
+                guarded = value.view()
+            guarded._mask = self._array(mask, depth)
+        return guarded
+
+    def _sparse(self, value: Any, depth: int) -> Any:
+        if self.copies or not hasattr(value, "data") or value.format in {"lil", "dok"}:
+            return value.copy()
+        guarded = _copy(value)
+        for name, item in list(vars(guarded).items()):
+            vars(guarded)[name] = self._guarded(item, depth + 1)
+        return guarded
+
+    # -- frames ---------------------------------------------------------------------------------
+    def _frame(self, value: Any, depth: int) -> Any:
+        if not self.copies and _copies_on_write():
+            return value.copy(deep=False)
+        return value.copy(deep=True) if self._all or self.copies else value
+
+    def _clone(self, value: Any, depth: int) -> Any:
+        return value.clone()
+
+    def _labelled(self, value: Any, depth: int) -> Any:
+        if self.copies:
+            return value.copy(deep=True)
+        guarded = value.copy(deep=False)
+        if hasattr(guarded, "data_vars"):
+            variables = list(guarded.variables.values())
+        elif hasattr(guarded, "coords"):
+            variables = [guarded.variable, *guarded.coords.variables.values()]
+        else:
+            variables = [guarded]
+        for variable in variables:
+            data = variable._data
+            if _treatment(type(data)) is Guard._array:  # no index, and nothing lazy
+                variable.data = self._array(data, depth)
+        return guarded
+
+    # -- containers -----------------------------------------------------------------------------
+    def _list(self, value: Any, depth: int) -> Any:
+        if _nothing_in(value):
+            return value
+        changed = self._changed(enumerate(value), depth)
+        if not changed:
+            return value
+        items = list(value)
+        for place, item in changed.items():
+            items[place] = item
+        kind = type(value)
+        if kind is list:
+            return items
+        return kind(*items) if hasattr(value, "_fields") else kind(items)
+
+    def _dict(self, value: Any, depth: int) -> Any:
+        if _nothing_in(value.values()):
+            return value
+        changed = self._changed(value.items(), depth)
+        return {**value, **changed} if changed else value
+
+    def _fields(self, value: Any, depth: int) -> Any:
+        names = [name for name in value.__dataclass_fields__ if hasattr(value, name)]
+        changed = self._changed(((name, getattr(value, name)) for name in names), depth)
+        if not changed:
+            return value
+        guarded = _copy(value)
+        for name, item in changed.items():
+            object.__setattr__(guarded, name, item)
+        return guarded
+
+    def _model(self, value: Any, depth: int) -> Any:
+        names = type(value).__pydantic_fields__
+        changed = self._changed(((name, getattr(value, name)) for name in names), depth)
+        return value.model_copy(update=changed) if changed else value
+
+    def _changed(self, items: Any, depth: int) -> dict[Any, Any]:
+        changed: dict[Any, Any] = {}
+        for number, (place, item) in enumerate(items):
+            if number == INPUT_ITEMS and not changed:
+                break
+            guarded = self._guarded(item, depth + 1)
+            if guarded is not item:
+                changed[place] = guarded
+        return changed
+
+
+def _nothing_in(items: Any) -> bool:
+    """Whether all items are of classes that are handed over as they are; quick for long lists of numbers."""
+    return all(_treatments.get(kind, items) is None for kind in set(map(type, items)))
+
+
+def _copy(value: Any) -> Any:
+    import copy
+
+    return copy.copy(value)
+
+
+_treatments: dict[type, Any] = dict.fromkeys(
+    (type(None), bool, int, float, complex, str, bytes, bytearray, set, frozenset)
+)
+_treatments.update({list: Guard._list, tuple: Guard._list, dict: Guard._dict})
+
+
+def _treatment(kind: type) -> Any:
+    """Return the method of `Guard` for a class, None for what is handed over as it is."""
+    for base in kind.__mro__:
+        library, name = base.__module__.partition(".")[0], base.__name__
+        if library in {"numpy", "pandas", "polars", "xarray"}:
+            known = _KNOWN.get(f"{library}.{name}")
+            if known is not None:
+                return known
+        elif base.__module__.startswith("scipy.sparse"):
+            return Guard._sparse
+    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+        return Guard._list
+    if hasattr(kind, "__dataclass_fields__"):
+        return Guard._fields
+    return Guard._model if hasattr(kind, "__pydantic_fields__") else None
+
+
+_KNOWN = {
+    "numpy.MaskedArray": Guard._masked,
+    "numpy.ndarray": Guard._array,
+    "pandas.NDFrame": Guard._frame,
+    "polars.DataFrame": Guard._clone,
+    "polars.Series": Guard._clone,
+    "xarray.DataArray": Guard._labelled,
+    "xarray.Dataset": Guard._labelled,
+    "xarray.Variable": Guard._labelled,
+}
+
+
+def _copies_on_write() -> bool:
+    """Whether a shallow copy of a pandas frame is safe from writes to it."""
+    pandas = sys.modules["pandas"]
+    if int(pandas.__version__.partition(".")[0]) >= 3:
+        return True
+    return pandas.options.mode.copy_on_write is True
 
 
 # -- coroutines: one long-lived loop per worker thread --------------------------------------
@@ -994,8 +1296,9 @@ class _Loop:
             self.loop.close()
 
 
-async def _collect(generator: Any) -> list[Any]:
-    return [item async for item in generator]
+async def _draw(generator: Any, take: Any) -> None:
+    async for item in generator:
+        take(item)
 
 
 def in_thread(function: Any, *args: Any) -> Any:
@@ -1413,7 +1716,7 @@ def describe(error: BaseException) -> dict[str, Any]:
         return _spelled(ours, str(error))
     if isinstance(error, ValueError) and "read-only" in str(error):
         error.add_note(
-            "penstock hands arrays from other tasks over as read-only views; "
+            "penstock hands arrays over as read-only views, since others may see them too; "
             "use @task(inputs='copy') for a copy of your own, or inputs='shared' to share it."
         )
     try:
@@ -1587,35 +1890,129 @@ def _print(
     _shared.print(*args, sep=sep, end=end, file=file, flush=flush)
 
 
-def size(value: Any) -> int:
-    """Estimate the size of a value in bytes without copying it."""
-    nbytes = getattr(value, "nbytes", None)
-    if isinstance(nbytes, int):
-        return nbytes
+SIZE_LIMIT = 1 << 50  # a claim above a pebibyte is no size, and sums have to fit into a database
+_SAMPLES = (100, 10, 5)  # items that stand for all, by depth
+
+
+def size(value: Any, depth: int = 0) -> int:
+    """Estimate the size of a value in bytes, without a copy and without trust in the value.
+
+    Parameters
+    ----------
+    value : object
+        Of any class; one whose `nbytes` or `__sizeof__` lies or raises has the size of its shell.
+    depth : int
+        How many containers surround it.
+
+    Returns
+    -------
+    int
+        Not negative, at most `SIZE_LIMIT`.
+    """
+    kind = type(value)
+    if kind in _SHELLS:
+        return sys.getsizeof(value)
+    try:
+        if kind.__name__ == "ndarray" and kind.__module__ == "numpy" and 0 not in value.strides:
+            found: int = value.nbytes
+            return found
+        return min(max(int(_size(value, kind, depth)), 0), SIZE_LIMIT)
+    except Exception:
+        return 0
+
+
+def _size(value: Any, kind: type, depth: int) -> int:
+    if is_lazy(value):
+        return sys.getsizeof(value, 0)
+    found = _told(value, kind, depth)
+    library = kind.__module__.partition(".")[0]
+    if found > _memory_of_host() and library != "builtins" and library not in _BELIEVED:
+        return object.__sizeof__(value)  # there is no such object
+    return found
+
+
+def _told(value: Any, kind: type, depth: int) -> int:
+    if kind in {list, tuple, set, frozenset}:
+        return sys.getsizeof(value) + _sampled(value, depth)
+    if kind is dict:
+        return sys.getsizeof(value) + _sampled(value.values(), depth) + _sampled(value, depth)
+    claimed = _claimed(value)
+    if claimed is not None:
+        return claimed
+    fields = getattr(kind, "__dataclass_fields__", None) or getattr(kind, "__pydantic_fields__", None)
+    if fields and depth < len(_SAMPLES):
+        return sum(size(getattr(value, name, None), depth + 1) for name in fields)
     if isinstance(value, (list, tuple, set, frozenset)):
-        items = list(value)[:1000]
-        total = sum(size(item) for item in items)
-        return sys.getsizeof(value) + (total * len(value) // len(items) if items else 0)
-    if isinstance(value, dict):
-        return sys.getsizeof(value) + size(list(value.values()))
-    usage = getattr(value, "memory_usage", None)
-    if usage is not None and hasattr(value, "columns"):  # a data frame, sized by itself
-        try:
-            return int(usage(deep=False).sum())
-        except Exception:
-            return sys.getsizeof(value, 0)
-    fields = getattr(value, "__dataclass_fields__", None)
-    if fields and not isinstance(value, type):
-        return sum(size(getattr(value, name, None)) for name in fields)
+        return sys.getsizeof(value, 0) + _sampled(value, depth)
     return sys.getsizeof(value, 0)
 
 
-def _size_or_nothing(value: Any) -> int:
-    """A user's class may compute its `nbytes` or its length, and fail; that is no failed task."""
-    try:
-        return size(value)
-    except Exception:
+def _memory_of_host() -> int:
+    global _host_memory
+    if not _host_memory:
+        try:
+            _host_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (OSError, ValueError):
+            _host_memory = SIZE_LIMIT
+    return _host_memory
+
+
+_host_memory = 0
+_SHELLS = {type(None), bool, int, float, complex, str, bytes, bytearray, type}
+
+
+def _sampled(items: Any, depth: int) -> int:
+    """Estimate the size of what is in a container by a few of its items."""
+    count = len(items)
+    if not count or depth >= len(_SAMPLES):
         return 0
+    few = _SAMPLES[depth]
+    if count <= few:
+        return _together(items, depth)
+    if isinstance(items, (list, tuple)):
+        sample = items[:: -(-count // few)]
+    else:
+        sample = [item for item, _ in zip(items, range(few), strict=False)]
+    return _together(sample, depth) * count // len(sample)
+
+
+def _together(items: Any, depth: int) -> int:
+    if _SHELLS.issuperset(map(type, items)):
+        return sum(map(sys.getsizeof, items))
+    return sum(size(item, depth + 1) for item in items)
+
+
+def _claimed(value: Any) -> int | None:
+    """Return what an array or a frame says of its size, None if that cannot be one."""
+    nbytes = getattr(value, "nbytes", None)
+    if nbytes is None:
+        usage = getattr(value, "memory_usage", None)
+        if usage is not None and hasattr(value, "columns"):
+            nbytes = usage(deep=False).sum()
+        elif hasattr(value, "estimated_size"):
+            nbytes = value.estimated_size()
+    if nbytes is None or isinstance(nbytes, str) or callable(nbytes):
+        return None
+    strides = getattr(value, "strides", None)
+    if isinstance(strides, tuple) and 0 in strides and hasattr(value, "itemsize"):  # broadcast: one for many
+        nbytes = value.itemsize
+        for length, stride in zip(value.shape, strides, strict=True):
+            nbytes *= length if stride else 1
+    found = int(nbytes)
+    return found if found >= 0 else None
+
+
+def is_lazy(value: Any) -> bool:
+    """Whether a value is a Dask collection: it says what it would be, and holds nothing yet."""
+    kind = type(value)
+    if kind is type or not hasattr(kind, "__dask_graph__"):
+        return False
+    if kind.__module__.partition(".")[0] == "dask":  # its graph would be made for the question
+        return True
+    try:
+        return value.__dask_graph__() is not None
+    except Exception:
+        return False
 
 
 def peak_memory() -> int:

@@ -17,6 +17,7 @@ from penstock import (
     as_completed,
     flow,
     get_run_logger,
+    put,
     quote,
     tags,
     task,
@@ -65,6 +66,13 @@ bare.submit(bare.submit(1), wait_for=[future, many])
 bare.map([1, 2], scale=unmapped(2.0))
 bare.submit(allow_failure(future))
 bare.submit(quote(3))
+
+# What is put has the type of its value, wherever a future is welcome.
+assert_type(put(3).result(), int)
+bare.submit(put(3))
+bare.map([1, 2], scale=unmapped(put(2.0)))
+for item in future.items():
+    assert_type(item, PenstockFuture[Any])
 
 # The result of an async task is awaited when called, ready when submitted.
 assert_type(asynchronous.submit(1).result(), str)
