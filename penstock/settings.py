@@ -51,6 +51,8 @@ class Settings:
         Retries where the decorator does not say it.
     large_argument : int
         Arguments of at least so many bytes are placed near the workers once.
+    shared_memory : {"auto", "off"}
+        Whether the processes of one host share large values on Dask instead of sending copies.
     tracking : {"on", "off"}
         Whether runs are recorded.
     spool_sync : {"process", "power"}
@@ -67,6 +69,7 @@ class Settings:
     task_default_retries: int = 0
     flow_default_retries: int = 0
     large_argument: int = 1 << 20
+    shared_memory: Literal["auto", "off"] = "auto"
     tracking: Literal["on", "off"] = "on"
     spool_sync: Literal["process", "power"] = "process"
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -276,6 +279,13 @@ def _one_of(*words: str) -> _Check:
     return check
 
 
+def _automatic(raw: Any, label: str, base: Path) -> str:
+    word = _WORDS.get(str(raw).strip().lower())
+    if word is None and str(raw).strip().lower() != "auto":
+        raise _refuse(raw, label, "'auto' or 'off'")
+    return "off" if word is False else "auto"
+
+
 def _switch(raw: Any, label: str, base: Path) -> str:
     word = _WORDS.get(str(raw).strip().lower())
     if word is None:
@@ -293,6 +303,7 @@ _CHECKS: Mapping[str, _Check] = {
     "task_default_retries": _whole(0),
     "flow_default_retries": _whole(0),
     "large_argument": _size,
+    "shared_memory": _automatic,
     "tracking": _switch,
     "spool_sync": _one_of("process", "power"),
 }

@@ -25,6 +25,8 @@ with one of the kinds
     Dask could not run it; `details` hold its words.
 ``waiting``
     No worker may run it now.
+``remark``
+    The user is to be told the text in `details`.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ MADE = f"{MARK}:made"  # in the metadata of a task: its value existed once
 
 REASON = "penstock: withdrawn"  # why a client's future was cancelled by us
 SHORTEST, LONGEST = 0.002, 0.02  # seconds between two messages of one topic
+SWEEPS = (0.3, 2.0)  # seconds after the death of a worker: its process may take its time to end
 PATIENCE = 0.1  # a nanny says why it ended a worker about when the worker's connection closes
 
 
@@ -138,6 +141,9 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
             began = None if marked is None else plugin.name_of(key) in marked
             if given_up or not (restarted or began is False):
                 lost[key] = began
+        if f"{self.name}-memory" in scheduler.worker_plugins:
+            for seconds in SWEEPS:
+                scheduler.loop.call_later(seconds, plugin.memory.sweep)
         if lost:
             self.drop([key for key in lost if scheduler.tasks[key].state != "erred"])
             scheduler.loop.call_later(PATIENCE, self._announce_loss, lost, known)
@@ -269,7 +275,7 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         self.unsubscribe(client)
         if not self.users and self.scheduler.plugins.get(self.name) is self:
             self.scheduler.remove_plugin(name=self.name)
-            for name in (f"{self.name}-files", f"{self.name}-scheduler-files"):
+            for name in (f"{self.name}-memory", f"{self.name}-files", f"{self.name}-scheduler-files"):
                 if name in self.scheduler.plugins:
                     self.scheduler.remove_plugin(name=name)
                 if name in self.scheduler.worker_plugins:
@@ -309,6 +315,11 @@ def unsubscribe(name: str, client: str, topic: str, dask_scheduler: Any) -> None
     tracker = dask_scheduler.plugins.get(name)
     if tracker is not None:
         tracker.unsubscribe(client, topic)
+
+
+def addresses(dask_scheduler: Any) -> list[str]:
+    """Return the addresses of all workers."""
+    return list(dask_scheduler.workers)
 
 
 def summary(dask_scheduler: Any) -> dict[str, Any]:

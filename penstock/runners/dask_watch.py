@@ -129,6 +129,9 @@ class Watch:
                 if key in self.outstanding:
                     reports.append(Report(key, "started", worker=worker))
                 continue
+            if kind == "remark":
+                self._remark(details["text"])
+                continue
             if kind == "waiting":
                 self._waiting.setdefault(key, time.monotonic())
                 continue
@@ -149,6 +152,11 @@ class Watch:
                 text = f"the Dask cluster could not run task {_name(key)!r}: {details['error']}"
                 reports.append(Report(key, "lost", cause=errors.CrashedRun(text), worker=worker))
         return reports
+
+    def _remark(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            log.warning("%s", text)
 
     # -- what if no message comes -----------------------------------------------------------
     def _look(self) -> list[Report]:

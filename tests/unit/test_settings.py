@@ -62,6 +62,9 @@ def test_a_relative_home_in_a_file_is_relative_to_the_file(project: Path) -> Non
         ("LARGE_ARGUMENT", "64kB", 64000),
         ("LARGE_ARGUMENT", "0", 0),
         ("TRACKING", "false", "off"),
+        ("SHARED_MEMORY", "Auto", "auto"),
+        ("SHARED_MEMORY", "off", "off"),
+        ("SHARED_MEMORY", "1", "auto"),
         ("SPOOL_SYNC", "Power", "power"),
         ("TASK_DEFAULT_RETRIES", " 3 ", 3),
         ("RUNNER", "", ""),
@@ -80,6 +83,7 @@ def test_text_becomes_values(project: Path, name: str, text: str, value: object)
         ("LOGGING_LOG_PRINTS", "perhaps"),
         ("LARGE_ARGUMENT", "1 parsec"),
         ("TRACKING", "some"),
+        ("SHARED_MEMORY", "some"),
         ("SPOOL_SYNC", "never"),
     ],
 )
