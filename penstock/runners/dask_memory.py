@@ -311,7 +311,9 @@ class Plugin(WorkerPlugin):  # type: ignore[misc]
         self._sharing: Sharing | None = None
 
     def __reduce__(self) -> Any:
-        return Plugin, (self.least,)
+        # A worker that joins is given its plugins all at once, this one and the file with its class.
+        code = "exec(source, space) or space['Late'](name, least)"
+        return eval, (code, {"source": _LATE, "space": {}, "name": __name__, "least": self.least})
 
     def setup(self, worker: Any) -> None:
         """Begin to share; first delete what dead workers left behind."""
@@ -331,6 +333,32 @@ class Plugin(WorkerPlugin):  # type: ignore[misc]
         if sharing is not None:
             sharing.retire()
         _placed.clear()
+
+
+_LATE = """
+import asyncio
+import importlib
+from distributed.diagnostics.plugin import WorkerPlugin
+
+class Late(WorkerPlugin):
+    def __init__(self, name, least):
+        self.name_of_module, self.least, self.plugin = name, least, None
+
+    async def setup(self, worker):
+        for _ in range(200):
+            try:
+                module = importlib.import_module(self.name_of_module)
+            except ImportError:
+                await asyncio.sleep(0.05)
+            else:
+                self.plugin = module.Plugin(self.least)
+                self.plugin.setup(worker)
+                return
+
+    def teardown(self, worker):
+        if self.plugin is not None:
+            self.plugin.teardown(worker)
+"""
 
 
 def sweep() -> None:
