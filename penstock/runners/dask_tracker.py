@@ -282,8 +282,10 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
                     self.scheduler.loop.add_callback(self._take_along, name)
 
     async def _take_along(self, name: str) -> None:
-        with contextlib.suppress(Exception):  # a worker that goes at the same moment
-            await self.scheduler.unregister_worker_plugin(None, name)
+        # Not `unregister_worker_plugin`: it fails, and loudly, if a worker goes at the same moment.
+        with contextlib.suppress(Exception):
+            self.scheduler.worker_plugins.pop(name, None)
+            await self.scheduler.broadcast(msg={"op": "plugin-remove", "name": name}, on_error="ignore")
 
 
 def _known(state: Any) -> dict[str, Any]:
