@@ -58,6 +58,8 @@ class Settings:
         Where: a directory or a URL of fsspec; empty for ``storage`` in `home`.
     results_default_serializer : str
         In which format, such as "parquet"; "auto" chooses by the value.
+    shared_memory : {"auto", "off"}
+        Whether the processes of one host share large values on Dask instead of sending copies.
     tracking : {"on", "off"}
         Whether runs are recorded.
     spool_sync : {"process", "power"}
@@ -77,6 +79,7 @@ class Settings:
     results_persist_by_default: Literal["false", "true", "large"] = "false"
     default_result_storage: str = ""
     results_default_serializer: str = "auto"
+    shared_memory: Literal["auto", "off"] = "auto"
     tracking: Literal["on", "off"] = "on"
     spool_sync: Literal["process", "power"] = "process"
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -286,6 +289,13 @@ def _one_of(*words: str) -> _Check:
     return check
 
 
+def _automatic(raw: Any, label: str, base: Path) -> str:
+    word = _WORDS.get(str(raw).strip().lower())
+    if word is None and str(raw).strip().lower() != "auto":
+        raise _refuse(raw, label, "'auto' or 'off'")
+    return "off" if word is False else "auto"
+
+
 def _switch(raw: Any, label: str, base: Path) -> str:
     word = _WORDS.get(str(raw).strip().lower())
     if word is None:
@@ -335,6 +345,7 @@ _CHECKS: Mapping[str, _Check] = {
     "results_persist_by_default": _persistence,
     "default_result_storage": _storage,
     "results_default_serializer": _one_of(*FORMATS),
+    "shared_memory": _automatic,
     "tracking": _switch,
     "spool_sync": _one_of("process", "power"),
 }

@@ -189,7 +189,12 @@ def test_the_map_shows_every_module() -> None:
 
 @pytest.mark.parametrize(
     ("name", "besides"),
-    [("worker_runtime", set()), ("dask_plugin", {"dask", "distributed"}), ("shared_memory", set())],
+    [
+        ("worker_runtime", set()),
+        ("dask_plugin", {"dask", "distributed"}),
+        ("dask_memory", {"distributed"}),
+        ("shared_memory", set()),
+    ],
 )
 def test_a_shipped_file_stands_alone(name: str, besides: set[str]) -> None:
     path = PACKAGE / "runners" / f"{name}.py"

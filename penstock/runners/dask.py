@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from penstock import errors
-from penstock.runners import attach, dask_graph, dask_runtime, worker_runtime
+from penstock.runners import attach, dask_graph, dask_put, dask_runtime, worker_runtime
 from penstock.runners.base import Key, OnReports, Ref, Report, RunnerInfo, Submission, TaskRunner, new_tag
 from penstock.runners.dask_watch import Watch
+from penstock.settings import settings
 
 log = logging.getLogger("penstock.runners.dask")
 
@@ -56,6 +57,9 @@ class DaskTaskRunner(TaskRunner):
         address by then, what had not ended is sent again at no cost; else it has crashed.
     max_in_flight : int
         Tasks that are with the cluster at a time.
+    shared_memory : {"auto", "off"}, optional
+        Whether worker processes of one host share large values instead of sending copies to each
+        other; the setting ``PENSTOCK_SHARED_MEMORY`` if not given.
 
     Examples
     --------
@@ -82,6 +86,7 @@ class DaskTaskRunner(TaskRunner):
         strict: bool = True,
         max_in_flight: int = 50_000,
         reconnect_timeout: float = 60.0,
+        shared_memory: str | None = None,
     ) -> None:
         super().__init__()
         if isinstance(cluster, str):
@@ -100,15 +105,21 @@ class DaskTaskRunner(TaskRunner):
         if max_in_flight < 1:
             message = f"'max_in_flight' must be at least 1, got {max_in_flight}."
             raise ValueError(message)
+        if shared_memory not in {None, "auto", "off"}:
+            message = f"'shared_memory' must be 'auto' or 'off', got {shared_memory!r}."
+            raise ValueError(message)
         self.performance_report_path = performance_report_path
         if reconnect_timeout < 0:
             message = f"'reconnect_timeout' must not be negative, got {reconnect_timeout}."
             raise ValueError(message)
         self.max_in_flight = max_in_flight
         self.reconnect_timeout = reconnect_timeout
+        self.shared_memory = shared_memory
         self._attachment: attach.Attachment | None = None
         self._runtime: dask_runtime.Runtime | None = None
         self._watch: Watch | None = None
+        self._placement: dask_put.Placement | None = None
+        self._unshared = ""  # annotation of tasks whose results are not to be shared
         self._report: Any = None
         self._tag = new_tag()
         self._puts = itertools.count()
@@ -153,13 +164,15 @@ class DaskTaskRunner(TaskRunner):
             self.performance_report_path,
             self.max_in_flight,
             self.reconnect_timeout,
+            self.shared_memory,
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel as an address, or as settings where there is none yet; never with a cluster inside."""
         address = self._address()
         if address:
-            return functools.partial(type(self), address=address, max_in_flight=self.max_in_flight), ()
+            own: dict[str, Any] = {"max_in_flight": self.max_in_flight, "shared_memory": self.shared_memory}
+            return functools.partial(type(self), address=address, **own), ()
         if self._wish.cluster is not None or self._wish.client is not None:
             message = "a DaskTaskRunner with a cluster or client inside cannot be pickled before it is open."
             raise TypeError(message)
@@ -172,7 +185,8 @@ class DaskTaskRunner(TaskRunner):
             "strict",
         )
         kwargs = {name: getattr(self._wish, name) for name in names}
-        return functools.partial(type(self), max_in_flight=self.max_in_flight, **kwargs), ()
+        kwargs.update(max_in_flight=self.max_in_flight, shared_memory=self.shared_memory)
+        return functools.partial(type(self), **kwargs), ()
 
     def __repr__(self) -> str:
         """Show what names the cluster."""
@@ -204,6 +218,7 @@ class DaskTaskRunner(TaskRunner):
         try:
             self._runtime = dask_runtime.local() if attachment.local else dask_runtime.ship(attachment.client)
             self._follow(attachment)
+            self._share(attachment)
             if self.performance_report_path is not None:
                 self._report = attach.begin_report(attachment.client, self.performance_report_path)
         except BaseException:
@@ -222,6 +237,14 @@ class DaskTaskRunner(TaskRunner):
         for tag in list(self._listeners):
             self._subscribe(tag)
 
+    def _share(self, attachment: attach.Attachment) -> None:
+        """Have large values shared by the processes of a host, if nobody minds."""
+        assert self._runtime is not None
+        if (self.shared_memory or settings().shared_memory) == "off":
+            self._unshared = self._runtime.memory.OFF
+        elif self._runtime.share(attachment.client):
+            self._placement = dask_put.Placement(attachment.client, self._runtime)
+
     def _return(self) -> None:
         """The client has found its scheduler again, or another one at the same address."""
         assert self._attachment is not None
@@ -229,6 +252,8 @@ class DaskTaskRunner(TaskRunner):
             self._runtime = dask_runtime.ship(self._attachment.client)
         assert self._runtime is not None
         self._runtime.join(self._attachment.client)
+        if not self._unshared:
+            self._runtime.share(self._attachment.client)
         for tag in list(self._listeners):
             self._subscribe(tag)
 
@@ -244,8 +269,8 @@ class DaskTaskRunner(TaskRunner):
         self._let_go(attachment)
 
     def _let_go(self, attachment: attach.Attachment) -> None:
-        watch, runtime = self._watch, self._runtime
-        self._watch = self._runtime = self._attachment = None
+        watch, runtime, placement = self._watch, self._runtime, self._placement
+        self._watch = self._runtime = self._attachment = self._placement = None
         if watch is not None:
             left = [ref.handle for ref in watch.outstanding.values() if ref.handle is not None]
             watch.close()
@@ -257,6 +282,9 @@ class DaskTaskRunner(TaskRunner):
             with contextlib.suppress(Exception):
                 runtime.leave(attachment.client)
         attachment.close()
+        if placement is not None:
+            placement.close()
+            dask_put.sweep()  # workers that were killed, now or before
 
     @classmethod
     def _from_worker(cls) -> DaskTaskRunner:
@@ -337,30 +365,49 @@ class DaskTaskRunner(TaskRunner):
         assert self._attachment is not None and self._watch is not None  # noqa: PT018 - it is open
         dask_graph.subscribe(self._attachment.client, f"penstock-{tag}", self._watch.hear)
 
+    def deliver(self, reports: Sequence[Report]) -> None:
+        """Hand reports to sessions; what a task that has ended was given may go."""
+        placement = self._placement
+        if placement is not None:
+            placement.ended([report.key for report in reports if report.kind != "started"])
+        super().deliver(reports)
+
     # -- values -----------------------------------------------------------------------------
     def put(self, values: Sequence[Any]) -> list[Ref]:
-        """Place each value once on a worker.
+        """Place each value once: in shared memory if all workers see it, else on a worker.
 
         Raises
         ------
         UnserializableArgument
             If a value cannot be pickled.
         """
-        client = self.client
         if self._address().startswith("inproc://"):  # nothing is pickled on the way: capture it here
             values = [copy.deepcopy(worker_runtime.opened(value)) for value in values]
         names: list[Key] = [(f"put-{self._tag}", next(self._puts)) for _ in values]
+        placement = self._placement
+        files = {
+            name: None if placement is None else placement.put(value)
+            for name, value in zip(names, values, strict=True)
+        }
+        others = {name: value for name, value in zip(names, values, strict=True) if files[name] is None}
+        futures = self._scatter(others) if others else {}
+        return [Ref(name, files[name] or futures[name]) for name in names]
+
+    def _scatter(self, values: dict[Key, Any]) -> dict[Key, Any]:
+        """Place values on workers, Dask's way; return its futures."""
+        client = self.client
         try:
-            futures = client.scatter(
-                dict(zip(names, values, strict=True)), direct=self._is_near(), hash=False
-            )
+            futures: dict[Key, Any] = client.scatter(values, direct=self._is_near(), hash=False)
         except TypeError as error:
             message = f"an argument cannot be sent to another process: {str(error).splitlines()[0]}"
             raise errors.UnserializableArgument(message) from error
         except (OSError, TimeoutError, CancelledError) as error:
             message = f"no worker of the Dask cluster took the data: {type(error).__name__}: {error}"
             raise errors.BackendStalled(message) from error
-        return [Ref(name, futures[name]) for name in names]
+        return futures
+
+    def _scatter_again(self, key: Key, value: Any) -> Any:
+        return self._scatter({(f"{key[0]}", next(self._puts)): value}).popitem()[1]
 
     def fetch(self, refs: Sequence[Ref]) -> list[Any]:
         """Bring values here, from the workers that hold them.
@@ -377,6 +424,8 @@ class DaskTaskRunner(TaskRunner):
                     f"the value of task {ref.key[0].rpartition('-')[0]!r} no longer exists"
                 )
         try:
+            if any(dask_put.is_file(ref.handle) for ref in refs):
+                return [self._fetch_one(ref) for ref in refs]
             return list(client.gather([ref.handle for ref in refs], direct=self._is_near()))
         except (CancelledError, KeyError) as error:
             raise errors.ResultLost(
@@ -389,15 +438,22 @@ class DaskTaskRunner(TaskRunner):
 
     def missing(self, refs: Sequence[Ref]) -> list[Ref]:
         """Return those whose future was taken back; what is "lost" Dask makes again."""
-        return [ref for ref in refs if ref.handle is None or ref.handle.status in {"cancelled", "error"}]
+        return [ref for ref in refs if not dask_put.is_file(ref.handle) and _is_gone(ref.handle)]
+
+    def _fetch_one(self, ref: Ref) -> Any:
+        return ref.handle.load() if dask_put.is_file(ref.handle) else self.fetch([ref])[0]
 
     def release(self, refs: Sequence[Ref]) -> None:
         """Free values; work that has not started is withdrawn."""
         watch, attachment = self._watch, self._attachment
         futures = []
+        if self._placement is not None:
+            self._placement.ended([ref.key for ref in refs])
         for ref in refs:
             if watch is not None:
                 watch.outstanding.pop(ref.key, None)
+            if dask_put.is_file(ref.handle):
+                ref.handle = None
             if ref.handle is not None:
                 futures.append(ref.handle)
                 ref.handle = None
@@ -425,6 +481,9 @@ class DaskTaskRunner(TaskRunner):
         if dead:
             watch.tell([Report(key, "lost", cause=cause) for key, cause in dead.items()])
             submissions = [one for one in submissions if one.key not in dead]
+        if self._placement is not None:
+            self._placement.scatter_unseen(submissions, self._scatter_again)
+            self._placement.use(submissions)
         for batch in dask_graph.batches(submissions):
             keys = [one.key for one in batch]
             watch.expect({key: refs[key] for key in keys})
@@ -433,7 +492,7 @@ class DaskTaskRunner(TaskRunner):
                 continue
             try:
                 futures = dask_graph.send(
-                    client, runtime.plugin.Batch(*dask_graph.columns(batch, self._tag)), keys
+                    client, runtime.plugin.Batch(*dask_graph.columns(batch, self._tag, self._unshared)), keys
                 )
             except Exception as error:
                 if client.status == "running":
@@ -456,6 +515,8 @@ class DaskTaskRunner(TaskRunner):
         stopped = runtime.stop(client, keys, force=force) if keys else []
         for key in stopped:
             watch.outstanding.pop(key, None)
+        if self._placement is not None:
+            self._placement.ended(stopped)
         return stopped
 
     @contextlib.contextmanager
@@ -472,6 +533,10 @@ class DaskTaskRunner(TaskRunner):
             yield
         finally:
             worker_runtime.on_task_thread(dask_graph.retake_slot)
+
+
+def _is_gone(future: Any) -> bool:
+    return future is None or future.status in {"cancelled", "error"}
 
 
 _inside_lock = threading.Lock()

@@ -1,5 +1,5 @@
-"""Submissions become messages to a Dask scheduler; with `dask_plugin` and `dask_tracker`
-the only user of its private surface.
+"""Submissions become messages to a Dask scheduler; with `dask_plugin`, `dask_tracker` and
+`dask_memory` the only user of its private surface.
 
 One message carries a batch, whatever its tasks ask for: options travel as annotations per key.
 """
@@ -36,7 +36,7 @@ def batches(submissions: Sequence[Submission]) -> Iterator[Sequence[Submission]]
         yield submissions[start:] if start else submissions
 
 
-def columns(submissions: Sequence[Submission], tag: str) -> tuple[Any, ...]:
+def columns(submissions: Sequence[Submission], tag: str, unshared: str = "") -> tuple[Any, ...]:
     """Arrange a batch as `dask_plugin.Batch` wants it.
 
     Parameters
@@ -45,6 +45,8 @@ def columns(submissions: Sequence[Submission], tag: str) -> tuple[Any, ...]:
         In topological order.
     tag : str
         Makes the name of the batch unique in the cluster.
+    unshared : str
+        Annotation for tasks whose results are not to be shared (`dask_memory.OFF`).
 
     Returns
     -------
@@ -55,7 +57,7 @@ def columns(submissions: Sequence[Submission], tag: str) -> tuple[Any, ...]:
     if any(one.refs for one in submissions):
         uses = [tuple([_key(ref) for ref in one.refs]) for one in submissions]
     if any(one.after for one in submissions):
-        waits = [tuple(dict.fromkeys(map(_key, one.after))) for one in submissions]
+        waits = [tuple(dict.fromkeys(map(_key, filter(_is_work, one.after)))) for one in submissions]
         flags = [len(wait) * 2 + one.announce for one, wait in zip(submissions, waits, strict=True)]
     else:
         flags = [int(one.announce) for one in submissions]
@@ -68,16 +70,23 @@ def columns(submissions: Sequence[Submission], tag: str) -> tuple[Any, ...]:
         [one.arguments for one in submissions],
         uses,
         waits,
-        _annotations(submissions),
+        _annotations(submissions, unshared),
     )
 
 
 def _key(ref: Ref) -> Key:
+    """Return the key of a value; for one in shared memory what stands in its place."""
     return ref.key if ref.handle is None else ref.handle.key
 
 
-def _annotations(submissions: Sequence[Submission]) -> dict[str, dict[Key, Any]]:
+def _is_work(ref: Ref) -> bool:
+    return ref.handle is None or isinstance(ref.handle.key, tuple)
+
+
+def _annotations(submissions: Sequence[Submission], unshared: str) -> dict[str, dict[Key, Any]]:
     found: dict[str, dict[Key, Any]] = {}
+    if unshared:
+        found[unshared] = dict.fromkeys([one.key for one in submissions], True)
     for one in submissions:
         if one.priority:
             found.setdefault("priority", {})[one.key] = one.priority

@@ -1,8 +1,8 @@
 """Dask's half of the worker runtime: the body of every task, on a worker of its cluster.
 
-Clusters get this file as source, beside `worker_runtime` and `dask_tracker`; it imports the
-standard library, dask and distributed only. With `dask_tracker` and `dask_graph` it is the only
-place that touches Dask's private surface.
+Clusters get this file as source, beside `worker_runtime`, `dask_tracker` and `dask_memory`; it
+imports the standard library, dask and distributed only. With the last two and `dask_graph` it is
+the only place that touches Dask's private surface.
 
 The packed record of an attempt goes into the metadata of its task; Dask sends these with the
 message that commits the result, so that neither is known without the other. A failed task raises
@@ -25,6 +25,7 @@ from dask.sizeof import sizeof
 from distributed import get_client, get_worker
 
 runtime: Any = importlib.import_module(f"{__package__}.worker_runtime")  # has another name when shipped
+memory: Any = importlib.import_module(f"{__package__}.dask_memory")
 # Under which name tasks that submit tasks find this module again.
 sys.modules["_penstock_running"].__dict__.setdefault("dask_plugin", __name__)
 
@@ -85,7 +86,8 @@ def run_one(flags: int, order: bytes, function: bytes, arguments: bytes, *values
             values = values[: -(flags >> 1)]
         announce = _Announcement(worker, key) if flags & 1 else None
         items = _Items(worker, key)
-        value, record = runtime.run(order, function, arguments, values, key, announce, on_item=items)
+        with memory.resolved(values) as values:
+            value, record = runtime.run(order, function, arguments, values, key, announce, on_item=items)
         if not isinstance(value, runtime.Failed):
             limit, where = _limit(worker)
             problem = runtime.too_large(value, limit, where) or _unsendable(value)
@@ -243,7 +245,8 @@ class Batch:
     *columns
         In this order. `name`: unique in the cluster. `keys`, `flags`, `orders`, `functions`,
         `arguments`: lists with an entry for each task. `uses`, `waits`: lists of tuples with the
-        keys of upstream values, and of tasks that have to end first; None if there are none.
+        keys of upstream values (or `dask_memory.Placed`), and of tasks that have to end first;
+        None if there are none.
         `annotations`: those of Dask, name → {key: value}.
     """
 
@@ -260,7 +263,7 @@ class Batch:
         for function, key in large.items():
             graph[key] = DataNode(key, function)
         for number, key in enumerate(keys):
-            upstream = [TaskRef(one) for one in uses[number]] if uses else []
+            upstream = [TaskRef(one) if type(one) is tuple else one for one in uses[number]] if uses else []
             for one in waits[number] if waits else ():
                 marker = marker_of(name, one)
                 graph[marker] = Task(marker, ended, TaskRef(one))

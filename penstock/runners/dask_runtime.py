@@ -29,8 +29,19 @@ from penstock.runners.base import Key
 log = logging.getLogger("penstock.runners.dask")
 
 _FOLDER = Path(__file__).parent
-_FILES = ("worker_runtime.py", "result_formats.py", "result_store.py", "dask_plugin.py", "dask_tracker.py")
+_FILES = (
+    "worker_runtime.py",
+    "result_formats.py",
+    "result_store.py",
+    "shared_memory.py",
+    "dask_memory.py",
+    "dask_plugin.py",
+    "dask_tracker.py",
+)
 _PREFIX = "_penstock_rt_"
+
+SHARED_FROM = 32 << 20
+"""Bytes from which the workers of a host share a result instead of sending it."""
 
 # Where penstock of the same version is installed, its own module takes the place of the copy, so
 # that code which knows both sees one set of classes.
@@ -80,6 +91,7 @@ class Runtime:
         self.name = f"penstock-{known}" if package.startswith(_PREFIX) else f"penstock-{known}-installed"
         self.plugin: Any = importlib.import_module(f"{package}.dask_plugin")
         self.tracker: Any = importlib.import_module(f"{package}.dask_tracker")
+        self.memory: Any = importlib.import_module(f"{package}.dask_memory")
 
     def join(self, client: Any, worker: str = "") -> dict[str, Any]:
         """Have the tracker on the scheduler know the client; return the cluster's summary.
@@ -93,6 +105,15 @@ class Runtime:
         """
         found: dict[str, Any] = dask_graph.ask(client, self.tracker.join, self.name, client.id, worker)
         return found
+
+    def share(self, client: Any) -> bool:
+        """Have the workers of each host share large results; answer whether they do."""
+        try:
+            _register(client, self.memory.Plugin(SHARED_FROM), f"{self.name}-memory")
+        except Exception as error:
+            log.info("results are not shared by the workers of a host: %s: %s", type(error).__name__, error)
+            return False
+        return True
 
     def leave(self, client: Any) -> None:
         """Take the tracker away, if nobody else needs it."""
@@ -220,7 +241,7 @@ def _loaded() -> str:
         parent = sys.modules[package] = types.ModuleType(package)
         parent.__path__ = []
         sys.modules[f"{package}.worker_runtime"] = worker_runtime
-        for name in ("dask_plugin", "dask_tracker"):
+        for name in ("shared_memory", "dask_memory", "dask_plugin", "dask_tracker"):
             full = f"{package}.{name}"
             spec = importlib.util.spec_from_file_location(full, _FOLDER / f"{name}.py")
             assert spec is not None and spec.loader is not None  # noqa: PT018 - the file is beside this one

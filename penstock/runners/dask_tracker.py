@@ -27,6 +27,8 @@ with one of the kinds
     Its value was lost, and it must not be executed twice.
 ``waiting``
     No worker may run it now.
+``remark``
+    The user is to be told the text in `details`.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ MADE = f"{MARK}:made"  # in the metadata of a task: its value existed once
 
 REASON = "penstock: withdrawn"  # why a client's future was cancelled by us
 SHORTEST, LONGEST = 0.002, 0.02  # seconds between two messages of one topic
+SWEEPS = (0.3, 2.0)  # seconds after the death of a worker: its process may take its time to end
 PATIENCE = 0.1  # a nanny says why it ended a worker about when the worker's connection closes
 
 
@@ -159,6 +162,9 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
             if given_up or not (restarted or began is False):
                 lost[key] = began
         self.drop(orphans)
+        if f"{self.name}-memory" in scheduler.worker_plugins:
+            for seconds in SWEEPS:
+                scheduler.loop.call_later(seconds, plugin.memory.sweep)
         elements = {name: element for name, (element, _) in (begun or {}).items()}
         for some, retires in ((lost, False), (retired, True)):
             if some:
@@ -305,15 +311,17 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         self.unsubscribe(client)
         if not self.users and self.scheduler.plugins.get(self.name) is self:
             self.scheduler.remove_plugin(name=self.name)
-            for name in (f"{self.name}-files", f"{self.name}-scheduler-files"):
+            for name in (f"{self.name}-memory", f"{self.name}-files", f"{self.name}-scheduler-files"):
                 if name in self.scheduler.plugins:
                     self.scheduler.remove_plugin(name=name)
                 if name in self.scheduler.worker_plugins:
                     self.scheduler.loop.add_callback(self._take_along, name)
 
     async def _take_along(self, name: str) -> None:
-        with contextlib.suppress(Exception):  # a worker that goes at the same moment
-            await self.scheduler.unregister_worker_plugin(None, name)
+        # Not `unregister_worker_plugin`: it fails, and loudly, if a worker goes at the same moment.
+        with contextlib.suppress(Exception):
+            self.scheduler.worker_plugins.pop(name, None)
+            await self.scheduler.broadcast(msg={"op": "plugin-remove", "name": name}, on_error="ignore")
 
 
 def _known(state: Any) -> dict[str, Any]:
@@ -355,6 +363,11 @@ def unsubscribe(name: str, client: str, topic: str, dask_scheduler: Any) -> None
     tracker = dask_scheduler.plugins.get(name)
     if tracker is not None:
         tracker.unsubscribe(client, topic)
+
+
+def addresses(dask_scheduler: Any) -> list[str]:
+    """Return the addresses of all workers."""
+    return list(dask_scheduler.workers)
 
 
 def summary(dask_scheduler: Any) -> dict[str, Any]:

@@ -152,6 +152,9 @@ class Watch:
                     item = Ref(item_key, handle, nbytes, worker)
                     reports.append(Report(key, "item", nbytes=nbytes, worker=worker, number=number, ref=item))
                 continue
+            if kind == "remark":
+                self._remark(details["text"])
+                continue
             if kind == "waiting":
                 self._waiting.setdefault(key, time.monotonic())
                 continue
@@ -184,6 +187,11 @@ class Watch:
             return [Report(key, "again", record, None, nbytes, worker)]
         text = f"the value of task {_name(key)!r} was lost with worker {worker or 'that held it'}"
         return [Report(key, "gone", cause=errors.ResultLost(text))]
+
+    def _remark(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            log.warning("%s", text)
 
     # -- what if no message comes -----------------------------------------------------------
     def _look(self) -> list[Report]:

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import uuid
 import weakref
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 Packed = tuple[Any, ...]
@@ -36,11 +36,15 @@ In the second form `body` and `buffers` are spans ``(start, length)`` of the fil
 SMALL = 1 << 20
 """Up to here, in bytes, a value travels in messages; above, only the name of its file does."""
 
+BODY, PARTS = 1 << 20, 64
+"""What `SharedMemory.export_buffers` allows besides the buffers: bytes of pickle, and their number."""
+
 _IN_BAND = 1 << 16  # a buffer this small is copied into the pickle: each reader gets its own
 _ALIGN = 64  # of arrays in a file, as numpy aligns its own
 _CHUNK = 1 << 30  # Linux writes no more than 2 GiB at once
 _SPARE = 16 << 20  # what a file system keeps free when a file has been written
 _PREFIX = "penstock-"
+_PROOF = "proof"
 _MEMORY = "/dev/shm"  # noqa: S108 - the directories in it are ours alone, and have random names
 
 
@@ -89,7 +93,80 @@ def dump(value: Any, *, by_value: bool = False) -> tuple[bytes, list[memoryview]
     return runtime.dumps(value, keep), buffers
 
 
-def load(packed: Packed, *, private: bool = False) -> Any:
+class _Body:
+    """A file in memory that refuses to grow beyond `BODY`."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+        self._length = 0
+
+    def write(self, data: Any) -> int:
+        data = bytes(data) if memoryview(data).nbytes <= BODY else None
+        self._length += BODY + 1 if data is None else len(data)
+        if data is None or self._length > BODY:
+            raise _NotBuffersError
+        self.parts.append(data)
+        return len(data)
+
+
+class _NotBuffersError(Exception):
+    """The value is more than a few buffers."""
+
+
+def dump_buffers(value: Any, least: int, *, by_value: bool = False) -> tuple[bytes, list[memoryview]] | None:
+    """Pickle a value that is little more than a few large buffers; give up early on any other.
+
+    Parameters
+    ----------
+    value : object
+        What to pickle.
+    least : int
+        Bytes that the buffers must have together.
+    by_value : bool
+        As in `dump`.
+
+    Returns
+    -------
+    tuple or None
+        The pickle, of `BODY` bytes at most, and the buffers that it leaves out.
+    """
+    buffers: list[memoryview] = []
+
+    def keep(buffer: pickle.PickleBuffer) -> bool:
+        try:
+            raw = buffer.raw()
+        except BufferError:
+            return True
+        if raw.nbytes <= _IN_BAND:
+            return True
+        buffers.append(raw)
+        return False
+
+    def dumped(pickler: Any) -> bytes:
+        buffers.clear()
+        body = _Body()
+        pickler(body, 5, buffer_callback=keep).dump(value)
+        return b"".join(body.parts)
+
+    try:
+        try:
+            if by_value:
+                raise pickle.PicklingError
+            body = dumped(pickle.Pickler)
+        except _NotBuffersError:
+            raise
+        except Exception:
+            import cloudpickle
+
+            body = dumped(cloudpickle.Pickler)
+    except Exception:
+        return None
+    if len(buffers) > PARTS or sum(buffer.nbytes for buffer in buffers) < least:
+        return None
+    return body, buffers
+
+
+def load(packed: Packed, *, private: bool = False, ended: Callable[[], object] | None = None) -> Any:
     """Make a value from what travelled.
 
     Parameters
@@ -99,6 +176,9 @@ def load(packed: Packed, *, private: bool = False) -> Any:
     private : bool
         Arrays can be written to; the pages that are written to become copies of this process.
         Otherwise arrays in a file are read-only, and shared by all readers.
+    ended : callable, optional
+        Called without arguments, in whatever thread, when nothing of the value uses the file any
+        more.
 
     Raises
     ------
@@ -108,7 +188,7 @@ def load(packed: Packed, *, private: bool = False) -> Any:
     kind, body, buffers = packed[0], packed[-2], packed[-1]
     if kind == "bytes":
         return pickle.loads(body, buffers=map(bytearray, buffers) if private else buffers)
-    view = _mapped(packed[1], private=private)
+    view = _mapped(packed[1], private=private, ended=ended)
     parts = [view[start : start + length] for start, length in (body, *buffers)]
     return pickle.loads(parts[0], buffers=parts[1:])
 
@@ -123,7 +203,7 @@ _munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _FAILED = ctypes.c_void_p(-1).value
 
 
-def _mapped(path: str, *, private: bool) -> memoryview:
+def _mapped(path: str, *, private: bool, ended: Callable[[], object] | None = None) -> memoryview:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError as error:
@@ -135,12 +215,17 @@ def _mapped(path: str, *, private: bool) -> memoryview:
         address = _mmap(None, size, protection, flags, descriptor, 0)
         if address == _FAILED:  # too many mappings: copy it
             with open(descriptor, "rb", closefd=False) as file:
-                return memoryview(bytearray(file.read()) if private else file.read())
+                content = bytearray(file.read()) if private else file.read()
+            if ended is not None:
+                ended()
+            return memoryview(content)
     finally:
         os.close(descriptor)
     # ctypes keeps each array type for ever, so there is one per power of two.
     array = (ctypes.c_ubyte * (1 << size.bit_length())).from_address(address)
     weakref.finalize(array, _munmap, address, size).atexit = False
+    if ended is not None:
+        weakref.finalize(array, ended).atexit = False
     view = memoryview(array).cast("B")[:size]
     return view if private else view.toreadonly()
 
@@ -218,6 +303,78 @@ class SharedMemory:
             return ("bytes", body, tuple(map(bytes, buffers))), total
         return self._write([memoryview(body), *buffers], total), total
 
+    def export_buffers(self, value: Any, least: int, *, by_value: bool = False) -> Packed | None:
+        """Write a value to a file if it is little more than a few large buffers.
+
+        Parameters
+        ----------
+        value : object
+            What to write.
+        least : int
+            Bytes that the buffers must have together.
+        by_value : bool
+            As in `dump`.
+
+        Returns
+        -------
+        tuple or None
+            The packed value; None if it is not of this kind, or cannot be pickled. The caller
+            answers for the file.
+
+        Raises
+        ------
+        OSError
+            If no file system has room for it.
+        """
+        dumped = dump_buffers(value, least, by_value=by_value)
+        if dumped is None:
+            return None
+        body, buffers = dumped
+        return self._write([memoryview(body), *buffers], len(body) + sum(one.nbytes for one in buffers))
+
+    def adopt(self, packed: Packed) -> Packed:
+        """Give a file of another owner a second name, among the files of this one.
+
+        It then lasts until both names are gone, whichever owner dies first. The caller answers for
+        the new name.
+
+        Raises
+        ------
+        Vanished
+            If the file is no longer there.
+        OSError
+            If it is out of reach: another host, file system or user.
+        """
+        problem: OSError | None = None
+        for directory in self.directories:
+            path = os.path.join(directory, f"{self._writer}-{next(self._counter)}")
+            try:
+                os.link(packed[1], path)
+            except FileNotFoundError as error:
+                if os.path.isdir(directory):
+                    raise Vanished(packed[1]) from error
+                problem = error
+            except OSError as error:
+                problem = error
+            else:
+                return (packed[0], path, *packed[2:])
+        raise problem or FileNotFoundError("no directory for shared memory")
+
+    def proof(self) -> tuple[str, str]:
+        """Return the path of a small file and what is in it: who reads that, sees the other files.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written.
+        """
+        path = os.path.join(self.directories[0], _PROOF)
+        text = os.path.basename(self.directories[0])
+        if not os.path.exists(path):
+            with open(path, "w") as file:
+                file.write(text)
+        return path, text
+
     def _write(self, parts: list[memoryview], total: int) -> Packed:
         problem: OSError | None = None
         for directory in self.directories:
@@ -263,8 +420,21 @@ class SharedMemory:
             os.close(self._locks.pop())
 
 
-def remove(path: str) -> None:
-    """Delete a file, if it is there."""
+def read_proof(path: str) -> str:
+    """Return what is in the file of `SharedMemory.proof`, nothing if it cannot be read here."""
+    if os.path.basename(path) != _PROOF:
+        return ""
+    try:
+        with open(path) as file:
+            return file.read(200)
+    except (OSError, ValueError):
+        return ""
+
+
+def remove(path: str, by: int = 0) -> None:
+    """Delete a file, if it is there; with `by` only in that process, not in a fork of it."""
+    if by and by != os.getpid():
+        return
     with contextlib.suppress(OSError):
         os.unlink(path)
 
@@ -307,10 +477,15 @@ def _room(directory: str) -> int:
 # -- the janitor --------------------------------------------------------------------------
 
 
+def memory_roots() -> list[str]:
+    """Return the places for the directories of owners that are memory: one, or none."""
+    usable = sys.platform == "linux" and os.access(_MEMORY, os.W_OK | os.X_OK)
+    return [_MEMORY] if usable else []
+
+
 def default_roots() -> list[str]:
     """Return the places for the directories of owners: memory first, then the temporary directory."""
-    usable = sys.platform == "linux" and os.access(_MEMORY, os.W_OK | os.X_OK)
-    return [*([_MEMORY] if usable else []), tempfile.gettempdir()]
+    return [*memory_roots(), tempfile.gettempdir()]
 
 
 def sweep_dead_owners(roots: Iterable[str] | None = None) -> None:
@@ -350,6 +525,7 @@ def _started(pid: int) -> str:
         return "0"
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[19].decode()
+            fields = file.read().rpartition(b")")[2].split()
+        return "" if fields[0] in {b"Z", b"X"} else fields[19].decode()  # dead, but not waited for
     except OSError:
         return ""

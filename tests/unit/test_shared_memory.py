@@ -5,6 +5,7 @@ import gc
 import os
 import pickle
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,75 @@ def test_a_value_is_copied_if_it_cannot_be_mapped(
     assert shared_memory.load(packed)[-1] == LARGE - 1
     mine = shared_memory.load(packed, private=True)
     mine[0] = 5.0
+
+
+# ------------------------------------------------------------------------- what other owners hold, too
+
+
+def test_only_what_is_little_more_than_buffers_is_exported_as_such(memory: SharedMemory) -> None:
+    array = np.arange(LARGE, dtype=float)
+    packed = memory.export_buffers({"numbers": array, "text": "x"}, 1_000_000)
+    assert packed is not None
+    assert (shared_memory.load(packed)["numbers"] == array).all()
+    assert memory.export_buffers(array, array.nbytes + 1) is None
+    assert memory.export_buffers(list(range(1_000_000)), 1) is None
+    assert memory.export_buffers(b"x" * 3_000_000, 1) is None
+    assert memory.export_buffers(array[::2], 1) is None
+    assert memory.export_buffers([np.ones(10_000) for _ in range(shared_memory.PARTS + 1)], 1) is None
+    assert memory.export_buffers([array, lambda: 1], 1, by_value=False) is not None  # cloudpickle can
+    assert memory.export_buffers([array, iter(memory._locks)], 1) is not None
+    assert memory.export_buffers([array, threading.Lock()], 1) is None  # nobody can
+
+
+def test_a_file_lasts_until_both_owners_have_let_go(memory: SharedMemory, roots: list[str]) -> None:
+    other = SharedMemory.create(roots)
+    packed, _ = memory.export(np.arange(LARGE, dtype=float))
+    own = other.adopt(packed)
+    assert own[1] != packed[1]
+    assert os.stat(own[1]).st_nlink == 2
+    memory.close()
+    assert shared_memory.load(own)[-1] == LARGE - 1
+    with pytest.raises(shared_memory.Vanished):
+        other.adopt(packed)
+    other.close()
+    assert files(roots[0]) == []
+    with pytest.raises(OSError, match="No such file"):
+        other.adopt(own)
+
+
+def test_the_end_of_a_mapping_is_told(memory: SharedMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, _ = memory.export([np.arange(LARGE, dtype=float)])
+    told: list[int] = []
+    value = shared_memory.load(packed, private=True, ended=lambda: told.append(1))
+    part = value[0][5:7]
+    del value
+    gc.collect()
+    assert told == []
+    del part
+    gc.collect()
+    assert told == [1]
+    monkeypatch.setattr(shared_memory, "_mmap", lambda *_: shared_memory._FAILED)
+    assert shared_memory.load(packed, ended=lambda: told.append(2))[0][1] == 1.0
+    assert told == [1, 2]
+
+
+def test_the_proof_of_an_owner_is_read_and_nothing_else(memory: SharedMemory, tmp_path: Path) -> None:
+    path, text = memory.proof()
+    assert memory.proof() == (path, text)
+    assert shared_memory.read_proof(path) == text
+    other = tmp_path / "secret"
+    other.write_text("secret")
+    assert shared_memory.read_proof(str(other)) == ""
+    memory.close()
+    assert shared_memory.read_proof(path) == ""
+
+
+def test_a_fork_deletes_nothing(memory: SharedMemory) -> None:
+    packed, _ = memory.export(np.ones(LARGE))
+    shared_memory.remove(packed[1], by=os.getpid() + 1)
+    assert os.path.exists(packed[1])
+    shared_memory.remove(packed[1], by=os.getpid())
+    assert not os.path.exists(packed[1])
 
 
 # -------------------------------------------------------------------------------------------- room
