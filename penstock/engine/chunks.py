@@ -52,9 +52,11 @@ class Chunk:
         Runs that wait for its report.
     packer : Packer or None
         Counts it among those that are with the back end.
+    refusals : dict of str to str
+        By task: why a map that takes its elements does not go along.
     """
 
-    __slots__ = ("key", "open", "packer", "ref", "stages")
+    __slots__ = ("key", "open", "packer", "ref", "refusals", "stages")
 
     def __init__(self, key: Key, runs: list[TaskRun]) -> None:
         self.key = key
@@ -62,6 +64,7 @@ class Chunk:
         self.ref = Ref(key, None)
         self.open = 0
         self.packer = runs[0].mapped.packer if runs[0].mapped is not None else None
+        self.refusals: dict[str, str] = {}
 
     @property
     def count(self) -> int:
@@ -255,34 +258,36 @@ def _next_stage(chunk: Chunk) -> list[TaskRun] | None:
                 continue
             tried.add(id(mapped))
             found = _followers(chunk, stage, mapped)
-            if found is not None:
+            if isinstance(found, list):
                 return found
+            chunk.refusals[mapped.task.name] = found
     return None
 
 
-def _followers(chunk: Chunk, stage: Sequence[TaskRun], mapped: Mapped) -> list[TaskRun] | None:
-    """Return the runs of a map that can go along, one for each element; None if they cannot."""
-    first = chunk.stages[0][0].task.options
-    options = mapped.task.options
-    if mapped.packer is None or options.backend != first.backend or not _may_follow(mapped, chunk):
-        return None
+def _followers(chunk: Chunk, stage: Sequence[TaskRun], mapped: Mapped) -> list[TaskRun] | str:
+    """Return the runs of a map that can go along, one for each element; or why they cannot."""
+    reason = _obstacle(mapped, chunk)
+    if reason:
+        return reason
     runs: list[TaskRun] = []
     edges: list[Edge] = []
     for number, upstream in enumerate(stage):
         mine = {edge.run: None for edge in upstream.dependants or () if edge.run.mapped is mapped}
         if len(mine) != 1:
-            return None
+            return "it does not take the elements one to one"
         (follower,) = mine
         if follower.done or follower.released or follower.cancelling:
-            return None
+            return "some of its elements are on their way already"
         held = [
             edge
             for other in chunk.stages
             for edge in other[number].dependants or ()
             if edge.run is follower and not edge.satisfied
         ]
-        if not held or follower.waiting != len(held) or any(edge.tolerant for edge in held):
-            return None
+        if any(edge.tolerant for edge in held):
+            return "allow_failure waits for the end of each element"
+        if not held or follower.waiting != len(held):
+            return "its elements wait for others, too"
         runs.append(follower)
         edges.extend(held)
     for edge in edges:
@@ -291,13 +296,22 @@ def _followers(chunk: Chunk, stage: Sequence[TaskRun], mapped: Mapped) -> list[T
     return runs
 
 
-def _may_follow(mapped: Mapped, chunk: Chunk) -> bool:
-    """What all its elements get has to be there, or the chunk would wait for what waits for it."""
-    for source in (*mapped.shared_sources, *mapped.after):
-        if source.run is not None and not source.run.done:
-            return False
+def _obstacle(mapped: Mapped, chunk: Chunk) -> str:
+    """Say why no element of a map can go along with a chunk; empty if nothing speaks against it."""
     packer = mapped.packer
-    if packer is None or (isinstance(packer.size, int) and packer.size < chunk.count):
-        return False
-    seconds = packer.seconds
-    return seconds is None or (seconds * chunk.count <= 3 * TARGET and packer.nbytes <= LARGE)
+    if mapped.reason or packer is None:
+        return mapped.reason or "its elements go alone"
+    if mapped.task.options.backend != chunk.stages[0][0].task.options.backend:
+        return "it asks for other resources, threads or workers"
+    if isinstance(packer.size, int) and packer.size < chunk.count:
+        return f"its chunk_size of {packer.size} is smaller"
+    # What all its elements get has to be there, or the chunk would wait for what waits for it.
+    if any(
+        source.run is not None and not source.run.done for source in (*mapped.shared_sources, *mapped.after)
+    ):
+        return "what all its elements need, or wait for, is not there yet"
+    if packer.nbytes > LARGE:
+        return "its results are large"
+    if packer.seconds is not None and packer.seconds * chunk.count > 3 * TARGET:
+        return "its elements take too long"
+    return ""

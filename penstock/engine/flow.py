@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, Literal, ParamSpec, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast, overload
 
 from penstock import errors
 from penstock.engine import context
@@ -26,6 +26,9 @@ from penstock.engine.task import _hidden
 from penstock.runners import runner_of
 from penstock.runners.base import TaskRunner
 from penstock.settings import settings
+
+if TYPE_CHECKING:
+    from penstock.engine.plan import Plan
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -202,6 +205,23 @@ class Flow(Generic[P, R]):
             return run.give_value(state)
         finally:
             run.close()
+
+    def explain(self, *args: P.args, **kwargs: P.kwargs) -> Plan:
+        """Show what penstock would do with a call of the flow; the function runs, its tasks do not.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            Of the function.
+
+        Returns
+        -------
+        Plan
+            Print it. It ends where the flow asks for a value, and says where that is.
+        """
+        from penstock.engine import plan
+
+        return plan.explain(self, args, kwargs)
 
     # -- options ----------------------------------------------------------------------------------
     def with_options(

@@ -1,0 +1,295 @@
+"""The plan that the compiler makes of a flow: what goes together, what is lifted, and why not.
+
+The function of the flow runs, its tasks do not. Calls are captured, connected and compiled as in any
+run, for a back end that takes everything and does nothing; the plan ends where the flow asks for
+something that only a run can give.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import os
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from penstock.engine import context, parameters
+from penstock.engine.calls import FlowRun, TaskRun
+from penstock.engine.chunks import Chunk
+from penstock.engine.context import Scope
+from penstock.engine.graph import sources_of
+from penstock.engine.journal import Journal
+from penstock.engine.session import Session
+from penstock.engine.summary import describe, human_bytes
+from penstock.runners import worker_runtime
+from penstock.runners.base import Key, Ref, RunnerInfo, Submission, TaskRunner
+
+if TYPE_CHECKING:
+    from penstock.engine.flow import Flow
+
+_OURS = tuple(str(Path(__file__).parent.parent / room) for room in ("engine", "runners", "cli"))
+TINY = 1e-5
+"""Seconds that an element is taken to last where only a pilot could tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A task run or a map in the plan.
+
+    Attributes
+    ----------
+    task : str
+        Name of the task.
+    count : int or None
+        Elements of a map, None for a single run.
+    upstream : tuple of str
+        Names of the tasks whose values it takes.
+    together : str
+        How its elements are packed, and why.
+    fused_with : str
+        The task in whose messages it travels; empty if it has its own.
+    not_fused : str
+        Why it does not travel with its upstream, if it could have been expected to.
+    lifted : tuple of str
+        Large arguments that are placed once: what they are.
+    options : str
+        Resources, threads, workers and priority, if they are not the usual ones.
+    """
+
+    task: str
+    count: int | None = None
+    upstream: tuple[str, ...] = ()
+    together: str = ""
+    fused_with: str = ""
+    not_fused: str = ""
+    lifted: tuple[str, ...] = ()
+    options: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What penstock would do with a flow.
+
+    Attributes
+    ----------
+    flow : str
+        Name of the flow.
+    runner : str
+        The runner it is planned for, and its slots.
+    nodes : tuple of Node
+        In the order in which they were made.
+    messages : int
+        Units of work that the back end would get, if every element of an automatic map were tiny.
+    end : str
+        Why the plan ends before the flow does, and where; empty if it does not.
+    """
+
+    flow: str
+    runner: str
+    nodes: tuple[Node, ...] = field(default=())
+    messages: int = 0
+    end: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as primitives."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """Show the plan as lines of text."""
+        lines = [f"flow {self.flow} on {self.runner}"]
+        for node, alike in itertools.groupby(self.nodes):
+            runs = len(list(alike))
+            kind = f" x {node.count:,}" if node.count is not None else f", {runs:,} times" if runs > 1 else ""
+            after = f"  <- {', '.join(node.upstream)}" if node.upstream else ""
+            lines.append(f"  {node.task}{kind}{after}")
+            notes = [
+                node.together,
+                f"fused: travels with {node.fused_with}" if node.fused_with else "",
+                f"not fused: {node.not_fused}" if node.not_fused else "",
+                *(f"lifted: {one}, placed once" for one in node.lifted),
+                node.options,
+            ]
+            lines.extend(f"      {note}" for note in notes if note)
+        tasks = sum(node.count or 1 for node in self.nodes)
+        lines.append(f"{tasks:,} task runs in at least {self.messages:,} units of work")
+        if self.end:
+            lines.append(f"the plan ends here: {self.end}")
+        return "\n".join(lines)
+
+
+class _Ends(BaseException):
+    """The flow asks for what only a run can give; no code of the user shall catch it."""
+
+
+class _Nowhere(TaskRunner):
+    """Takes work and never does it; `put` remembers what it was given."""
+
+    name = "plan"
+
+    def __init__(self, threads: int) -> None:
+        super().__init__()
+        self.threads = threads
+        self.max_in_flight = 1 << 40
+
+    def start(self) -> None:
+        """Nothing to start."""
+
+    def stop(self) -> None:
+        """Nothing to stop."""
+
+    @property
+    def info(self) -> RunnerInfo:
+        return RunnerInfo("plan", threads=self.threads, dependencies=True)
+
+    def put(self, values: Sequence[Any]) -> list[Ref]:
+        opened = [worker_runtime.opened(value) for value in values]
+        return [Ref(("put", id(one)), describe(one), worker_runtime.size(one)) for one in opened]
+
+    def send(self, submissions: Sequence[Submission]) -> list[Ref]:
+        return [Ref(one.key, None) for one in submissions]
+
+    def fetch(self, refs: Sequence[Ref]) -> list[Any]:
+        raise _Ends("a value is needed")
+
+    def release(self, refs: Sequence[Ref]) -> None:
+        """Nothing is held."""
+
+    def cancel(self, refs: Sequence[Ref], *, force: bool = False) -> list[Key]:
+        return []
+
+
+class _Planning(Session):
+    """Captures calls, and lets nothing go."""
+
+    def __init__(self, runner: TaskRunner) -> None:
+        self.made_runs: list[TaskRun] = []
+        super().__init__(runner, Journal(lambda _: None))
+
+    def submit(self, runs: Sequence[TaskRun], scope: Scope) -> None:
+        self.made_runs.extend(runs)
+        super().submit(runs, scope)
+
+    def flush(self) -> None:
+        raise _Ends("a future is looked at")
+
+    def begin_direct(self, run: TaskRun, scope: Scope) -> None:
+        raise _Ends(f"task {run.task.name!r} is called, not submitted, and runs in the driver")
+
+    def _pump(self) -> None:
+        """Nothing is sent before the plan is complete."""
+
+    def units(self) -> list[TaskRun | Chunk]:
+        """Take everything as if all elements of automatic maps were tiny."""
+        for packer in {run.mapped.packer for run in self.made_runs if run.mapped is not None}:
+            if packer is not None and packer.size == "auto":
+                packer.seconds = TINY
+        found: list[TaskRun | Chunk] = []
+        while taken := self._take():
+            found.extend(taken)
+            for unit in taken:  # all of it is gone at once
+                self._landed(unit)
+        return found
+
+
+def explain(flow: Flow[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
+    """Plan a flow; see `Flow.explain`."""
+    bound = parameters.bind(flow.signature, flow.name, args, kwargs)
+    if flow.options.validate_parameters:
+        bound = parameters.validate(flow.fn, flow.signature, bound)
+    positional, named = parameters.unbind(flow.signature, bound)
+    runner = flow.runner()
+    threads = runner.info.threads if runner.is_open or runner.in_process else os.cpu_count() or 1
+    session = _Planning(_Nowhere(threads).open())
+    run = FlowRun(flow, flow.name)
+    end = ""
+    try:
+        with context.entered(Scope(session, run)):
+            value = flow.fn(*positional, **named)
+            if inspect.iscoroutine(value):
+                _to_its_end(value)
+    except _Ends as reason:
+        end = f"{reason}{_where(reason)}"
+    units = session.units()
+    return Plan(flow.name, f"{runner.name} with {threads} slots", _nodes(session, units), len(units), end)
+
+
+def _to_its_end(coroutine: Any) -> None:
+    """Run a coroutine that awaits nothing but futures, and so ends at the first of them."""
+    try:
+        coroutine.send(None)
+    except StopIteration:
+        return
+    coroutine.close()
+    raise _Ends("the flow awaits something")
+
+
+def _where(error: BaseException) -> str:
+    frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(_OURS)]
+    return f" ({frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
+
+
+def _nodes(session: _Planning, units: Iterable[TaskRun | Chunk]) -> tuple[Node, ...]:
+    chunks = [unit for unit in units if isinstance(unit, Chunk)]
+    leader: dict[str | None, str] = {}
+    refusals: dict[str, str] = {}
+    sizes: dict[str | None, list[int]] = {}
+    for chunk in chunks:
+        first = chunk.stages[0][0]
+        sizes.setdefault(first.map_id, []).append(chunk.count)
+        refusals.update(chunk.refusals)
+        for stage in chunk.stages[1:]:
+            leader[stage[0].map_id] = first.task.name
+    counts: dict[str | None, int] = {}
+    for run in session.made_runs:
+        if run.map_id is not None:
+            counts[run.map_id] = counts.get(run.map_id, 0) + 1
+    nodes, seen = [], set()
+    for run in session.made_runs:
+        if not run.tracked or (run.map_id is not None and run.map_id in seen):
+            continue
+        seen.add(run.map_id)
+        nodes.append(_node(run, counts.get(run.map_id), leader, refusals, sizes))
+    return tuple(nodes)
+
+
+def _node(
+    run: TaskRun,
+    count: int | None,
+    leader: dict[str | None, str],
+    refusals: dict[str, str],
+    sizes: dict[str | None, list[int]],
+) -> Node:
+    options = run.task.options
+    sources = list(sources_of(run))
+    fused = leader.get(run.map_id, "") if run.map_id is not None else ""
+    lifted = [f"{one.ref.handle} ({human_bytes(one.ref.nbytes)})" for one in sources if one.ref is not None]
+    wishes = [f"{name}={amount:g}" for name, amount in options.backend.resources]
+    wishes += [f"threads={options.backend.threads}"] if options.backend.threads != 1 else []
+    wishes += [f"workers={', '.join(options.backend.workers)}"] if options.backend.workers else []
+    wishes += [f"priority={options.priority}"] if options.priority else []
+    return Node(
+        task=run.task.name,
+        count=count,
+        upstream=tuple(dict.fromkeys(one.run.task.name for one in sources if one.run is not None)),
+        together="" if count is None or fused else _packing(run, sizes.get(run.map_id, [])),
+        fused_with=fused,
+        not_fused="" if fused or count is None else refusals.get(run.task.name, ""),
+        lifted=tuple(dict.fromkeys(lifted)),
+        options=f"asks for {', '.join(wishes)}" if wishes else "",
+    )
+
+
+def _packing(run: TaskRun, sizes: Sequence[int]) -> str:
+    mapped = run.mapped
+    assert mapped is not None  # it is an element
+    if mapped.reason:
+        return f"elements go alone: {mapped.reason}"
+    if run.task.options.chunk_size != "auto":
+        return f"in {len(sizes)} chunks of up to {run.task.options.chunk_size}"
+    pilot = 2 * mapped.packer.threads if mapped.packer is not None else 0
+    return f"automatic: {pilot} elements go first; if they are tiny, the others follow in chunks" + (
+        f" of up to {max(sizes):,}" if sizes else ""
+    )
