@@ -500,3 +500,18 @@ def test_a_run_shows_where_its_result_lies(shell: Shell, tmp_path: Path) -> None
         place = Path(line.split()[-1])
         assert place.parent.parent == tmp_path / "kept"
         assert place.is_file()
+
+
+# --------------------------------------------------------------------------------------------- penstock explain
+
+
+def test_a_plan_is_shown_and_nothing_runs(shell: Shell) -> None:
+    before = len(shell.rows())
+    done = shell("explain", "flows.py:good", "-p", "n=400", "--runner", "processes")
+    assert done.code == 0, done.err
+    assert "square x 400" in done.out
+    assert "the plan ends here: a future is looked at" in done.out
+    assert "flows.py" in done.lines[-1]
+    plan = shell.json("explain", "flows.py:good")
+    assert [node["task"] for node in plan["nodes"]] == ["says", "square"]
+    assert len(shell.rows()) == before
