@@ -163,6 +163,7 @@ class Session:
         if run.items is not None and run.value is None:
             values.results([run])
         if run.ref is None:
+            assert run.done, f"{run.name!r} has no value yet"  # never send None in its place
             run.ref, run.place = self.runner.put([run.value])[0], -1
         place = run.place if run.place >= 0 else None
         if run.ref.handle is UNSENT:  # goes in the same batch: the backend knows it by its key

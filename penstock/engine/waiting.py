@@ -229,6 +229,8 @@ def _claim(session: Session, run: TaskRun) -> dict[str, object] | None:
                 return None
             session.forget(run)
         session.buffer.discard(run)
+        for dependant in session.graph.recalled(run):  # they cannot be sent ahead of what is done here
+            session.withdraw(dependant)
         run.released = True
         run.position = advance(run.position, StateType.RUNNING, None, run.next_attempt)
         order = invoke.work_order(run, call, session.prints_of(run))
