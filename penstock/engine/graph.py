@@ -95,6 +95,16 @@ class Graph:
         return None
 
     @staticmethod
+    def hold(run: TaskRun) -> None:
+        """Have a run that was handed out wait for the end of those of its upstreams that have not ended."""
+        for source in sources_of(run):
+            upstream = source.run
+            for edge in (upstream.dependants or ()) if upstream is not None else ():
+                if edge.run is run and edge.satisfied:
+                    edge.satisfied = False
+                    run.waiting += 1
+
+    @staticmethod
     def foreign(run: TaskRun) -> list[Source]:
         """Return the upstreams of a run that another session carries."""
         if run.call is None and run.mapped is not None and not run.mapped.has_upstreams:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from penstock.engine import values
+from penstock.engine import results, values
 from penstock.engine.calls import TaskRun
 from penstock.engine.states import StateType, advance
 from penstock.runners import worker_runtime
@@ -29,8 +29,9 @@ def yields(run: TaskRun) -> bool:
 def ask(run: TaskRun) -> bool:
     """Ask for the items of a run one by one; answer whether that is still possible.
 
-    It is not for a run that is on its way, that others depend on, or that a task has submitted; nor on
-    a runner that brings values with the end of their task only.
+    It is not for a run that is on its way, that others depend on, or that a task has submitted; for an
+    element of a map that may go with others; for a result that is to be stored, which is one list; nor
+    on a runner that brings values with the end of their task only.
     """
     session = run.carrier
     with session.lock:
@@ -41,6 +42,8 @@ def ask(run: TaskRun) -> bool:
             and session.runner.info.streams
             and worker_runtime.current() is None
             and yields(run)
+            and (run.mapped is None or run.mapped.packer is None)
+            and results.commit_order(run) is None
         )
         if possible:
             run.items = []

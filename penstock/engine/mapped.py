@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from penstock.engine.chunks import Packer
     from penstock.engine.task import Task
 
+LIGHT = 4_096
+"""Bytes of an argument up to which it is kept as long as the value that was made of it."""
+
 Locate = Callable[[Source], tuple[Any, ...]]
 """Answers where a chunk finds an upstream value: ``("value", position, place)`` among the values
 that travel with it, or ``("stage", number)`` for the same element of an earlier stage."""
@@ -44,6 +47,11 @@ class Captured:
     content: Any = None
     sources: tuple[Source, ...] = ()
 
+    @property
+    def weight(self) -> int:
+        """Bytes that it holds besides plain values."""
+        return len(self.content) if self.kind == "packed" else 0
+
 
 @dataclass(slots=True, eq=False)
 class Column:
@@ -65,6 +73,11 @@ class Column:
     content: Sequence[Any]
     source: Source | None = None
     tolerant: bool = False
+
+    @property
+    def weight(self) -> int:
+        """Bytes that an entry holds besides plain values, on average."""
+        return sum(map(len, self.content)) // max(len(self.content), 1) if self.kind == "packed" else 0
 
     def sources(self, number: int) -> tuple[Source, ...]:
         """Return the upstream values of one entry."""
@@ -121,19 +134,16 @@ class Mapped:
     packer: Packer | None = None
     reason: str = ""
     has_upstreams: bool = field(init=False)
+    is_light: bool = field(init=False)
+    """Whether it may be kept beside the values of its elements, so that these can be made again."""
 
     def __post_init__(self) -> None:
         """Note whether any element depends on anything."""
         self.has_upstreams = bool(self.after) or any(
             argument.kind in {"upstream", "filled", "items", "mixed"} for _, argument in self.arguments
         )
-
-    @property
-    def is_light(self) -> bool:
-        """Whether it may be kept beside the values of its elements, so that these can be made again."""
-        if self.has_upstreams or not self.task.options.idempotent:
-            return False
-        return all(argument.kind == "plain" for _, argument in self.arguments)
+        light = not self.has_upstreams and self.task.options.idempotent and not self.held
+        self.is_light = light and all(argument.weight <= LIGHT for _, argument in self.arguments)
 
     @property
     def shared_sources(self) -> list[Source]:

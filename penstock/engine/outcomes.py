@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 def chunk_ended(session: Session, chunk: Chunk, record: dict[str, Any], worker: str) -> None:
     """A chunk has come to an end: each of its elements in its own way; some it may not have run at all."""
-    if record["status"] == "upstream":  # nothing of it was started: what it needs is made again
-        return
     worker = worker or record["worker"] or f"{record['host']}:{record['pid']}"
     done, odd = record["done"], record["odd"]
     _learn(chunk, record)

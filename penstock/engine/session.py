@@ -454,7 +454,12 @@ class Session:
         elif report.kind == "lost":
             self._landed(chunk)
             losses.chunk_lost(self, chunk, report)
-        # "upstream": none of its elements has got what it needs; the upstream's own report decides
+        else:  # "upstream": some of its elements lack what they need, and all were dropped for it
+            self._landed(chunk)
+            for run in list(chunk.runs):
+                if not run.done and run.key is chunk.key:
+                    self.graph.hold(run)
+                    self.put_back(run)
 
     def _landed(self, unit: TaskRun | Chunk | None) -> None:
         """A unit of work is with the backend no more."""

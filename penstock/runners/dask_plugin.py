@@ -116,11 +116,12 @@ def _believe_no_more(value: Any, limit: float) -> None:
 
     The scheduler would refuse every task that uses such an object.
     """
-    kind = type(value)
-    if limit and kind not in _SAFE and kind.__module__.partition(".")[0] not in runtime._BELIEVED:
-        with contextlib.suppress(Exception):  # one that cannot be measured has a size of Dask's own
-            if sizeof(value) > limit:
-                sizeof.register(kind, runtime.size)
+    for one in value if type(value) is list else (value,):  # the values of a chunk are a list
+        kind = type(one)
+        if limit and kind not in _SAFE and kind.__module__.partition(".")[0] not in runtime._BELIEVED:
+            with contextlib.suppress(Exception):  # one that cannot be measured has a size of Dask's own
+                if sizeof(one) > limit:
+                    sizeof.register(kind, runtime.size)
 
 
 class _Announcement:

@@ -82,6 +82,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+LARGE_ELEMENT = 1 << 20  # bytes of an element's value that make it guilty where a chunk lacks room
 LOG_LINES = 10_000  # per attempt; further lines are counted, not kept
 LOG_LINE_BYTES = 65_536
 ERROR_TEXT = 20_000  # characters of a traceback that travel
@@ -331,7 +332,8 @@ def _call(
     return _settled(running, value, on_item if order.get("streams") else None)
 
 
-_SIMPLE = frozenset({type(None), bool, int, float, complex, str, bytes, list, tuple, dict})
+_INERT = frozenset({type(None), bool, int, float, complex, str, bytes})
+_SIMPLE = _INERT | {list, tuple, dict}
 
 
 def _settled(running: Running, value: Any, on_item: Any = None) -> Any:
@@ -458,7 +460,7 @@ def _made_by_hand(value: Any) -> tuple[Any, dict[str, Any] | None]:
 def refuse(record: bytes, value: Any, error: BaseException) -> tuple[Any, bytes]:
     """Turn the record of a completed attempt into a failed one: its value cannot travel, or stay.
 
-    Of a chunk only those elements fail whose own value cannot.
+    Of a chunk only those elements fail whose own value cannot; where room is lacking, the large ones.
 
     Parameters
     ----------
@@ -476,7 +478,7 @@ def refuse(record: bytes, value: Any, error: BaseException) -> tuple[Any, bytes]
     """
     unpacked = pickle.loads(record)
     if unpacked["status"] == "chunk":
-        return _refuse_elements(unpacked, value)
+        return _refuse_elements(unpacked, value, error)
     unpacked["status"], unpacked["nbytes"] = "failed", 0
     unpacked.pop("stored", None)
     unpacked["error"] = _unserializable(value, error)
@@ -484,30 +486,46 @@ def refuse(record: bytes, value: Any, error: BaseException) -> tuple[Any, bytes]
     return Failed(record), record
 
 
-def _refuse_elements(record: dict[str, Any], values: list[Any]) -> tuple[Any, bytes]:
+def _refuse_elements(record: dict[str, Any], values: list[Any], problem: BaseException) -> tuple[Any, bytes]:
+    sizes = [size(value) for value in values]
+    large = min(LARGE_ELEMENT, max(sizes, default=0)) if _lacks_room(problem) else SIZE_LIMIT + 1
     kept = list(values)
     for place, value in enumerate(values):
-        if type(value) in _SIMPLE - {list, tuple, dict} or isinstance(value, Failed):
+        error = problem if sizes[place] >= large else _obstacle(value)
+        if error is None or isinstance(value, Failed):
             continue
-        try:
-            dumps(value)
-        except Exception as error:
-            kept[place] = Failed(b"")
-            own = record["odd"].setdefault(place, {})
-            own.pop("stored", None)
-            own.update(status="failed", error=_unserializable(value, error))
+        kept[place] = Failed(b"")
+        own = record["odd"].setdefault(place, {})
+        own.pop("stored", None)
+        own.update(status="failed", error=_unserializable(value, error))
+        record["nbytes"] -= sizes[place]
+    record["nbytes"] = max(record["nbytes"], 0)
     return kept, pickle.dumps(record, 4)
+
+
+def _obstacle(value: Any) -> Exception | None:
+    """Return why a value cannot be pickled."""
+    if type(value) in _INERT or isinstance(value, Failed):
+        return None
+    try:
+        dumps(value)
+    except Exception as error:
+        return error
+    return None
 
 
 def _unserializable(value: Any, error: BaseException) -> dict[str, Any]:
     kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
     reason = str(error)[:1000]
-    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOSPC:
-        return _spelled(
-            "ResultTooLarge", f"a result of type {kind} is larger than its worker can keep: {reason}"
-        )
+    if _lacks_room(error):
+        message = f"a result of type {kind} is larger than its worker can keep: {reason}"
+        return _spelled("ResultTooLarge", message)
     message = f"a result of type {kind} cannot be sent to another process: {type(error).__name__}: {reason}"
     return _spelled("UnserializableResult", message)
+
+
+def _lacks_room(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOSPC
 
 
 def _spelled(kind: str, message: str) -> dict[str, Any]:
@@ -993,6 +1011,8 @@ def _entry(entry: Any, values: Any, mode: str | None) -> Any:
         return lambda number: pickle.loads(entry[1][number])
     if kind in {"value", "item"}:
         one = _picked(values[entry[1]], entry[2])
+        if mode == "copy":  # each element gets one of its own
+            return lambda _: _guarded(one, mode)
         one = one if mode is None else _guarded(one, mode)
         return lambda _: one
     if kind == "picks":

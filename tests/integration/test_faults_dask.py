@@ -419,9 +419,9 @@ def random_deaths(runner: DaskTaskRunner, record: Record, tmp_path: Path, orders
         record.events.clear()
 
         def body(dice: random.Random = dice, ledger: Path = ledger) -> Any:
-            patient = works.with_options(crash_retries=9)
+            patient = works.with_options(crash_retries=9, chunk_size=1)
             first = patient.map(ledger, range(12), 0.02)
-            second = follows.with_options(crash_retries=9).map(first)
+            second = follows.with_options(crash_retries=9, chunk_size=1).map(first)
             for _ in range(2):
                 first[dice.randrange(12)].wait()
                 workers = list(scheduler_of(runner).workers.values())
