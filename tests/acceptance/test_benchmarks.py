@@ -119,9 +119,10 @@ def judge_small(results: dict[str, dict[str, Any]], *, apart: bool) -> None:
     assert [one["what"] for one in by_case["chain_large"]] == ["later runs", "first run on a new cluster"]
     if apart:
         assert median("fan_out_large")["processes"] == 4
+        assert median("results_dropped")["workers_growth"] > 0
     assert median("fan_out_large")["host_growth"] >= median("fan_out_large")["host_at_values"] > 0
     assert median("map_large")["copies_peak"] >= 0
-    assert median("results_dropped")["host_growth"] > 0
+    assert median("results_dropped")["host_growth"] >= 0  # one process may use again what it has freed
 
 
 @pytest.mark.dask
@@ -140,7 +141,7 @@ def test_every_case_runs_on_dask(tmp_path: Path) -> None:
 
 
 def test_every_case_runs_with_threads(tmp_path: Path) -> None:
-    results, _ = benchmark(tmp_path, *ON_A_CLUSTER, "radps", "map_memory", "--backend", "threads", *SMALL)
+    results, _ = benchmark(tmp_path, *ON_A_CLUSTER, "--backend", "threads", *SMALL)
     judge_small(results, apart=False)
 
 
