@@ -171,8 +171,6 @@ class CrashedRun(RunError):
         How many other tasks were lost with it, any of which may be to blame.
     element : int or None
         Of a chunk that was lost: which of its elements ran last; None if nobody knows.
-    excused : bool
-        Nobody is to blame: the worker was retired.
     final : bool
         Trying again is pointless: the backend is gone.
     """
@@ -180,7 +178,6 @@ class CrashedRun(RunError):
     began: bool | None = None
     shared: int = 0
     element: int | None = None
-    excused: bool = False
     final: bool = False
 
 

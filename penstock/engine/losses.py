@@ -59,7 +59,7 @@ def judge(
         return Verdict.UNTOUCHED
     if not idempotent:
         return Verdict.CRASHED
-    if (isinstance(cause, errors.SchedulerLost) or getattr(cause, "excused", False)) and excuses < EXCUSES:
+    if isinstance(cause, errors.SchedulerLost) and excuses < EXCUSES:
         return Verdict.EXCUSED
     if getattr(cause, "shared", 0) and suspicions < ROUNDS:
         return Verdict.SUSPECT

@@ -143,17 +143,14 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         restarted = worker in self._restarting
         self._restarting.discard(worker)
         lost: dict[Any, bool | None] = {}
-        retired: dict[Any, bool | None] = {}
         orphans: list[Any] = []
         for key, given_up in displaced if stimulus == stimulus_id else ():
             task = scheduler.tasks.get(key)
             if task is None:
                 continue
             name = plugin.runtime.start_name(key)
-            if task.suspicious <= self._blamed.get(key, 0):  # retired in good order: Dask moves the task
-                if begun is not None and name in begun:  # not uncounted if it had begun
-                    retired[key] = True
-                continue
+            if task.suspicious <= self._blamed.get(key, 0):
+                continue  # retired in good order: Dask moves the task
             self._blamed[key] = task.suspicious
             if task.who_wants and all(self.homes.get(one.client_key) == worker for one in task.who_wants):
                 orphans.append(key)  # who has submitted it died on this worker, too, and bears the blame
@@ -166,11 +163,9 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
             for seconds in SWEEPS:
                 scheduler.loop.call_later(seconds, plugin.memory.sweep)
         elements = {name: element for name, (element, _) in (begun or {}).items()}
-        for some, retires in ((lost, False), (retired, True)):
-            if some:
-                self.drop([key for key in some if scheduler.tasks[key].state != "erred"])
-                facts = {**known, "retired": retires}
-                scheduler.loop.call_later(PATIENCE, self._announce_loss, some, facts, elements)
+        if lost:
+            self.drop([key for key in lost if scheduler.tasks[key].state != "erred"])
+            scheduler.loop.call_later(PATIENCE, self._announce_loss, lost, known, elements)
 
     def log_event(self, topic: str, msg: Any) -> None:
         """Hear of workers that use too much memory."""

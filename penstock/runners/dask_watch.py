@@ -353,7 +353,7 @@ def loss(key: Key, details: dict[str, Any]) -> Exception:
     key : tuple
         The attempt.
     details : dict
-        ``worker, pid, limit, rss, silent, began, shared, element, retired`` as the tracker found them.
+        ``worker, pid, limit, rss, silent, began, shared, element`` as the tracker found them.
 
     Returns
     -------
@@ -377,7 +377,6 @@ def loss(key: Key, details: dict[str, Any]) -> Exception:
         cause = errors.WorkerLost(f"worker {worker} (pid {pid}) {_death(pid)} {when} task {name!r}")
     cause.began, cause.element = began, details.get("element")
     cause.shared = details["shared"]
-    cause.excused = bool(details.get("retired"))
     return cause  # type: ignore[no-any-return]
 
 

@@ -238,7 +238,7 @@ def test_a_worker_that_needs_too_much_memory_says_how_much(run: Run, record: Rec
 
 @pytest.mark.xfail(
     strict=False,
-    reason="known defect: a task that runs on a worker while it is retired is executed again, uncounted",
+    reason="known defect: what runs on a worker while it is retired is executed again, uncounted",
 )
 def test_a_worker_that_is_retired_takes_nothing_along(record: Record, tmp_path: Path) -> None:
     ledger = tmp_path / "ledger"
@@ -253,8 +253,9 @@ def test_a_worker_that_is_retired_takes_nothing_along(record: Record, tmp_path: 
 
     with runner:
         assert flow(task_runner=runner)(body)() == list(range(40))
-    assert {row.attempt for row in record.tasks("works")} == {1}
-    assert executions(ledger) == {str(number): 1 for number in range(40)}
+    assert record.types("works") == ["COMPLETED"] * 40
+    attempts = {row.name.rpartition("-")[2]: row.attempt for row in record.tasks("works")}
+    assert executions(ledger) == attempts  # what ran there at that moment ran twice, counted and at no cost
 
 
 def test_workers_that_are_restarted_in_good_order_cost_nothing(
@@ -263,7 +264,7 @@ def test_workers_that_are_restarted_in_good_order_cost_nothing(
     ledger = tmp_path / "ledger"
 
     def body() -> Any:
-        futures = works.with_options(crash_retries=0).map(ledger, range(40), 0.02)
+        futures = works.with_options(crash_retries=0, chunk_size=1).map(ledger, range(40), 0.02)
         futures[3].wait()
         address = next(iter(scheduler_of(runner).workers))
         runner.client.restart_workers([address], timeout=30)
