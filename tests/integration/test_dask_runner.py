@@ -613,7 +613,7 @@ def test_a_cluster_without_workers_is_told(
 
 def test_a_scheduler_that_dies_is_told_at_once(tmp_path: Path) -> None:
     with foreign_cluster(tmp_path, 1) as foreign:
-        runner = DaskTaskRunner(foreign["address"], client_kwargs={"timeout": 3}).open()
+        runner = DaskTaskRunner(foreign["address"], client_kwargs={"timeout": 3}, reconnect_timeout=0).open()
         session = Session(runner)
         refs = runner.send([session.submission(nap, 60.0, announce=True) for _ in range(3)])
         session.wait_start(refs[0])

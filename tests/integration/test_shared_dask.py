@@ -226,12 +226,12 @@ def test_arrays_inside_of_a_value_are_shared_and_a_write_stays_in_its_process(cl
         first, second, third, _ = cluster.workers
         made = make.with_options(**on(first)).submit(LENGTH, form="dict")
         before = look.with_options(**on(second)).submit(made).result()
-        written = scribble.with_options(**on(second)).submit(made).result()
+        written = scribble.with_options(inputs="shared", **on(second)).submit(made).result()
         after = [look.with_options(**on(one)).submit(made).result() for one in (first, third)]
         return before, written, after
 
     before, written, after = run()
-    assert before["writeable"]
+    assert not before["writeable"]
     assert written == -LENGTH
     assert [one["sum"] for one in (before, *after)] == [expected(LENGTH)] * 3
 
