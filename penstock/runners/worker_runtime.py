@@ -860,9 +860,10 @@ def signal_of(value: Any) -> BaseException | None:
 
 
 @functools.lru_cache(1024)
-def _element_prefix(map_id: str) -> str:
+def _map_digest(map_id: str) -> tuple[str, int]:
     digest = hashlib.blake2b(map_id.encode(), digest_size=6).hexdigest()
-    return f"{map_id[:12]}8{digest[:3]}{'89ab'[int(digest[3], 16) & 3]}{digest[4:11]}"
+    prefix = f"{map_id[:12]}8{digest[:3]}{'89ab'[int(digest[3], 16) & 3]}"
+    return prefix, int(digest[4:], 16)
 
 
 def element_id(map_id: str, index: int) -> str:
@@ -873,16 +874,18 @@ def element_id(map_id: str, index: int) -> str:
     map_id : str
         Id of the map run.
     index : int
-        Position of the element, below 2 ** 32.
+        Position of the element, below 2 ** 28.
 
     Returns
     -------
     str
-        32 hexadecimal digits (a UUIDv8): the time of the map, 42 bits of a digest of its id, and the
-        index. So the ids of a map stand together and in order wherever ids are sorted; a store that
-        keeps its rows by id writes them one after the other.
+        32 hexadecimal digits (a UUIDv8): the time of the map, 14 bits of a digest of its id, the index,
+        and 32 bits in which index and digest are mixed, so that its last digits tell elements apart as
+        those of any id do. The ids of a map stand together and in order wherever ids are sorted; a
+        store that keeps its rows by id writes them one after the other.
     """
-    return f"{_element_prefix(map_id)}{index:08x}"
+    prefix, salt = _map_digest(map_id)
+    return f"{prefix}{index:07x}{(index * 0x9E3779B1 + salt) & 0xFFFFFFFF:08x}"
 
 
 def too_large(value: Any, limit: float, where: str) -> MemoryError | None:
