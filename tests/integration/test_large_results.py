@@ -61,8 +61,9 @@ def check(runner: TaskRunner, large: Any, limit: str) -> None:
         siblings = sibling.map(range(6))
         future = large()
         future.wait()
+        unharmed = siblings.result()  # they have ended, and left both workers free
         after = workers()
-        return [future.state, future.exception(), siblings.result(), before == after]
+        return [future.state, future.exception(), unharmed, before == after]
 
     state, error, siblings, alive = body()
     assert state.type is StateType.FAILED
