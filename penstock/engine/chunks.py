@@ -53,7 +53,7 @@ class Chunk:
     packer : Packer or None
         Counts it among those that are with the back end.
     refusals : dict of str to str
-        By task: why a map that takes its elements does not go along.
+        By the id of a map that takes its elements: why it does not go along.
     """
 
     __slots__ = ("key", "open", "packer", "ref", "refusals", "stages")
@@ -260,7 +260,7 @@ def _next_stage(chunk: Chunk) -> list[TaskRun] | None:
             found = _followers(chunk, stage, mapped)
             if isinstance(found, list):
                 return found
-            chunk.refusals[mapped.task.name] = found
+            chunk.refusals[str(edge.run.map_id)] = found
     return None
 
 

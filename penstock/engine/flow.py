@@ -184,6 +184,8 @@ class Flow(Generic[P, R]):
         state: State | None = None
         try:
             run.make()
+            if outer is not None and outer.session.plans:
+                return (yield from run.planned_steps(wait_for, return_state))
             try:
                 yield from run.arguments_steps(wait_for)
                 run.start()
@@ -221,7 +223,10 @@ class Flow(Generic[P, R]):
         """
         from penstock.engine import plan
 
-        return plan.explain(self, args, kwargs)
+        given: tuple[Any, ...] = args
+        if "_instance" in self.__dict__:
+            given = (self.__dict__["_instance"], *args)
+        return plan.explain(self, given, kwargs)
 
     # -- options ----------------------------------------------------------------------------------
     def with_options(

@@ -23,7 +23,7 @@ from penstock.engine.options import run_name
 from penstock.engine.reservation import reserved, whereabouts
 from penstock.engine.session import Session
 from penstock.engine.states import State, StateType, Stored, advance, failure_of
-from penstock.engine.steps import Steps, Wait
+from penstock.engine.steps import Invoke, Steps, Wait
 from penstock.engine.summary import describe_all
 from penstock.engine.tracking import start_tracking, stop_tracking
 from penstock.runners import worker_runtime
@@ -162,6 +162,17 @@ class FlowRunScope:
                 message = f"Validation of flow parameters failed with error: {error}"
                 raise errors.ParameterTypeError(message) from None
         self.args, self.kwargs = parameters.unbind(self.flow.signature, self.arguments)
+
+    def planned_steps(self, wait_for: Any, return_state: bool) -> Steps:
+        """Call the function in the plan that surrounds it: no runner is opened, and nothing is waited for."""
+        yield from self.arguments_steps(wait_for)
+        assert self.session is not None
+        with self.inside():
+            returned = yield Invoke(self.flow.fn, self.args, self.kwargs, name=self.flow_run.name)
+        if return_state:  # only a run has one
+            self.session.flush()
+        self.session.pause()  # a flow ends when its tasks have ended
+        return returned
 
     def _value_of(self, run: TaskRun, tolerant: bool) -> Any:
         if run.done and not run.completed and not tolerant:

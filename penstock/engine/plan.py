@@ -7,6 +7,7 @@ something that only a run can give.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import itertools
 import os
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from penstock.engine.flow import Flow
 
 _OURS = tuple(str(Path(__file__).parent.parent / room) for room in ("engine", "runners", "cli"))
+_LOOP = str(Path(asyncio.__file__).parent)
 TINY = 1e-5
 """Seconds that an element is taken to last where only a pilot could tell."""
 
@@ -129,9 +131,10 @@ class _Nowhere(TaskRunner):
 
     name = "plan"
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, *, in_process: bool) -> None:
         super().__init__()
         self.threads = threads
+        self.in_process = in_process  # then arguments are shared: nothing is pickled, and nothing lifted
         self.max_in_flight = 1 << 40
 
     def start(self) -> None:
@@ -142,7 +145,7 @@ class _Nowhere(TaskRunner):
 
     @property
     def info(self) -> RunnerInfo:
-        return RunnerInfo("plan", threads=self.threads, dependencies=True)
+        return RunnerInfo("plan", threads=self.threads, in_process=self.in_process, dependencies=True)
 
     def put(self, values: Sequence[Any]) -> list[Ref]:
         opened = [worker_runtime.opened(value) for value in values]
@@ -164,13 +167,27 @@ class _Nowhere(TaskRunner):
 class _Planning(Session):
     """Captures calls, and lets nothing go."""
 
+    plans = True
+
     def __init__(self, runner: TaskRunner) -> None:
         self.made_runs: list[TaskRun] = []
+        self.taken: list[TaskRun | Chunk] = []
+        self.late: set[str] = set()  # maps whose upstream has ended before they were made
         super().__init__(runner, Journal(lambda _: None))
 
     def submit(self, runs: Sequence[TaskRun], scope: Scope) -> None:
         self.made_runs.extend(runs)
+        if any(source.run is not None and source.run.key is not None for source in sources_of(runs[0])):
+            self.late.add(str(runs[0].map_id))
         super().submit(runs, scope)
+
+    def hold(self, runs: Sequence[TaskRun], scope: Scope) -> None:
+        """Take runs whose operands only a run can tell; they go when their time comes, as all do."""
+        self.made_runs.extend(runs)
+        super().hold(runs, scope)
+        for run in runs:
+            run.waiting = 0
+            self._release(run)
 
     def flush(self) -> None:
         raise _Ends("a future is looked at")
@@ -181,17 +198,15 @@ class _Planning(Session):
     def _pump(self) -> None:
         """Nothing is sent before the plan is complete."""
 
-    def units(self) -> list[TaskRun | Chunk]:
-        """Take everything as if all elements of automatic maps were tiny."""
+    def pause(self) -> None:
+        """Take everything, as if all elements of automatic maps were tiny."""
         for packer in {run.mapped.packer for run in self.made_runs if run.mapped is not None}:
             if packer is not None and packer.size == "auto":
                 packer.seconds = TINY
-        found: list[TaskRun | Chunk] = []
         while taken := self._take():
-            found.extend(taken)
+            self.taken.extend(taken)
             for unit in taken:  # all of it is gone at once
                 self._landed(unit)
-        return found
 
 
 def explain(flow: Flow[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
@@ -201,40 +216,43 @@ def explain(flow: Flow[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
         bound = parameters.validate(flow.fn, flow.signature, bound)
     positional, named = parameters.unbind(flow.signature, bound)
     runner = flow.runner()
-    threads = runner.info.threads if runner.is_open or runner.in_process else os.cpu_count() or 1
-    session = _Planning(_Nowhere(threads).open())
+    threads, known = _slots(runner)
+    session = _Planning(_Nowhere(threads, in_process=runner.in_process).open())
     run = FlowRun(flow, flow.name)
     end = ""
     try:
         with context.entered(Scope(session, run)):
             value = flow.fn(*positional, **named)
             if inspect.iscoroutine(value):
-                _to_its_end(value)
+                worker_runtime.run_coroutine(value)
     except _Ends as reason:
         end = f"{reason}{_where(reason)}"
-    units = session.units()
-    return Plan(flow.name, f"{runner.name} with {threads} slots", _nodes(session, units), len(units), end)
+    finally:
+        session.close()
+    session.pause()
+    units = session.taken
+    where = f"{runner.name} with {threads} slots{'' if known else ' (assumed: it is not started)'}"
+    return Plan(flow.name, where, _nodes(session, units), len(units), end)
 
 
-def _to_its_end(coroutine: Any) -> None:
-    """Run a coroutine that awaits nothing but futures, and so ends at the first of them."""
-    try:
-        coroutine.send(None)
-    except StopIteration:
-        return
-    coroutine.close()
-    raise _Ends("the flow awaits something")
+def _slots(runner: TaskRunner) -> tuple[int, bool]:
+    """Return how many tasks run at once, and whether that is known; nothing is started for it."""
+    if runner.is_open or runner.in_process:
+        return runner.info.threads, True
+    wished = getattr(runner, "max_workers", None)
+    return (int(wished), True) if wished else (os.cpu_count() or 1, False)
 
 
 def _where(error: BaseException) -> str:
     frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(_OURS)]
+    frames = [one for one in frames if not one.filename.startswith(_LOOP)] or frames
     return f" ({frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
 
 
 def _nodes(session: _Planning, units: Iterable[TaskRun | Chunk]) -> tuple[Node, ...]:
     chunks = [unit for unit in units if isinstance(unit, Chunk)]
     leader: dict[str | None, str] = {}
-    refusals: dict[str, str] = {}
+    refusals = dict.fromkeys(session.late, "its upstream has ended before it is made")
     sizes: dict[str | None, list[int]] = {}
     for chunk in chunks:
         first = chunk.stages[0][0]
@@ -243,11 +261,12 @@ def _nodes(session: _Planning, units: Iterable[TaskRun | Chunk]) -> tuple[Node, 
         for stage in chunk.stages[1:]:
             leader[stage[0].map_id] = first.task.name
     counts: dict[str | None, int] = {}
-    for run in session.made_runs:
+    made = [run for run in session.made_runs if not run.done]  # the flow may have cancelled others
+    for run in made:
         if run.map_id is not None:
             counts[run.map_id] = counts.get(run.map_id, 0) + 1
     nodes, seen = [], set()
-    for run in session.made_runs:
+    for run in made:
         if not run.tracked or (run.map_id is not None and run.map_id in seen):
             continue
         seen.add(run.map_id)
@@ -276,7 +295,7 @@ def _node(
         upstream=tuple(dict.fromkeys(one.run.task.name for one in sources if one.run is not None)),
         together="" if count is None or fused else _packing(run, sizes.get(run.map_id, [])),
         fused_with=fused,
-        not_fused="" if fused or count is None else refusals.get(run.task.name, ""),
+        not_fused="" if fused or count is None else refusals.get(str(run.map_id), ""),
         lifted=tuple(dict.fromkeys(lifted)),
         options=f"asks for {', '.join(wishes)}" if wishes else "",
     )

@@ -59,6 +59,9 @@ class Session:
         Where events go.
     """
 
+    plans = False
+    """Whether it only captures calls (`plan`): flows within it open no runner and wait for nothing."""
+
     def __init__(self, runner: TaskRunner, journal: Journal) -> None:
         self.runner = runner
         self.in_process = runner.in_process
@@ -87,6 +90,9 @@ class Session:
         self.failures = 0
         self.live: dict[TaskRun, None] = {}
         runner.listen(self.tag, self._receive)
+
+    def pause(self) -> None:
+        """In a plan: what was captured so far is gone when the flow goes on. A run needs no telling."""
 
     def close(self) -> None:
         """Stop listening; runs that have not ended are left as they are."""

@@ -515,3 +515,22 @@ def test_a_plan_is_shown_and_nothing_runs(shell: Shell) -> None:
     plan = shell.json("explain", "flows.py:good")
     assert [node["task"] for node in plan["nodes"]] == ["says", "square"]
     assert len(shell.rows()) == before
+
+
+def test_the_plan_is_alone_on_standard_output_and_an_error_is_the_users(shell: Shell) -> None:
+    (shell.folder / "loud.py").write_text(
+        "from penstock import flow\n@flow\ndef loud():\n    print('hello')\n"
+        "@flow\ndef falls():\n    raise ValueError('mine')\n"
+    )
+    assert shell.json("explain", "loud.py:loud")["nodes"] == []
+    done = shell("explain", "loud.py:falls")
+    assert (done.code, done.out) == (1, "")
+    assert {Path(name).name for name in re.findall(r'File "([^"]+)"', done.err)} == {"loud.py"}
+    assert "unexpected keyword argument" in sentence(shell("explain", "loud.py:loud", "-p", "m=1"))
+
+
+def test_the_plan_of_the_demo(shell: Shell) -> None:
+    plan = shell.json("explain", "penstock.demo.flow:radio", "--runner", "dask")
+    assert [node["task"] for node in plan["nodes"]] == ["read_visibilities", "find_scans"]
+    assert "find_scans.submit(observation).result()" in plan["end"]
+    assert "assumed" in plan["runner"], "no cluster is started for a plan"

@@ -1,10 +1,12 @@
 """What the compiler makes of a flow, and why it does not make more of it."""
 
+import asyncio
+import threading
 from typing import Any
 
 import numpy as np
 
-from penstock import allow_failure, flow, task, unmapped
+from penstock import ProcessPoolTaskRunner, allow_failure, flow, task, unmapped
 from penstock.engine.plan import Node, Plan
 
 
@@ -81,3 +83,93 @@ def test_explicit_chunks_are_counted() -> None:
     found = plan(lambda: load.with_options(chunk_size=10).map(range(95)))
     assert found.nodes[0].together == "in 10 chunks of up to 10"
     assert found.messages == 10
+
+
+def test_a_flow_within_the_flow_opens_no_runner_and_runs_nothing() -> None:
+    ran: list[int] = []
+
+    @task
+    def work(x: int) -> int:
+        ran.append(x)
+        return x
+
+    @flow
+    def inner(count: int) -> Any:
+        return work.map(range(count))
+
+    def body() -> None:
+        clean.map(inner(30))
+        inner.with_options(task_runner="sequential")(4)
+
+    found = plan(body)
+    assert [(node.task, node.count) for node in found.nodes] == [("work", 30), ("clean", 30), ("work", 4)]
+    assert found.nodes[1].upstream == ("work",)
+    assert found.nodes[1].fused_with == "", "the tasks of a flow have ended when it returns"
+    assert "ended before" in found.nodes[1].not_fused
+    assert found.end == ""
+    assert ran == []
+
+
+def test_each_map_has_its_own_reason() -> None:
+    def body() -> None:
+        loaded = load.map(range(100))
+        clean.map(loaded, wait_for=[load.submit(1)])
+        clean.with_options(resources={"GPU": 1}).map(loaded)
+
+    first, second = [node for node in plan(body).nodes if node.task == "clean"]
+    assert "not there yet" in first.not_fused
+    assert "resources" in second.not_fused
+
+
+def test_nodes_of_a_tree_in_order_of_completion_are_planned() -> None:
+    def body() -> None:
+        clean.submit(load.map(range(20)).reduce(sum, order="completion"))
+
+    found = plan(body)
+    assert [node.task for node in found.nodes] == ["load", "sum", "sum", "sum", "clean"]
+    assert found.messages == 1 + 3 + 1
+
+
+def test_an_async_flow_is_planned_up_to_its_first_value() -> None:
+    async def body() -> None:
+        load.submit(1)
+        await asyncio.sleep(0)
+        await asyncio.gather(clean.submit(2))
+
+    found = plan(body)
+    assert [node.task for node in found.nodes] == ["load", "clean"]
+    assert "await asyncio.gather" in found.end
+
+
+def test_threads_share_what_cannot_be_pickled_and_nothing_is_lifted() -> None:
+    def body() -> None:
+        clean.submit(threading.Lock(), np.zeros(200_000))
+
+    (node,) = flow(task_runner="threads")(body).explain().nodes
+    assert node.lifted == ()
+
+
+def test_slots_are_those_of_the_runner_or_said_to_be_assumed() -> None:
+    def body() -> None:
+        load.map(range(100))
+
+    runner = ProcessPoolTaskRunner(max_workers=7)
+    assert flow(task_runner=runner)(body).explain().runner == "processes with 7 slots"
+    assert not runner.is_open
+
+
+def test_a_method_can_be_explained() -> None:
+    class Telescope:
+        @flow
+        def observe(self, count: int) -> None:
+            load.map(range(count))
+
+    assert Telescope().observe.explain(30).nodes[0].count == 30
+
+
+def test_what_the_flow_has_cancelled_is_not_in_the_plan() -> None:
+    def body() -> None:
+        load.map(range(30)).cancel()
+        clean.submit(1)
+
+    assert [node.task for node in plan(body).nodes] == ["clean"]
