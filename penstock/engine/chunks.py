@@ -161,7 +161,7 @@ class Packer:
         """How many elements go together now; 0 if they have to wait."""
         left = len(self.ready)
         if isinstance(self.size, int):
-            room = self.window if self.size == 1 else max(AHEAD * self.threads, self.window // self.size)
+            room = self.window if self.size == 1 else AHEAD * self.threads
             return min(self.size, left) if self.flying < room else 0
         if self.seconds is None:
             together = self._together()
