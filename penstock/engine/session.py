@@ -465,7 +465,7 @@ class Session:
             for run in list(chunk.runs):
                 if not run.done and run.key is chunk.key:
                     self.graph.hold(run)
-                    self.put_back(run)
+                    outcomes.not_run(self, run)
 
     def _landed(self, unit: TaskRun | Chunk | None) -> None:
         """A unit of work is with the backend no more."""
