@@ -298,6 +298,9 @@ class Session:
         pending = deque([run])
         while pending:
             one = pending.popleft()
+            if one.cancelling and not one.done:  # it was asked to stop while it was taken back
+                self.settle(one, StateType.CANCELLED, None, "Cancelled before it started.")
+                continue
             if self.quarantine.add(one):
                 continue
             self.buffer.add(one, leading=leading)
