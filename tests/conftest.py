@@ -15,7 +15,7 @@ import pytest
 from penstock import flow, settings
 from penstock.engine.events import bus
 from penstock.engine.tracking import stop_tracking
-from penstock.runners import runner_class
+from penstock.runners import base, runner_class
 from penstock.runners.base import TaskRunner
 from tests.record import Record
 
@@ -140,7 +140,8 @@ def nothing_left_behind() -> Iterator[None]:
         wait_until(lambda: not stray_processes(), 10.0)
     except AssertionError as error:
         left = [(one.pid, one.status(), " ".join(one.cmdline())[:300]) for one in stray_processes()]
-        pytest.fail(f"left behind: threads {stray_threads()}, processes {left} ({error})")
+        kept = [repr(one) for one in base._kept_runners]
+        pytest.fail(f"left behind: threads {stray_threads()}, kept {kept}, processes {left} ({error})")
 
 
 def stray_threads() -> list[threading.Thread]:
