@@ -185,9 +185,10 @@ class FlowRunScope:
         own = self.outer is None or self.flow._runner_override is not None
         if own:
             self.runner = kept(self.flow.runner())
+            users_own = self.runner.is_open  # who has opened it closes it
             self.runner.open()
             self._ends.callback(self.runner.close)
-            if self.runner.keeps:
+            if self.runner.keeps and not users_own:
                 self.runner.keep()
             self.session = Session(self.runner, self.journal)
             self._ends.callback(self.session.close)
