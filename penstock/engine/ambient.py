@@ -71,6 +71,7 @@ def _end(runner: TaskRunner) -> None:
         session = _loose.pop(id(runner), None)
     if session is not None:
         waiting.wait(list(session.live))
+        session.hooks.wait()
         session.close()
 
 

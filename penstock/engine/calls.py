@@ -257,6 +257,21 @@ class TaskRun:
         return self.failures + self.crashes + self.excuses - self.unbegun + 1
 
     @property
+    def settled(self) -> bool:
+        """Whether the run has ended, and its hooks with it."""
+        return self.done and not (self.session is not None and self.session.hooks.holds(self))
+
+    @property
+    def run_count(self) -> int:
+        """Number of executions so far, the present one included."""
+        return self.position.attempt
+
+    @property
+    def flow_run_id(self) -> str | None:
+        """Id of the flow run that the run belongs to."""
+        return self.flow_run.id if self.flow_run is not None else None
+
+    @property
     def completed(self) -> bool:
         """Whether the run has a value."""
         return self.done and self.position.type is StateType.COMPLETED
@@ -322,6 +337,11 @@ class FlowRun:
         kind = self.position.type
         assert kind is not None
         return kind
+
+    @property
+    def run_count(self) -> int:
+        """Number of executions of the flow function so far, the present one included."""
+        return self.position.attempt
 
     def __repr__(self) -> str:
         """Show name, id and state."""

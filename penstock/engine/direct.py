@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from penstock.engine import invoke, values
+from penstock.engine import hook_calls, invoke, values
 from penstock.engine.calls import Bound, Call, Source, TaskRun
 from penstock.engine.graph import admits
-from penstock.engine.states import StateType, advance
+from penstock.engine.hooks import Hook
+from penstock.engine.states import State, StateType, advance
 from penstock.engine.steps import Invoke, Sleep, Steps, Wait
 from penstock.engine.waiting import HOP
 from penstock.runners import worker_runtime
@@ -41,6 +43,7 @@ def steps(run: TaskRun, scope: Scope, call: Call, return_state: bool) -> Steps:
     else:
         yield from _attempts(run, scope, call, values.of_sources(session, call.sources))
     state = values.state_of(run)
+    yield from _hooks(run, run.task.options.hooks.of_task(run.type), state)
     if return_state:
         return state
     error = values.exception_of(run)
@@ -56,6 +59,8 @@ def _attempts(run: TaskRun, scope: Scope, call: Call, inputs: list[Any]) -> Step
     while not run.done:
         run.delay = None
         run.position = advance(run.position, StateType.RUNNING, None, run.next_attempt)
+        if options.hooks.on_running:
+            yield from _hooks(run, options.hooks.on_running, hook_calls.running_state(run))
         order = invoke.work_order(run, call, session.prints_of(run))
         attempt = worker_runtime.Attempt(order, None, session.scope_of(run))
         guard = worker_runtime.Guard(options.inputs)
@@ -75,6 +80,14 @@ def _attempts(run: TaskRun, scope: Scope, call: Call, inputs: list[Any]) -> Step
             raise error
         if run.delay:
             yield Sleep(run.delay)
+
+
+def _hooks(run: TaskRun, hooks: Sequence[Hook], state: State) -> Steps:
+    """Call hooks where the task was called."""
+    journal = run.carrier.journal
+    yield from hook_calls.call_here(
+        hooks, (run.task, run, state), lambda line: journal.lines(run, [line], 0), Invoke
+    )
 
 
 def _blocks(source: Source) -> bool:

@@ -10,7 +10,16 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from penstock import errors
-from penstock.engine import cancelling, conclusion, context, parameters, signals, values, waiting
+from penstock.engine import (
+    cancelling,
+    conclusion,
+    context,
+    hook_calls,
+    parameters,
+    signals,
+    values,
+    waiting,
+)
 from penstock.engine.annotations import allow_failure, quote
 from penstock.engine.caller import wait_sources
 from penstock.engine.calls import FlowRun, TaskRun
@@ -232,7 +241,7 @@ class FlowRunScope:
         """Return the runs that the flow's end has to wait for."""
         return [*self.flow_run.live, *conclusion.members_of(returned).runs]
 
-    def returned(self, value: Any) -> State:
+    def returned(self, value: Any) -> Steps:
         """Conclude from what the function returned."""
         if isinstance(value, quote):
             state = State(StateType.COMPLETED, data=value.unwrap())
@@ -246,16 +255,16 @@ class FlowRunScope:
                 state.data = Returned(value, members.runs) if members.runs else value
                 if self.outer is None and members.runs:
                     state.data.load()  # the one implicit download; before the record says how much came here
-        self._finish(state)
+        yield from self._finish(state)
         return state
 
-    def not_ready(self, error: errors.UnfinishedRun) -> State:
+    def not_ready(self, error: errors.UnfinishedRun) -> Steps:
         """An upstream of a nested flow did not complete: it never runs."""
         if self.session is None or self.flow_run.type is not StateType.PENDING:
             state = State(StateType.FAILED, message=str(error), data=error)
         else:
             state = State(StateType.PENDING, "NotReady", str(error), error)
-        self._finish(state)
+        yield from self._finish(state)
         return state
 
     def raised(self, error: BaseException) -> Steps:
@@ -271,7 +280,7 @@ class FlowRunScope:
                 cancelling.cancel_unstarted(live)
                 yield Wait(live)
         state = self._state_of_error(error, asked)
-        self._finish(state)
+        yield from self._finish(state)
         return state
 
     def _state_of_error(self, error: BaseException, asked: bool) -> State:
@@ -303,8 +312,27 @@ class FlowRunScope:
         message = f"Flow run encountered an exception: {type(error).__name__}: {error}"
         return State(StateType.FAILED, message=message, data=error)
 
-    def _finish(self, state: State) -> None:
+    def hooks(self, state: State) -> Steps:
+        """Call what the flow's hooks want to be called for a state."""
+        hooks = self.flow.options.hooks.of_flow(state.type)
+        yield from hook_calls.call_here(
+            hooks,
+            (self.flow, self.flow_run, state),
+            lambda line: self.journal.flow_lines(self.flow_run, [line]),
+            Invoke,
+        )
+
+    def _finish(self, state: State) -> Steps:
         state.state_details.setdefault("flow_run_id", self.flow_run.id)
+        if self.session is not None and state.name != "NotReady":
+            with self.inside():
+                yield from self.hooks(state)
+                while self._interrupts.received is None and (
+                    left := list(self.flow_run.live)
+                ):  # made by hooks
+                    yield Wait(left)
+        elif state.name != "NotReady":
+            yield from self.hooks(state)
         details: dict[str, Any] = {"seconds": max(0.0, state.timestamp - self.flow_run.started)}
         if isinstance(state.data, BaseException):
             errors.hide_frames(state.data)

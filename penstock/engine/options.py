@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
 from penstock import errors
+from penstock.engine.hooks import NO_HOOKS, Hook, Hooks
 from penstock.engine.results import Persistence, ResultOptions, Storage, read_options
 from penstock.engine.retry import DelayOption, RetryPolicy, read_delays, read_jitter
 from penstock.runners.base import Options
 
 RunName = str | Callable[..., str] | None
-Hooks = tuple[Callable[..., Any], ...]
 
 
 class NotGiven:
@@ -48,6 +48,7 @@ class TaskOptions:
     backend: Options = field(default_factory=Options)
     priority: int = 0
     results: ResultOptions = field(default_factory=ResultOptions)
+    hooks: Hooks = NO_HOOKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class FlowOptions:
     log_prints: bool | None = None
     task_runner: Any = None
     results: ResultOptions = field(default_factory=ResultOptions)
+    hooks: Hooks = NO_HOOKS
 
 
 def retry_policy(
@@ -178,6 +180,11 @@ def changed_results(
     before = (old.persist, old.storage, old.key, old.serializer)
     merged: list[Any] = [was if now is NOT_GIVEN else now for now, was in zip(new, before, strict=True)]
     return read_options(*merged)
+
+
+def changed_hooks(old: Hooks, owner: str, **given: Iterable[Hook] | None) -> Hooks:
+    """Merge what is said of hooks: a kind that was given replaces what was there."""
+    return old.changed({kind: hooks for kind, hooks in given.items() if hooks is not NOT_GIVEN}, owner)
 
 
 def changed(options: Any, changes: Mapping[str, Any]) -> Any:

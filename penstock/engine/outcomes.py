@@ -86,6 +86,8 @@ def started(session: Session, run: TaskRun) -> None:
     run.position = advance(run.position, StateType.RUNNING)
     run.started = time.time()
     session.journal.task_state(run)
+    if run.task.options.hooks.on_running:
+        session.hooks.started(run)
     timeout = run.task.options.timeout_seconds
     if timeout is not None:
         attempt = run.attempt
@@ -132,6 +134,8 @@ def ended(session: Session, run: TaskRun, record: dict[str, Any], nbytes: int, w
     if "children" in record:
         session.journal.absorb(record["children"])
     details = {"started": record["started"], "seconds": record["seconds"], "peak": record["peak"]}
+    if run.task.options.hooks.on_running:
+        session.hooks.started(run)
     if run.mapped is not None and run.mapped.packer is not None and run.place < 0:
         run.mapped.packer.learn(record["seconds"], run.nbytes, together=False)
     if "stored" in record:

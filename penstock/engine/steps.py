@@ -138,7 +138,8 @@ async def drive_awaiting(steps: Steps) -> Any:
 async def _await_call(step: Invoke) -> Any:
     try:
         async with asyncio.timeout(step.timeout) as limit:
-            return await step.function(*step.args, **step.kwargs)
+            value = step.function(*step.args, **step.kwargs)
+            return await value if inspect.isawaitable(value) else value
     except TimeoutError as error:
         if limit.expired():
             raise _timed_out(step.name, step.timeout) from error

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import inspect
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from dataclasses import replace as with_fields
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast, overload
 
 from penstock import errors
@@ -14,12 +15,14 @@ from penstock.engine.caller import Caller, wait_sources
 from penstock.engine.calls import Bound, Call, TaskRun
 from penstock.engine.context import Scope, current_tags
 from penstock.engine.futures import PenstockFuture, PenstockFutureList
+from penstock.engine.hooks import H, Hook, read_hooks
 from penstock.engine.options import (
     NOT_GIVEN,
     RunName,
     TaskOptions,
     backend_options,
     changed,
+    changed_hooks,
     changed_results,
     check_choices,
     check_signature,
@@ -95,6 +98,10 @@ class Task(Generic[P, R]):
     result_serializer : str, optional
         "pickle", "json", "npy", "npz", "arrow", "parquet", "zarr", "compressed/pickle",
         "compressed/json"; by the value if not given.
+    on_completion, on_failure, on_running, on_skipped : list of callable, optional
+        Called in the driver as ``hook(task, task_run, state)``, coroutine functions too: before the
+        future counts as done, while dependants go on. `on_failure` when no attempt is left, also after a
+        crash; `on_running` at each attempt.
     """
 
     def __init__(
@@ -124,6 +131,10 @@ class Task(Generic[P, R]):
         result_storage: Storage = None,
         result_storage_key: str | None = None,
         result_serializer: str | None = None,
+        on_completion: Iterable[Hook] | None = None,
+        on_failure: Iterable[Hook] | None = None,
+        on_running: Iterable[Hook] | None = None,
+        on_skipped: Iterable[Hook] | None = None,
     ) -> None:
         if not callable(fn):
             message = f"@task needs a function, got {type(fn).__name__}."
@@ -167,6 +178,13 @@ class Task(Generic[P, R]):
             backend=backend_options(resources, threads, workers, once=not idempotent),
             priority=priority,
             results=read_options(persist_result, result_storage, result_storage_key, result_serializer),
+            hooks=read_hooks(
+                "task",
+                on_completion=on_completion,
+                on_failure=on_failure,
+                on_running=on_running,
+                on_skipped=on_skipped,
+            ),
         )
 
     # -- what it is -----------------------------------------------------------------------------
@@ -381,6 +399,27 @@ class Task(Generic[P, R]):
             return [future.state for future in futures]
         return futures
 
+    # -- hooks ----------------------------------------------------------------------------------
+    def on_completion(self, fn: H) -> H:
+        """Decorate a function that is called when a run has completed."""
+        return self._also("on_completion", fn)
+
+    def on_failure(self, fn: H) -> H:
+        """Decorate a function that is called when a run has failed and no attempt is left."""
+        return self._also("on_failure", fn)
+
+    def on_running(self, fn: H) -> H:
+        """Decorate a function that is called when an attempt begins."""
+        return self._also("on_running", fn)
+
+    def on_skipped(self, fn: H) -> H:
+        """Decorate a function that is called when a run was skipped."""
+        return self._also("on_skipped", fn)
+
+    def _also(self, kind: str, fn: H) -> H:
+        self.options = with_fields(self.options, hooks=self.options.hooks.and_also(kind, fn, "task"))
+        return fn
+
     # -- options --------------------------------------------------------------------------------
     def with_options(
         self,
@@ -408,6 +447,10 @@ class Task(Generic[P, R]):
         result_storage: Storage = NOT_GIVEN,
         result_storage_key: str | None = NOT_GIVEN,
         result_serializer: str | None = NOT_GIVEN,
+        on_completion: Iterable[Hook] | None = NOT_GIVEN,
+        on_failure: Iterable[Hook] | None = NOT_GIVEN,
+        on_running: Iterable[Hook] | None = NOT_GIVEN,
+        on_skipped: Iterable[Hook] | None = NOT_GIVEN,
     ) -> Task[P, R]:
         """Make a task with other options; what is not given stays as it is. Tags are replaced."""
         old = self.options
@@ -450,6 +493,14 @@ class Task(Generic[P, R]):
                 "priority": priority,
                 "results": changed_results(
                     old.results, persist_result, result_storage, result_storage_key, result_serializer
+                ),
+                "hooks": changed_hooks(
+                    old.hooks,
+                    "task",
+                    on_completion=on_completion,
+                    on_failure=on_failure,
+                    on_running=on_running,
+                    on_skipped=on_skipped,
                 ),
             },
         )
@@ -529,6 +580,10 @@ def task(
     result_storage: Storage = None,
     result_storage_key: str | None = None,
     result_serializer: str | None = None,
+    on_completion: Iterable[Hook] | None = None,
+    on_failure: Iterable[Hook] | None = None,
+    on_running: Iterable[Hook] | None = None,
+    on_skipped: Iterable[Hook] | None = None,
 ) -> TaskDecorator: ...
 def task(fn: Any = None, /, **options: Any) -> Any:
     """Turn a function into a task: ``@task`` or ``@task(retries=3, …)``.

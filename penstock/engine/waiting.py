@@ -80,7 +80,7 @@ def _wait_here(
         while True:
             while position < len(runs) and runs[position].done:
                 position += 1
-            if position == len(runs):
+            if position == len(runs) and not session.hooks.hold_any(runs):
                 return True
             if until_failure and session.failures != failures:  # looks at all of them only if any failed
                 failures = session.failures
@@ -147,7 +147,11 @@ def wait_any(runs: Sequence[TaskRun], deadline: float | None) -> None:
         By the monotonic clock.
     """
     session = runs[0].carrier
-    while not any(run.done for run in runs):
+
+    def ended() -> bool:
+        return any(run.done and not session.hooks.holds(run) for run in runs)
+
+    while not ended():
         with session.lock:
             unsent = next((run for run in runs if session.buffer.discard(run)), None)
         session.flush()
@@ -156,7 +160,7 @@ def wait_any(runs: Sequence[TaskRun], deadline: float | None) -> None:
             continue
         pending = [run.ref for run in runs if run.ref is not None and run.ref.handle is not UNSENT]
         with session.runner.blocked(pending), session.changed:
-            while not any(run.done or run in session.buffer for run in runs):
+            while not ended() and not any(run in session.buffer for run in runs):
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     return
