@@ -57,8 +57,10 @@ def _attempts(run: TaskRun, scope: Scope, call: Call, inputs: list[Any]) -> Step
     options = run.task.options
     assert isinstance(call.arguments, Bound)
     while not run.done:
-        run.delay = None
-        run.position = advance(run.position, StateType.RUNNING, None, run.next_attempt)
+        name, run.delay = "Retrying" if run.delay else None, None
+        run.position = advance(run.position, StateType.RUNNING, name, run.next_attempt)
+        if name is not None:
+            session.journal.task_state(run)
         if options.hooks.on_running:
             yield from _hooks(run, options.hooks.on_running, hook_calls.running_state(run))
         order = invoke.work_order(run, call, session.prints_of(run))
@@ -78,6 +80,9 @@ def _attempts(run: TaskRun, scope: Scope, call: Call, inputs: list[Any]) -> Step
         error = attempt.error
         if isinstance(error, (KeyboardInterrupt, SystemExit, worker_runtime.Cancelled)):
             raise error
+        asked = session.hooks.asked(run)
+        if asked is not None:
+            yield from _ask(run, asked)
         if run.delay:
             yield Sleep(run.delay)
 
@@ -88,6 +93,18 @@ def _hooks(run: TaskRun, hooks: Sequence[Hook], state: State) -> Steps:
     yield from hook_calls.call_here(
         hooks, (run.task, run, state), lambda line: journal.lines(run, [line], 0), Invoke
     )
+
+
+def _ask(run: TaskRun, asked: hook_calls.Condition) -> Steps:
+    """Ask the retry condition where the task was called."""
+    again, condition = False, run.task.options.retry_condition_fn
+    assert condition is not None
+    try:
+        again = bool((yield Invoke(condition, asked.arguments)))
+    except Exception as error:
+        run.carrier.hooks.no_answer(run, error)
+    with run.carrier.changing():
+        asked.decide(again)
 
 
 def _blocks(source: Source) -> bool:

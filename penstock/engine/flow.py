@@ -19,6 +19,7 @@ from penstock.engine.options import (
     changed,
     changed_hooks,
     changed_results,
+    check_callables,
     check_choices,
     check_signature,
 )
@@ -104,6 +105,7 @@ class Flow(Generic[P, R]):
         if isinstance(fn, (staticmethod, classmethod)):
             fn = cast("Callable[P, R]", fn.__func__)
         check_choices("readonly", "auto", timeout_seconds)
+        check_callables(None, flow_run_name, "flow_run_name")
         own = getattr(fn, "__name__", None) or type(fn).__name__
         label = name or ("unknown-lambda" if own == "<lambda>" else own.replace("_", "-"))
         if _FORBIDDEN & set(label):
@@ -330,6 +332,8 @@ class Flow(Generic[P, R]):
                 ),
             },
         )
+        check_choices("readonly", "auto", options.timeout_seconds)
+        check_callables(None, options.flow_run_name, "flow_run_name")
         new: Flow[P, R] = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         new.options = options

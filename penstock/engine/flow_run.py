@@ -113,7 +113,9 @@ class FlowRunScope:
         try:
             self.arguments = parameters.bind(flow.signature, flow.name, self.args, self.kwargs)
             described = describe_all(self.arguments)
-            self.flow_run.name = run_name(flow.options.flow_run_name, self.flow_run.name, self.arguments)
+            self.flow_run.name = run_name(
+                flow.options.flow_run_name, self.flow_run.name, self.arguments, "flow_run_name"
+            )
         except Exception as error:
             self._problem = error
         self._write_row(described, around)

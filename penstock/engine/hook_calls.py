@@ -1,4 +1,4 @@
-"""Calls hooks in the driver: of task runs in threads beside the session, of flows and direct calls in place.
+"""Calls hooks and retry conditions in the driver: of task runs in threads beside the session, of flows and direct calls in place.
 
 A run that has ended is done for its dependants at once; for whoever waits for it only when its
 hooks have ended. No lock is held while a hook runs, and without hooks nothing here is touched.
@@ -11,7 +11,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from penstock.engine import context, values
@@ -41,7 +41,8 @@ class HookCalls:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._pending: dict[TaskRun, deque[tuple[tuple[Hook, ...], State]]] = {}
+        self._pending: dict[TaskRun, deque[Callable[[], None]]] = {}
+        self._asked: dict[TaskRun, Condition] = {}  # of direct calls: their callers ask
         self._ready: deque[TaskRun] = deque()
         self._threads = 0
         self._begun: weakref.WeakKeyDictionary[TaskRun, int] = weakref.WeakKeyDictionary()
@@ -53,7 +54,7 @@ class HookCalls:
         hooks = run.task.options.hooks.on_running
         if hooks and not run.direct and self._begun.get(run) != run.attempt:
             self._begun[run] = run.attempt
-            self._add(run, hooks, running_state(run))
+            self._add(run, self._calls(run, hooks, running_state(run)))
 
     def ended(self, run: TaskRun) -> bool:
         """A run has ended; answer whether somebody has to be told later.
@@ -66,10 +67,37 @@ class HookCalls:
         due = hooks.of_task(run.type)
         if due and run not in self._ended:
             self._ended.add(run)
-            self._add(run, due, values.state_of(run))
+            self._add(run, self._calls(run, due, values.state_of(run)))
         return run in self._pending
 
-    def _add(self, run: TaskRun, hooks: tuple[Hook, ...], state: State) -> None:
+    def ask(self, run: TaskRun, state: State, decide: Callable[[bool], None]) -> None:
+        """Ask the retry condition of a run; `decide` takes the answer, under the session's lock."""
+        condition = Condition(run, state, decide)
+        if run.direct:
+            self._asked[run] = condition
+            return
+
+        def asked() -> None:
+            answer = False
+            try:
+                answer = bool(_called(run.task.options.retry_condition_fn, *condition.arguments))
+            except BaseException as error:
+                self.no_answer(run, error)
+            with self._session.changing():
+                decide(answer)
+
+        self._add(run, asked)
+
+    def no_answer(self, run: TaskRun, error: BaseException) -> None:
+        """A condition that fails means no retry."""
+        line = [time.time(), "ERROR", f"retry_condition_fn raised {error!r}: no retry"]
+        self._session.journal.lines(run, [line], 0)
+
+    def asked(self, run: TaskRun) -> Condition | None:
+        """Take the question about a direct call, if there is one."""
+        return self._asked.pop(run, None)
+
+    def _add(self, run: TaskRun, call: Callable[[], None]) -> None:
         queue = self._pending.get(run)
         if queue is None:
             queue = self._pending[run] = deque()
@@ -77,7 +105,7 @@ class HookCalls:
             if self._threads < THREADS:
                 self._threads += 1
                 threading.Thread(target=self._work, name="penstock-hooks", daemon=True).start()
-        queue.append((hooks, state))
+        queue.append(call)
 
     # -- who waits ------------------------------------------------------------------------------
     def holds(self, run: TaskRun) -> bool:
@@ -108,23 +136,24 @@ class HookCalls:
                     queue = self._pending[run]
                     if not queue:
                         break
-                    hooks, state = queue.popleft()
+                    call = queue.popleft()
                 with context.entered(self._scope(run)):
-                    for hook in hooks:
-                        self._call(hook, run, state)
+                    call()
             self._told(run)
 
     def _scope(self, run: TaskRun) -> Scope:
         scope = self._session.scope_of(run)
         return replace(scope, task_run=run.surrounding, running=None)
 
-    def _call(self, hook: Hook, run: TaskRun, state: State) -> None:
-        try:
-            answer = hook(run.task, run, state)
-            if hasattr(answer, "__await__"):
-                worker_runtime.run_coroutine(_awaited(answer))
-        except BaseException as error:  # the others run, whatever this one does
-            self._session.journal.lines(run, [failed(hook, error)], 0)
+    def _calls(self, run: TaskRun, hooks: tuple[Hook, ...], state: State) -> Callable[[], None]:
+        def calls() -> None:
+            for hook in hooks:
+                try:
+                    _called(hook, run.task, run, state)
+                except BaseException as error:  # the others run, whatever this one does
+                    self._session.journal.lines(run, [failed(hook, error)], 0)
+
+        return calls
 
     def _told(self, run: TaskRun) -> None:
         """All hooks of a run that are known have ended: wake who waits for it."""
@@ -136,6 +165,35 @@ class HookCalls:
             del self._pending[run]
             if run.done:
                 session.settled(run)
+
+
+@dataclass(slots=True)
+class Condition:
+    """The question whether a run is tried again.
+
+    Attributes
+    ----------
+    run : TaskRun
+        Which has failed.
+    state : State
+        FAILED, with the exception.
+    decide : callable
+        Takes the answer.
+    """
+
+    run: TaskRun
+    state: State
+    decide: Callable[[bool], None]
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What the user's function takes."""
+        return self.run.task, self.run, self.state
+
+
+def _called(function: Any, *arguments: Any) -> Any:
+    answer = function(*arguments)
+    return worker_runtime.run_coroutine(_awaited(answer)) if hasattr(answer, "__await__") else answer
 
 
 async def _awaited(answer: Any) -> Any:

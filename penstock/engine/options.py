@@ -89,6 +89,22 @@ def retry_policy(
     return RetryPolicy(count, read_delays(delay, count), read_jitter(jitter), crash_retries)
 
 
+def check_callables(condition: Any, name: Any, option: str) -> None:
+    """Refuse a retry condition that cannot be called, and a name of runs that is neither text nor callable.
+
+    Raises
+    ------
+    TypeError
+        Naming the option and the type.
+    """
+    if condition is not None and not callable(condition):
+        message = f"Expected `retry_condition_fn` to be callable, got {type(condition).__name__} instead."
+        raise TypeError(message)
+    if name is not None and not isinstance(name, str) and not callable(name):
+        message = f"Expected string or callable for '{option}'; got {type(name).__name__} instead."
+        raise TypeError(message)
+
+
 def check_choices(inputs: str, chunk_size: int | str, timeout: float | None) -> None:
     """Refuse values that an option cannot have.
 
@@ -120,7 +136,9 @@ def backend_options(
     return Options(tuple(sorted((resources or {}).items())), threads, names, once=once)
 
 
-def run_name(template: RunName, default: str, parameters: Mapping[str, Any]) -> str:
+def run_name(
+    template: RunName, default: str, parameters: Mapping[str, Any], option: str = "task_run_name"
+) -> str:
     """Make the name of a run.
 
     Parameters
@@ -131,6 +149,8 @@ def run_name(template: RunName, default: str, parameters: Mapping[str, Any]) -> 
         The name if there is no template.
     parameters : mapping
         Bound arguments, with defaults.
+    option : str
+        What the template is called, for messages.
 
     Raises
     ------
@@ -141,14 +161,11 @@ def run_name(template: RunName, default: str, parameters: Mapping[str, Any]) -> 
         return default
     if isinstance(template, str):
         return template.format(**parameters)
-    if not callable(template):
-        message = f"Expected string or callable for 'task_run_name'; got {type(template).__name__} instead."
-        raise TypeError(message)
     name = (
         template(dict(parameters)) if "parameters" in inspect.signature(template).parameters else template()
     )
     if not isinstance(name, str):
-        message = f"Callable {template} for 'task_run_name' returned type {type(name).__name__} but a string is required."
+        message = f"Callable {template} for '{option}' returned type {type(name).__name__} but a string is required."
         raise TypeError(message)
     return name
 

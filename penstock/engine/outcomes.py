@@ -218,26 +218,38 @@ def _failed(
     """User code failed: try again if the budget allows it."""
     run.failures += 1
     run.error = error
-    policy = run.task.options.retry
-    delay = policy.after_failure(run.failures)
-    if delay is None or run.cancelling or not _wants_retry(session, run, name, message):
+    options = run.task.options
+    delay = options.retry.after_failure(run.failures)
+    if delay is None or run.cancelling:
         session.settle(run, StateType.FAILED, name, message, **details)
-        return
-    try_again(session, run, delay, message, details)
+    elif options.retry_condition_fn is None:
+        try_again(session, run, delay, message, details)
+    else:
+        _ask(session, run, delay, State(StateType.FAILED, name or "", message, error), details)
 
 
-def _wants_retry(session: Session, run: TaskRun, name: str | None, message: str) -> bool:
-    condition = run.task.options.retry_condition_fn
-    if condition is None:
-        return True
-    error = run.error.exception(run.id) if isinstance(run.error, Failure) else run.error
-    state = State(StateType.FAILED, name or "", message, error, {"task_run_id": run.id})
-    try:
-        return bool(condition(run.task, run, state))
-    except Exception as problem:  # a condition that fails means no retry
-        lines = [[run.ended, "ERROR", f"retry_condition_fn raised {problem!r}: no retry"]]
-        session.journal.lines(run, lines, 0)
-        return False
+def _ask(session: Session, run: TaskRun, delay: float, state: State, details: dict[str, Any]) -> None:
+    """Let the user's function say whether a run is tried again; it is called without the session's lock."""
+    if run.alarm is not None:
+        run.alarm.cancel()
+        run.alarm = None
+    if isinstance(run.error, Failure):
+        run.error = run.error.exception(run.id)
+    state.data = run.error
+    state.state_details = {"task_run_id": run.id, "attempt": run.attempt}
+    if not run.direct:
+        session.forget(run)  # the attempt is over, whatever becomes of its worker meanwhile
+    attempt = run.attempt
+
+    def decide(again: bool) -> None:
+        if run.done or run.attempt != attempt:  # cancelled meanwhile
+            return
+        if again and not run.cancelling:
+            try_again(session, run, delay, state.message, details)
+        else:
+            session.settle(run, StateType.FAILED, state.name, state.message, **details)
+
+    session.hooks.ask(run, state, decide)
 
 
 def try_again(session: Session, run: TaskRun, delay: float, message: str, details: dict[str, Any]) -> None:

@@ -773,6 +773,9 @@ class Session:
 
     def _release_again(self, run: TaskRun) -> None:
         if not run.done and not run.released:
+            if run.type is StateType.SCHEDULED:
+                run.position = advance(run.position, StateType.RUNNING, "Retrying", run.next_attempt)
+                self.journal.task_state(run)
             self._release(run)
 
     def _fail(self, run: TaskRun, error: Exception) -> None:

@@ -24,6 +24,7 @@ from penstock.engine.options import (
     changed,
     changed_hooks,
     changed_results,
+    check_callables,
     check_choices,
     check_signature,
     retry_policy,
@@ -141,13 +142,7 @@ class Task(Generic[P, R]):
             raise TypeError(message)
         if isinstance(fn, (staticmethod, classmethod)):
             fn = cast("Callable[P, R]", fn.__func__)
-        if retry_condition_fn is not None and not callable(retry_condition_fn):
-            message = f"Expected `retry_condition_fn` to be callable, got {type(retry_condition_fn).__name__} instead."
-            raise TypeError(message)
-        if task_run_name is not None and not isinstance(task_run_name, str) and not callable(task_run_name):
-            kind = type(task_run_name).__name__
-            message = f"Expected string or callable for 'task_run_name'; got {kind} instead."
-            raise TypeError(message)
+        check_callables(retry_condition_fn, task_run_name, "task_run_name")
         check_choices(inputs, chunk_size, timeout_seconds)
         self.fn = fn
         self.isasync = inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(type(fn).__call__)
@@ -505,6 +500,7 @@ class Task(Generic[P, R]):
             },
         )
         check_choices(options.inputs, options.chunk_size, options.timeout_seconds)
+        check_callables(options.retry_condition_fn, options.task_run_name, "task_run_name")
         new: Task[P, R] = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         new.options = options
