@@ -13,6 +13,7 @@ from penstock.engine.states import Position, StateType
 
 if TYPE_CHECKING:
     from penstock.engine.clock import Alarm
+    from penstock.engine.deadline import Deadline
     from penstock.engine.graph import Edge
     from penstock.engine.mapped import Mapped
     from penstock.engine.recipes import Recipe
@@ -287,6 +288,7 @@ class FlowRun:
     __slots__ = (
         "__weakref__",
         "cancelled",
+        "deadline",
         "finished",
         "flow",
         "id",
@@ -327,6 +329,7 @@ class FlowRun:
         self.position = Position(StateType.PENDING, "Pending", 0)
         self.live: dict[TaskRun, None] = {}  # runs that have not ended
         self.cancelled = False
+        self.deadline: Deadline | None = parent.deadline if parent is not None else None
         self.finished = 0
         self.runs = 0
         self.started = time.time()

@@ -9,7 +9,7 @@ from dataclasses import replace as with_fields
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast, overload
 
 from penstock import errors
-from penstock.engine import context
+from penstock.engine import context, revision
 from penstock.engine.flow_run import FlowRunScope
 from penstock.engine.hooks import H, Hook, read_hooks
 from penstock.engine.options import (
@@ -22,6 +22,7 @@ from penstock.engine.options import (
     check_callables,
     check_choices,
     check_signature,
+    view,
 )
 from penstock.engine.results import Persistence, Storage, read_options
 from penstock.engine.states import State, StateType
@@ -99,11 +100,12 @@ class Flow(Generic[P, R]):
         on_running: Iterable[Hook] | None = None,
         on_skipped: Iterable[Hook] | None = None,
     ) -> None:
+        self._kind: Any = type(fn)  # of a method: whether it gets the instance, the class, or nothing
+        if isinstance(fn, (staticmethod, classmethod)):
+            fn = cast("Callable[P, R]", fn.__func__)
         if not callable(fn):
             message = f"@flow needs a function, got {type(fn).__name__}."
             raise TypeError(message)
-        if isinstance(fn, (staticmethod, classmethod)):
-            fn = cast("Callable[P, R]", fn.__func__)
         check_choices("readonly", "auto", timeout_seconds)
         check_callables(None, flow_run_name, "flow_run_name")
         own = getattr(fn, "__name__", None) or type(fn).__name__
@@ -143,13 +145,24 @@ class Flow(Generic[P, R]):
         """Name of the flow."""
         return self.options.name
 
+    @property
+    def version(self) -> str:
+        """What tells this code from that of yesterday: as given, else the git revision, else a hash."""
+        return self.options.version or revision.version_of(self.fn)
+
+    def __getattr__(self, name: str) -> Any:
+        """Show an option under its name."""
+        return view(self, name)
+
     def __repr__(self) -> str:
         """Show the name."""
         return f"<Flow {self.name}>"
 
     def __get__(self, instance: object, owner: type) -> Flow[..., R]:
-        """Bind to an instance: a method can be a flow, and ``self`` is its first parameter."""
-        if instance is None:
+        """Bind to an instance or class: a method can be a flow, and ``self`` is its first parameter."""
+        if self._kind is classmethod:
+            instance = owner
+        if instance is None or self._kind is staticmethod:
             return self
         bound: Flow[..., R] = object.__new__(type(self))
         bound.__dict__.update(self.__dict__)

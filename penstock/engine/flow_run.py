@@ -14,6 +14,7 @@ from penstock.engine import (
     cancelling,
     conclusion,
     context,
+    deadline,
     hook_calls,
     parameters,
     signals,
@@ -132,7 +133,7 @@ class FlowRunScope:
             {
                 "name": run.name,
                 "flow": self.flow.name,
-                "version": self.flow.options.version,
+                "version": self.flow.version,
                 "parent_flow_run": run.parent.id if run.parent else None,
                 "parent_task_run": around.id if around else None,
                 "tags": sorted(run.tags),
@@ -210,6 +211,8 @@ class FlowRunScope:
             self.journal.write(
                 "runner", self.flow_run.id, self.flow_run.root, {**body, "versions": dict(info.versions)}
             )
+        run = self.flow_run
+        run.deadline = deadline.of_run(self.flow.options.timeout_seconds, run.deadline)
         self._state(StateType.RUNNING, attempt=1)
         if self.flow_run.task_run is not None:
             self._row(StateType.RUNNING)
@@ -274,23 +277,39 @@ class FlowRunScope:
         asked = self._interrupts.received is not None
         self._interrupts.heard = asked
         urgent = asked or not isinstance(error, Exception)
+        late = self._is_late(error)
         if self.session is not None and self.flow_run.live:
             live = list(self.flow_run.live)
-            if urgent:
+            if late and not asked:
+                _stop(live, force=self.session.runner.kills_on_timeout)
+            elif urgent:
                 _stop(live)
             else:
                 cancelling.cancel_unstarted(live)
                 yield Wait(live)
-        state = self._state_of_error(error, asked)
+        state = self._state_of_error(error, asked, late)
+        self.flow_run.deadline = None  # hooks have time
         yield from self._finish(state)
         return state
 
-    def _state_of_error(self, error: BaseException, asked: bool) -> State:
+    def _is_late(self, error: BaseException) -> bool:
+        """Whether the flow was stopped because its time, or that of a flow around it, was over."""
+        limit = self.flow_run.deadline
+        ours = isinstance(error, worker_runtime.TimedOut) or type(error).__name__ == "CancelledError"
+        return limit is not None and limit.is_over and (ours or isinstance(error, errors.TaskTimeout))
+
+    def _state_of_error(self, error: BaseException, asked: bool, late: bool) -> State:
         if isinstance(error, errors.Skip):
             return State(StateType.SKIPPED, message=str(error))
         if asked:
             name = signal.Signals(self._interrupts.received or signal.SIGINT).name
             return State(StateType.CANCELLED, message=f"Cancelled by {name}.", data=None)
+        if late:
+            assert self.flow_run.deadline is not None
+            message = f"Flow run exceeded timeout of {self.flow_run.deadline.seconds} second(s)"
+            if isinstance(error, errors.TaskTimeout) and error.run_id is None:
+                error.of_run(self.flow_run.id)
+            return State(StateType.FAILED, "TimedOut", message, error)
         if isinstance(error, errors.TerminationSignal):
             return State(StateType.CRASHED, message="Execution was aborted by a termination signal.")
         if isinstance(error, KeyboardInterrupt):
@@ -301,10 +320,6 @@ class FlowRunScope:
             return State(StateType.CRASHED, message=str(error), data=error)
         if type(error).__name__ == "CancelledError" and not isinstance(error, Exception):
             return State(StateType.CRASHED, message="Execution was cancelled by the runtime environment.")
-        if isinstance(error, errors.TaskTimeout) and error.run_id is None:
-            seconds = self.flow.options.timeout_seconds
-            message = f"Flow run exceeded timeout of {seconds} second(s)"
-            return State(StateType.FAILED, "TimedOut", message, error)
         started = self.flow_run.type is StateType.RUNNING
         unfit = isinstance(error, (errors.ParameterBindError, errors.ParameterTypeError))
         if not started and not unfit:
@@ -399,12 +414,13 @@ class FlowRunScope:
             stop_tracking()
 
 
-def _stop(live: list[TaskRun]) -> None:
+def _stop(live: list[TaskRun], *, force: bool = True) -> None:
     """Stop runs at once: ask, then force, then give up what cannot be interrupted."""
     cancelling.cancel(live)
     waiting.wait(live, GRACE)
-    cancelling.cancel(live, force=True)
-    waiting.wait(live, GRACE)
+    if force:
+        cancelling.cancel(live, force=True)
+        waiting.wait(live, GRACE)
     cancelling.abandon(live)
 
 

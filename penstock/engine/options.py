@@ -41,6 +41,7 @@ class TaskOptions:
     retry_delay_seconds: DelayOption = None
     retry_condition_fn: Callable[..., Any] | None = None
     timeout_seconds: float | None = None
+    timeout_action: str = "abandon"
     log_prints: bool | None = None
     inputs: str = "readonly"
     chunk_size: int | str = "auto"
@@ -105,7 +106,7 @@ def check_callables(condition: Any, name: Any, option: str) -> None:
         raise TypeError(message)
 
 
-def check_choices(inputs: str, chunk_size: int | str, timeout: float | None) -> None:
+def check_choices(inputs: str, chunk_size: int | str, timeout: float | None, action: str = "abandon") -> None:
     """Refuse values that an option cannot have.
 
     Raises
@@ -118,6 +119,9 @@ def check_choices(inputs: str, chunk_size: int | str, timeout: float | None) -> 
         raise errors.ConfigurationError(message)
     if chunk_size != "auto" and not (isinstance(chunk_size, int) and chunk_size >= 1):
         message = f"'chunk_size' must be 'auto' or a positive integer, got {chunk_size!r}."
+        raise errors.ConfigurationError(message)
+    if action not in {"abandon", "kill_worker"}:
+        message = f"'timeout_action' must be 'abandon' or 'kill_worker', got {action!r}."
         raise errors.ConfigurationError(message)
     if timeout is not None and timeout <= 0:
         message = f"'timeout_seconds' must be positive, got {timeout!r}."
@@ -202,6 +206,58 @@ def changed_results(
 def changed_hooks(old: Hooks, owner: str, **given: Iterable[Hook] | None) -> Hooks:
     """Merge what is said of hooks: a kind that was given replaces what was there."""
     return old.changed({kind: hooks for kind, hooks in given.items() if hooks is not NOT_GIVEN}, owner)
+
+
+_VIEWS: dict[str, Callable[[Any], Any]] = {
+    "description": lambda options: options.description,
+    "task_run_name": lambda options: options.task_run_name,
+    "flow_run_name": lambda options: options.flow_run_name,
+    "retry_delay_seconds": lambda options: options.retry_delay_seconds,
+    "retry_jitter_factor": lambda options: options.retry.jitter,
+    "retry_condition_fn": lambda options: options.retry_condition_fn,
+    "crash_retries": lambda options: options.retry.crash_retries,
+    "idempotent": lambda options: options.idempotent,
+    "timeout_seconds": lambda options: options.timeout_seconds,
+    "timeout_action": lambda options: options.timeout_action,
+    "log_prints": lambda options: options.log_prints,
+    "inputs": lambda options: options.inputs,
+    "chunk_size": lambda options: options.chunk_size,
+    "resources": lambda options: dict(options.backend.resources),
+    "threads": lambda options: options.backend.threads,
+    "workers": lambda options: options.backend.workers,
+    "priority": lambda options: options.priority,
+    "persist_result": lambda options: options.results.persist,
+    "result_storage": lambda options: options.results.storage,
+    "result_storage_key": lambda options: options.results.key,
+    "result_serializer": lambda options: options.results.serializer,
+    "should_validate_parameters": lambda options: options.validate_parameters,
+    "task_runner": lambda options: options.task_runner,
+    "on_completion_hooks": lambda options: list(options.hooks.on_completion),
+    "on_failure_hooks": lambda options: list(options.hooks.on_failure),
+    "on_running_hooks": lambda options: list(options.hooks.on_running),
+    "on_skipped_hooks": lambda options: list(options.hooks.on_skipped),
+    "on_cancellation_hooks": lambda options: list(options.hooks.on_cancellation),
+    "on_crashed_hooks": lambda options: list(options.hooks.on_crashed),
+}
+"""Attributes of tasks and flows that show their options, under the names that the options have."""
+
+
+def view(thing: Any, name: str) -> Any:
+    """Return an option of a task or flow, for its ``__getattr__``.
+
+    Raises
+    ------
+    AttributeError
+        If it has no such option.
+    """
+    look = _VIEWS.get(name)
+    if look is not None and "options" in thing.__dict__:
+        try:
+            return look(thing.__dict__["options"])
+        except AttributeError:
+            pass
+    message = f"{type(thing).__name__!r} object has no attribute {name!r}"
+    raise AttributeError(message)
 
 
 def changed(options: Any, changes: Mapping[str, Any]) -> Any:

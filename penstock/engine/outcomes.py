@@ -101,7 +101,10 @@ def expired(session: Session, run: TaskRun, attempt: int) -> None:
     ref = run.ref
     session.forget(run)
     if ref is not None and ref.handle is not UNSENT:
-        clock.call_later(0, lambda: _stop(session, ref))
+        force = session.runner.kills_on_timeout or run.task.options.timeout_action == "kill_worker"
+        if not force or session.in_process:
+            session.journal.lines(run, [[time.time(), "WARNING", _GOES_ON]], 0)
+        clock.call_later(0, lambda: _stop(session, ref, force))
     _timed_out(session, run, {"started": run.started})
 
 
@@ -110,9 +113,9 @@ def _timed_out(session: Session, run: TaskRun, details: dict[str, Any]) -> None:
     _failed(session, run, "TimedOut", message, errors.TaskTimeout(message).of_run(run.id), details)
 
 
-def _stop(session: Session, ref: Any) -> None:
+def _stop(session: Session, ref: Any, force: bool) -> None:
     with contextlib.suppress(Exception):  # the run is over; the backend may be too
-        session.runner.cancel([ref], force=session.runner.kills_on_timeout)
+        session.runner.cancel([ref], force=force)
 
 
 def ended(session: Session, run: TaskRun, record: dict[str, Any], nbytes: int, worker: str) -> None:
@@ -175,6 +178,10 @@ def ended(session: Session, run: TaskRun, record: dict[str, Any], nbytes: int, w
 
 _DUPLICATE = (
     "another attempt of this run had stored its result first; that one counts, this attempt's was dropped"
+)
+_GOES_ON = (
+    "the run is over, its code was asked to stop: Python code stops at its next step, a call into C "
+    "cannot be interrupted and occupies its worker until it returns"
 )
 _ABORTED = {
     "KeyboardInterrupt": "Execution was aborted by an interrupt signal.",

@@ -10,7 +10,7 @@ from dataclasses import replace as with_fields
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast, overload
 
 from penstock import errors
-from penstock.engine import ambient, direct, mapping
+from penstock.engine import ambient, direct, mapping, revision
 from penstock.engine.caller import Caller, wait_sources
 from penstock.engine.calls import Bound, Call, TaskRun
 from penstock.engine.context import Scope, current_tags
@@ -29,11 +29,12 @@ from penstock.engine.options import (
     check_signature,
     retry_policy,
     run_name,
+    view,
 )
 from penstock.engine.refs import replace
 from penstock.engine.results import Persistence, Storage, read_options
 from penstock.engine.retry import DelayOption
-from penstock.engine.steps import drive, drive_awaiting
+from penstock.engine.steps import Steps, drive, drive_awaiting, drive_giving, drive_giving_awaiting
 
 if TYPE_CHECKING:
     from penstock.engine.states import State
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 S = TypeVar("S")
+TimeoutAction = Literal["abandon", "kill_worker"]
 
 
 class Task(Generic[P, R]):
@@ -73,7 +75,11 @@ class Task(Generic[P, R]):
     idempotent : bool
         False: never started twice by penstock; a loss is the end.
     timeout_seconds : float, optional
-        From the start of user code; then the run is FAILED with the name "TimedOut".
+        From the start of user code; then the run is FAILED with the name "TimedOut", on every runner.
+    timeout_action : {"abandon", "kill_worker"}
+        What becomes of the code: it is asked to stop, and what cannot be interrupted, such as a call
+        into C, is left to end by itself; or the process that runs it is ended, on Dask with
+        everything else that runs there. A process of the process pool is ended in any case, a thread never.
     log_prints : bool, optional
         Whether `print` writes to the log of the run; the flow's choice by default.
     inputs : {"readonly", "copy", "shared"}
@@ -121,6 +127,7 @@ class Task(Generic[P, R]):
         crash_retries: int = 1,
         idempotent: bool = True,
         timeout_seconds: float | None = None,
+        timeout_action: TimeoutAction = "abandon",
         log_prints: bool | None = None,
         inputs: Literal["readonly", "copy", "shared"] = "readonly",
         chunk_size: int | Literal["auto"] = "auto",
@@ -137,16 +144,18 @@ class Task(Generic[P, R]):
         on_running: Iterable[Hook] | None = None,
         on_skipped: Iterable[Hook] | None = None,
     ) -> None:
+        self._kind: Any = type(fn)  # of a method: whether it gets the instance, the class, or nothing
+        if isinstance(fn, (staticmethod, classmethod)):
+            fn = cast("Callable[P, R]", fn.__func__)
         if not callable(fn):
             message = f"@task needs a function, got {type(fn).__name__}."
             raise TypeError(message)
-        if isinstance(fn, (staticmethod, classmethod)):
-            fn = cast("Callable[P, R]", fn.__func__)
         check_callables(retry_condition_fn, task_run_name, "task_run_name")
-        check_choices(inputs, chunk_size, timeout_seconds)
+        check_choices(inputs, chunk_size, timeout_seconds, timeout_action)
         self.fn = fn
-        self.isasync = inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(type(fn).__call__)
-        self.yields = inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn)
+        inner = _called(fn)
+        self.isasync = inspect.iscoroutinefunction(inner)
+        self.yields = inspect.isgeneratorfunction(inner) or inspect.isasyncgenfunction(inner)
         functools.update_wrapper(self, fn, updated=())
         self.signature = check_signature(fn)
         own = getattr(fn, "__name__", None) or type(fn).__name__
@@ -166,6 +175,7 @@ class Task(Generic[P, R]):
             retry_delay_seconds=retry_delay_seconds,
             retry_condition_fn=retry_condition_fn,
             timeout_seconds=timeout_seconds,
+            timeout_action=timeout_action,
             log_prints=log_prints,
             inputs=inputs,
             chunk_size=chunk_size,
@@ -198,6 +208,20 @@ class Task(Generic[P, R]):
         """Further attempts after a failure."""
         return self.options.retry.retries
 
+    @property
+    def version(self) -> str:
+        """What tells this code from that of yesterday: as given, else the git revision, else a hash."""
+        return self.options.version or revision.version_of(self.fn)
+
+    @functools.cached_property
+    def task_key(self) -> str:
+        """Name of the code: ``qualname-<8 digits of its hash>``."""
+        return revision.task_key(self.fn)
+
+    def __getattr__(self, name: str) -> Any:
+        """Show an option under its name."""
+        return view(self, name)
+
     def __repr__(self) -> str:
         """Show the name."""
         return f"<Task {self.name}>"
@@ -207,8 +231,10 @@ class Task(Generic[P, R]):
     @overload
     def __get__(self, instance: object, owner: type) -> Task[..., R]: ...
     def __get__(self, instance: object, owner: type) -> Task[..., R]:
-        """Bind to an instance: a method can be a task, and ``self`` is its first parameter."""
-        if instance is None:
+        """Bind to an instance or class: a method can be a task, and ``self`` is its first parameter."""
+        if self._kind is classmethod:
+            instance = owner
+        if instance is None or self._kind is staticmethod:
             return self
         bound: Task[..., R] = object.__new__(type(self))
         bound.__dict__.update(self.__dict__)
@@ -255,9 +281,14 @@ class Task(Generic[P, R]):
             What the function raises.
         """
         try:
+            if self.yields and return_state:
+                message = "The return_type for a generator task must be 'result'"
+                raise ValueError(message)
             scope = ambient.scope_for_call()
             bound = self._bound(args, kwargs)
             run, call = self._local_call(bound, scope, wait_for)
+            if self.yields:
+                return self._lazily(direct.steps(run, scope, call, False, lazily=True))
             steps = direct.steps(run, scope, call, return_state)
             if self.isasync:
                 return _hidden(drive_awaiting(steps))
@@ -265,6 +296,10 @@ class Task(Generic[P, R]):
         except BaseException as error:
             errors.hide_frames(error)
             raise
+
+    def _lazily(self, steps: Steps) -> Any:
+        inner = _called(self.fn)
+        return drive_giving_awaiting(steps) if inspect.isasyncgenfunction(inner) else drive_giving(steps)
 
     def _local_call(self, bound: inspect.BoundArguments, scope: Scope, wait_for: Any) -> tuple[TaskRun, Call]:
         sources: list[Any] = []
@@ -431,6 +466,7 @@ class Task(Generic[P, R]):
         crash_retries: int = NOT_GIVEN,
         idempotent: bool = NOT_GIVEN,
         timeout_seconds: float | None = NOT_GIVEN,
+        timeout_action: TimeoutAction = NOT_GIVEN,
         log_prints: bool | None = NOT_GIVEN,
         inputs: Literal["readonly", "copy", "shared"] = NOT_GIVEN,
         chunk_size: int | Literal["auto"] = NOT_GIVEN,
@@ -480,6 +516,7 @@ class Task(Generic[P, R]):
                 "retry_delay_seconds": delay,
                 "retry_condition_fn": retry_condition_fn,
                 "timeout_seconds": timeout_seconds,
+                "timeout_action": timeout_action,
                 "log_prints": log_prints,
                 "inputs": inputs,
                 "chunk_size": chunk_size,
@@ -499,12 +536,19 @@ class Task(Generic[P, R]):
                 ),
             },
         )
-        check_choices(options.inputs, options.chunk_size, options.timeout_seconds)
+        check_choices(options.inputs, options.chunk_size, options.timeout_seconds, options.timeout_action)
         check_callables(options.retry_condition_fn, options.task_run_name, "task_run_name")
         new: Task[P, R] = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         new.options = options
         return new
+
+
+def _called(fn: Any) -> Any:
+    """Return the function that a call ends up in, which tells whether it is a coroutine or a generator."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return fn if inspect.isroutine(fn) or inspect.isclass(fn) else type(fn).__call__
 
 
 async def _hidden(awaitable: Coroutine[Any, Any, Any]) -> Any:
@@ -565,6 +609,7 @@ def task(
     crash_retries: int = 1,
     idempotent: bool = True,
     timeout_seconds: float | None = None,
+    timeout_action: TimeoutAction = "abandon",
     log_prints: bool | None = None,
     inputs: Literal["readonly", "copy", "shared"] = "readonly",
     chunk_size: int | Literal["auto"] = "auto",

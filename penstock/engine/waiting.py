@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from penstock.engine import context, invoke, values
+from penstock.engine import deadline as flow_deadline
 from penstock.engine.calls import TaskRun
 from penstock.engine.graph import sources_of
 from penstock.engine.states import StateType, advance
@@ -38,11 +39,18 @@ def wait(runs: Sequence[TaskRun], timeout: float | None = None, *, until_failure
         Return as soon as one has failed.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
+    scope = context.current()
+    flow_run = scope.flow_run if scope is not None else None
+    limit = flow_run.deadline if flow_run is not None else None
+    if limit is not None and not limit.is_over and worker_runtime.current() is None:
+        deadline = limit.due if deadline is None else min(deadline, limit.due)
     by_session: dict[Session, list[TaskRun]] = {}
     for run in runs:
         by_session.setdefault(run.carrier, []).append(run)
     for session, members in by_session.items():
         _wait(session, members, deadline, until_failure)
+        if limit is not None and not all(run.settled for run in members):
+            flow_deadline.check(flow_run)
         if until_failure and any(values.has_failed(run) for run in members):
             return
 

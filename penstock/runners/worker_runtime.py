@@ -237,6 +237,15 @@ class Attempt:
             self.running.cancelled = True
         return self
 
+    def pause(self) -> None:
+        """Let other code run for a while that is no part of the attempt."""
+        with contextlib.suppress(ValueError):
+            _running.reset(self._token)
+
+    def resume(self) -> None:
+        """Go on with the attempt."""
+        self._token = _running.set(self.running)
+
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         running = self.running
         while not running.over:
@@ -327,9 +336,9 @@ def _call(
         route_prints()
     with interrupted_after(order.get("interrupt_after"), order.get("name")):
         value = call(*args, **kwargs)
-    if type(value) in _SIMPLE:
-        return value
-    return _settled(running, value, on_item if order.get("streams") else None)
+        if type(value) in _SIMPLE:
+            return value
+        return _settled(running, value, on_item if order.get("streams") else None)
 
 
 _INERT = frozenset({type(None), bool, int, float, complex, str, bytes})
@@ -383,6 +392,9 @@ def interrupted_after(seconds: float | None, name: Any) -> Iterator[None]:
     def ring(_signal: int, _frame: Any) -> None:
         raise TimedOut(f"Run {name!r} exceeded timeout of {seconds} second(s)")
 
+    if 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= seconds:  # the time around this one is over first
+        yield
+        return
     before = signal.signal(signal.SIGALRM, ring)
     begun = time.monotonic()
     due, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -1296,9 +1308,14 @@ def run_coroutine(coroutine: Any) -> Any:
     if threading.current_thread() is threading.main_thread():
         # The main thread is the user's: nothing of ours stays open in it between two tasks.
         loop = asyncio.new_event_loop()
+        task = loop.create_task(coroutine)
         try:
-            return loop.run_until_complete(coroutine)
+            return loop.run_until_complete(task)
         finally:
+            if not task.done():  # interrupted from outside
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    loop.run_until_complete(task)
             loop.close()
     holder = getattr(_loops, "holder", None)
     if holder is None:
