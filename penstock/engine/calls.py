@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from penstock.engine.graph import Edge
     from penstock.engine.mapped import Mapped
     from penstock.engine.recipes import Recipe
+    from penstock.engine.seeds import Ordinals
     from penstock.engine.session import Session
     from penstock.engine.task import Task
     from penstock.runners.base import Key, Ref
@@ -127,12 +128,15 @@ class TaskRun:
         "mapped",
         "message",
         "nbytes",
+        "ordinal",
+        "ordinals",
         "place",
         "position",
         "recipe",
         "ref",
         "released",
         "root",
+        "seed",
         "session",
         "started",
         "stored",
@@ -170,6 +174,9 @@ class TaskRun:
         self.root = root or self._id
         self.tags = tags
         self.tracked = tracked  # False for the engine's own helpers, such as the length of a list
+        self.ordinal = 0  # the how-manieth call of its task in the code around it
+        self.ordinals: Ordinals | None = None  # of the calls in its own code
+        self.seed = -1  # made when somebody asks
         self.position = _NEW
         self.message = ""
         self.call: Call | None = None
@@ -294,6 +301,7 @@ class FlowRun:
         "id",
         "live",
         "name",
+        "ordinals",
         "parameters",
         "parent",
         "position",
@@ -329,6 +337,7 @@ class FlowRun:
         self.position = Position(StateType.PENDING, "Pending", 0)
         self.live: dict[TaskRun, None] = {}  # runs that have not ended
         self.cancelled = False
+        self.ordinals: Ordinals | None = None
         self.deadline: Deadline | None = parent.deadline if parent is not None else None
         self.finished = 0
         self.runs = 0

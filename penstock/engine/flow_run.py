@@ -31,6 +31,7 @@ from penstock.engine.journal import Journal
 from penstock.engine.names import new_name
 from penstock.engine.options import run_name
 from penstock.engine.reservation import reserved, whereabouts
+from penstock.engine.seeds import next_ordinal
 from penstock.engine.session import Session
 from penstock.engine.states import State, StateType, Stored, advance, failure_of
 from penstock.engine.steps import Invoke, Steps, Wait
@@ -100,6 +101,7 @@ class FlowRunScope:
                 surrounding=outer.task_run,
                 tags=tags,
             )
+            around.ordinal = next_ordinal(outer, flow.name)
         row = self._reservation
         self.flow_run = FlowRun(
             flow,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
@@ -206,6 +207,17 @@ def changed_results(
 def changed_hooks(old: Hooks, owner: str, **given: Iterable[Hook] | None) -> Hooks:
     """Merge what is said of hooks: a kind that was given replaces what was there."""
     return old.changed({kind: hooks for kind, hooks in given.items() if hooks is not NOT_GIVEN}, owner)
+
+
+_warned: set[str] = set()
+
+
+def warn_unused(**given: Any) -> None:
+    """Say once per process that an option of other engines has no effect here."""
+    for name, value in given.items():
+        if value is not None and value is not NOT_GIVEN and name not in _warned:
+            _warned.add(name)
+            warnings.warn(f"'{name}' has no effect in penstock and is ignored.", stacklevel=4)
 
 
 _VIEWS: dict[str, Callable[[Any], Any]] = {

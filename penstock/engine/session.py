@@ -30,6 +30,7 @@ from penstock.engine import (
     payload,
     recipes,
     remaking,
+    seeds,
     values,
     waiting,
 )
@@ -85,6 +86,7 @@ class Session:
         self._counter = itertools.count()
         self.buffer = Buffer(self._pump)
         self.quarantine = Quarantine()
+        self.ordinals: seeds.Ordinals | None = None
         self.hooks = hook_calls.HookCalls(self)
         self._alarm: Alarm | None = None
         self.bytes_fetched = 0
@@ -110,6 +112,7 @@ class Session:
             "flow_run_name": flow.name if flow else "",
             "flow": flow.flow.name if flow else "",
             "depth": scope.depth + 1,
+            "seed": seeds.seed_around(scope),
             "prints": scope.log_prints,
             "runner": self.runner.inside(),
             "results": self._results_of(flow),

@@ -30,10 +30,12 @@ from penstock.engine.options import (
     retry_policy,
     run_name,
     view,
+    warn_unused,
 )
 from penstock.engine.refs import replace
 from penstock.engine.results import Persistence, Storage, read_options
 from penstock.engine.retry import DelayOption
+from penstock.engine.seeds import next_ordinal
 from penstock.engine.steps import Steps, drive, drive_awaiting, drive_giving, drive_giving_awaiting
 
 if TYPE_CHECKING:
@@ -109,6 +111,8 @@ class Task(Generic[P, R]):
         Called in the driver as ``hook(task, task_run, state)``, coroutine functions too: before the
         future counts as done, while dependants go on. `on_failure` when no attempt is left, also after a
         crash; `on_running` at each attempt.
+    viz_return_value, asset_deps : object, optional
+        Taken for the sake of existing scripts, and ignored with a warning.
     """
 
     def __init__(
@@ -143,6 +147,8 @@ class Task(Generic[P, R]):
         on_failure: Iterable[Hook] | None = None,
         on_running: Iterable[Hook] | None = None,
         on_skipped: Iterable[Hook] | None = None,
+        viz_return_value: Any = None,
+        asset_deps: Any = None,
     ) -> None:
         self._kind: Any = type(fn)  # of a method: whether it gets the instance, the class, or nothing
         if isinstance(fn, (staticmethod, classmethod)):
@@ -151,6 +157,7 @@ class Task(Generic[P, R]):
             message = f"@task needs a function, got {type(fn).__name__}."
             raise TypeError(message)
         check_callables(retry_condition_fn, task_run_name, "task_run_name")
+        warn_unused(viz_return_value=viz_return_value, asset_deps=asset_deps)
         check_choices(inputs, chunk_size, timeout_seconds, timeout_action)
         self.fn = fn
         inner = _called(fn)
@@ -376,7 +383,7 @@ class Task(Generic[P, R]):
         name = self.name
         if template is not None:
             name = run_name(template, self.name, mapping.with_defaults(bound))
-        return TaskRun(
+        run = TaskRun(
             self,
             name,
             root=scope.flow_run.root if scope.flow_run else "",
@@ -386,6 +393,8 @@ class Task(Generic[P, R]):
             | current_tags()
             | (scope.flow_run.tags if scope.flow_run else frozenset()),
         )
+        run.ordinal = next_ordinal(scope, self.name)
+        return run
 
     # -- map ------------------------------------------------------------------------------------
     @overload
@@ -482,9 +491,12 @@ class Task(Generic[P, R]):
         on_failure: Iterable[Hook] | None = NOT_GIVEN,
         on_running: Iterable[Hook] | None = NOT_GIVEN,
         on_skipped: Iterable[Hook] | None = NOT_GIVEN,
+        viz_return_value: Any = NOT_GIVEN,
+        asset_deps: Any = NOT_GIVEN,
     ) -> Task[P, R]:
         """Make a task with other options; what is not given stays as it is. Tags are replaced."""
         old = self.options
+        warn_unused(viz_return_value=viz_return_value, asset_deps=asset_deps)
 
         def given(value: Any, present: Any) -> Any:
             return present if value is NOT_GIVEN else value
@@ -625,6 +637,8 @@ def task(
     on_failure: Iterable[Hook] | None = None,
     on_running: Iterable[Hook] | None = None,
     on_skipped: Iterable[Hook] | None = None,
+    viz_return_value: Any = None,
+    asset_deps: Any = None,
 ) -> TaskDecorator: ...
 def task(fn: Any = None, /, **options: Any) -> Any:
     """Turn a function into a task: ``@task`` or ``@task(retries=3, …)``.

@@ -622,7 +622,7 @@ class _Stage:
     Parameters
     ----------
     order : dict
-        ``map, task, indices, attempts, inputs, prints, context``, perhaps ``names``, ``scopes`` and
+        ``map, task, indices, attempts, inputs, prints, context, ordinal``, perhaps ``names``, ``scopes`` and
         ``commits``.
     function : bytes or callable
         What to call.
@@ -639,7 +639,9 @@ class _Stage:
         self.call = _function(function)
         self.indices, self.attempts = order["indices"], order["attempts"]
         self.names, self.scopes = order.get("names"), order.get("scopes")
-        self.common = {name: order[name] for name in ("map", "task", "inputs", "prints", "context")}
+        self.common = {
+            name: order[name] for name in ("map", "task", "inputs", "prints", "context", "ordinal")
+        }
         self.commits = order.get("commits")  # one for all elements, or a list with one for each
         mode = self.mode = order["inputs"]
         self.private = isinstance(function, bytes)  # the arguments were unpickled for this chunk
@@ -1896,6 +1898,36 @@ def _place_of_file(reduce: Any) -> int | None:
         if isinstance(one, str) and one not in {"name", "qualname"}
     ]
     return places[0] if made is types.CodeType and len(places) == 1 else None
+
+
+# -- seeds ----------------------------------------------------------------------------------
+
+
+def seed_from(around: int, task: str, ordinal: int, index: int) -> int:
+    """Make the random seed of a task run, 64 bits.
+
+    Parameters
+    ----------
+    around : int
+        Seed of the run whose code calls the task.
+    task : str
+        Name of the task.
+    ordinal : int
+        The how-manieth call of that task it is there.
+    index : int
+        Of an element of a map; -1 for any other call.
+    """
+    text = f"{around}/{task}/{ordinal}/{index}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+
+def seed_of(order: Any) -> int:
+    """Return the random seed of the run that a work order belongs to, the same at every attempt.
+
+    Good for ``random.Random(seed)`` and ``numpy.random.default_rng(seed)``.
+    """
+    around = order["context"].get("seed", 0)
+    return seed_from(around, order["task"], order.get("ordinal", 0), order.get("index", -1))
 
 
 # -- prints, sizes, memory ------------------------------------------------------------------

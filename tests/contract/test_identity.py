@@ -138,22 +138,22 @@ def test_names_that_are_no_text(in_flow: InFlow) -> None:
 def test_options_are_attributes() -> None:
     def hook(*_: Any) -> None: ...
 
-    given: dict[str, Any] = {
-        "description": "one",
-        "task_run_name": "{x}",
-        "retries": 2,
-        "retry_delay_seconds": [1, 2],
-        "retry_jitter_factor": 0.5,
-        "retry_condition_fn": hook,
-        "timeout_seconds": 3.0,
-        "log_prints": True,
-        "persist_result": True,
-        "result_serializer": "json",
-        "version": "9",
-        "threads": 2,
-        "priority": 3,
-        "resources": {"GPU": 1},
-    }
+    given: dict[str, Any] = dict(
+        description="one",
+        task_run_name="{x}",
+        retries=2,
+        retry_delay_seconds=[1, 2],
+        retry_jitter_factor=0.5,
+        retry_condition_fn=hook,
+        timeout_seconds=3.0,
+        log_prints=True,
+        persist_result=True,
+        result_serializer="json",
+        version="9",
+        threads=2,
+        priority=3,
+        resources={"GPU": 1},
+    )
     made = task(**given, on_completion=[hook])(documented.fn)
     for name, value in given.items():
         assert getattr(made, name) == value, name
