@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import threading
 
-from penstock.engine import waiting
+from penstock.engine import deadline, waiting
 from penstock.engine.context import Scope, current
 from penstock.engine.events import bus
 from penstock.engine.journal import Journal
@@ -30,6 +30,7 @@ def scope_for_submit(task_name: str) -> Scope:
     """
     scope = current()
     if scope is not None:
+        deadline.check(scope.flow_run)
         return scope
     runner = ambient_runner.get()
     if runner is None:
@@ -45,6 +46,7 @@ def scope_for_call() -> Scope:
     """Return the scope in which a direct call takes place; there always is one."""
     scope = current()
     if scope is not None:
+        deadline.check(scope.flow_run)
         return scope
     runner = ambient_runner.get()
     if runner is None:
@@ -71,6 +73,7 @@ def _end(runner: TaskRunner) -> None:
         session = _loose.pop(id(runner), None)
     if session is not None:
         waiting.wait(list(session.live))
+        session.hooks.wait()
         session.close()
 
 

@@ -13,9 +13,11 @@ from penstock.engine.states import Position, StateType
 
 if TYPE_CHECKING:
     from penstock.engine.clock import Alarm
+    from penstock.engine.deadline import Deadline
     from penstock.engine.graph import Edge
     from penstock.engine.mapped import Mapped
     from penstock.engine.recipes import Recipe
+    from penstock.engine.seeds import Ordinals
     from penstock.engine.session import Session
     from penstock.engine.task import Task
     from penstock.runners.base import Key, Ref
@@ -126,12 +128,15 @@ class TaskRun:
         "mapped",
         "message",
         "nbytes",
+        "ordinal",
+        "ordinals",
         "place",
         "position",
         "recipe",
         "ref",
         "released",
         "root",
+        "seed",
         "session",
         "started",
         "stored",
@@ -169,6 +174,9 @@ class TaskRun:
         self.root = root or self._id
         self.tags = tags
         self.tracked = tracked  # False for the engine's own helpers, such as the length of a list
+        self.ordinal = 0  # the how-manieth call of its task in the code around it
+        self.ordinals: Ordinals | None = None  # of the calls in its own code
+        self.seed = -1  # made when somebody asks
         self.position = _NEW
         self.message = ""
         self.call: Call | None = None
@@ -257,6 +265,21 @@ class TaskRun:
         return self.failures + self.crashes + self.excuses - self.unbegun + 1
 
     @property
+    def settled(self) -> bool:
+        """Whether the run has ended, and its hooks with it."""
+        return self.done and not (self.session is not None and self.session.hooks.holds(self))
+
+    @property
+    def run_count(self) -> int:
+        """Number of executions so far, the present one included."""
+        return self.position.attempt
+
+    @property
+    def flow_run_id(self) -> str | None:
+        """Id of the flow run that the run belongs to."""
+        return self.flow_run.id if self.flow_run is not None else None
+
+    @property
     def completed(self) -> bool:
         """Whether the run has a value."""
         return self.done and self.position.type is StateType.COMPLETED
@@ -272,11 +295,13 @@ class FlowRun:
     __slots__ = (
         "__weakref__",
         "cancelled",
+        "deadline",
         "finished",
         "flow",
         "id",
         "live",
         "name",
+        "ordinals",
         "parameters",
         "parent",
         "position",
@@ -312,6 +337,8 @@ class FlowRun:
         self.position = Position(StateType.PENDING, "Pending", 0)
         self.live: dict[TaskRun, None] = {}  # runs that have not ended
         self.cancelled = False
+        self.ordinals: Ordinals | None = None
+        self.deadline: Deadline | None = parent.deadline if parent is not None else None
         self.finished = 0
         self.runs = 0
         self.started = time.time()
@@ -322,6 +349,11 @@ class FlowRun:
         kind = self.position.type
         assert kind is not None
         return kind
+
+    @property
+    def run_count(self) -> int:
+        """Number of executions of the flow function so far, the present one included."""
+        return self.position.attempt
 
     def __repr__(self) -> str:
         """Show name, id and state."""

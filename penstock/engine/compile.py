@@ -80,7 +80,7 @@ def _of_run(run: TaskRun, session: Session) -> Submission:
         after=tuple(session.reference(source) for source in call.after if session.orders(source)),
         priority=run.depth + options.priority,
         options=options.backend,
-        announce=options.timeout_seconds is not None and run.tracked,
+        announce=(options.timeout_seconds is not None or bool(options.hooks.on_running)) and run.tracked,
     )
 
 

@@ -5,22 +5,27 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable
+from dataclasses import replace as with_fields
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast, overload
 
 from penstock import errors
-from penstock.engine import context
+from penstock.engine import context, revision
 from penstock.engine.flow_run import FlowRunScope
+from penstock.engine.hooks import H, Hook, read_hooks
 from penstock.engine.options import (
     NOT_GIVEN,
     FlowOptions,
     RunName,
     changed,
+    changed_hooks,
     changed_results,
+    check_callables,
     check_choices,
     check_signature,
+    view,
 )
 from penstock.engine.results import Persistence, Storage, read_options
-from penstock.engine.states import State
+from penstock.engine.states import State, StateType
 from penstock.engine.steps import Invoke, Steps, Wait, drive, drive_awaiting
 from penstock.engine.task import _hidden
 from penstock.runners import runner_of
@@ -67,6 +72,9 @@ class Flow(Generic[P, R]):
     result_serializer : str, optional
         "pickle", "json", "npy", "npz", "arrow", "parquet", "zarr", "compressed/pickle",
         "compressed/json"; by the value if not given.
+    on_completion, on_failure, on_cancellation, on_crashed, on_running, on_skipped : list of callable, optional
+        Called as ``hook(flow, flow_run, state)``, coroutine functions too; the run counts as ended when
+        its hooks, and those of its tasks, have ended.
     """
 
     def __init__(
@@ -85,13 +93,21 @@ class Flow(Generic[P, R]):
         persist_result: Persistence = None,
         result_storage: Storage = None,
         result_serializer: str | None = None,
+        on_completion: Iterable[Hook] | None = None,
+        on_failure: Iterable[Hook] | None = None,
+        on_cancellation: Iterable[Hook] | None = None,
+        on_crashed: Iterable[Hook] | None = None,
+        on_running: Iterable[Hook] | None = None,
+        on_skipped: Iterable[Hook] | None = None,
     ) -> None:
+        self._kind: Any = type(fn)  # of a method: whether it gets the instance, the class, or nothing
+        if isinstance(fn, (staticmethod, classmethod)):
+            fn = cast("Callable[P, R]", fn.__func__)
         if not callable(fn):
             message = f"@flow needs a function, got {type(fn).__name__}."
             raise TypeError(message)
-        if isinstance(fn, (staticmethod, classmethod)):
-            fn = cast("Callable[P, R]", fn.__func__)
         check_choices("readonly", "auto", timeout_seconds)
+        check_callables(None, flow_run_name, "flow_run_name")
         own = getattr(fn, "__name__", None) or type(fn).__name__
         label = name or ("unknown-lambda" if own == "<lambda>" else own.replace("_", "-"))
         if _FORBIDDEN & set(label):
@@ -112,6 +128,15 @@ class Flow(Generic[P, R]):
             log_prints=log_prints,
             task_runner=task_runner,
             results=read_options(persist_result, result_storage, None, result_serializer),
+            hooks=read_hooks(
+                "flow",
+                on_completion=on_completion,
+                on_failure=on_failure,
+                on_cancellation=on_cancellation,
+                on_crashed=on_crashed,
+                on_running=on_running,
+                on_skipped=on_skipped,
+            ),
         )
         self._runner_override: Any = None
 
@@ -120,13 +145,24 @@ class Flow(Generic[P, R]):
         """Name of the flow."""
         return self.options.name
 
+    @property
+    def version(self) -> str:
+        """What tells this code from that of yesterday: as given, else the git revision, else a hash."""
+        return self.options.version or revision.version_of(self.fn)
+
+    def __getattr__(self, name: str) -> Any:
+        """Show an option under its name."""
+        return view(self, name)
+
     def __repr__(self) -> str:
         """Show the name."""
         return f"<Flow {self.name}>"
 
     def __get__(self, instance: object, owner: type) -> Flow[..., R]:
-        """Bind to an instance: a method can be a flow, and ``self`` is its first parameter."""
-        if instance is None:
+        """Bind to an instance or class: a method can be a flow, and ``self`` is its first parameter."""
+        if self._kind is classmethod:
+            instance = owner
+        if instance is None or self._kind is staticmethod:
             return self
         bound: Flow[..., R] = object.__new__(type(self))
         bound.__dict__.update(self.__dict__)
@@ -190,13 +226,14 @@ class Flow(Generic[P, R]):
                 yield from run.arguments_steps(wait_for)
                 run.start()
                 with run.inside():
+                    yield from run.hooks(State(StateType.RUNNING))
                     returned = yield Invoke(
                         self.fn, run.args, run.kwargs, self.options.timeout_seconds, name=run.flow_run.name
                     )
                     yield Wait(run.live(returned))
-                state = run.returned(returned)
+                state = yield from run.returned(returned)
             except errors.UnfinishedRun as error:
-                state = run.not_ready(error)
+                state = yield from run.not_ready(error)
             except BaseException as error:
                 state = yield from run.raised(error)
                 if not isinstance(error, Exception):
@@ -228,6 +265,35 @@ class Flow(Generic[P, R]):
             given = (self.__dict__["_instance"], *args)
         return plan.explain(self, given, kwargs)
 
+    # -- hooks ------------------------------------------------------------------------------------
+    def on_completion(self, fn: H) -> H:
+        """Decorate a function that is called when a run has completed."""
+        return self._also("on_completion", fn)
+
+    def on_failure(self, fn: H) -> H:
+        """Decorate a function that is called when a run has failed."""
+        return self._also("on_failure", fn)
+
+    def on_cancellation(self, fn: H) -> H:
+        """Decorate a function that is called when a run was cancelled."""
+        return self._also("on_cancellation", fn)
+
+    def on_crashed(self, fn: H) -> H:
+        """Decorate a function that is called when a run has crashed."""
+        return self._also("on_crashed", fn)
+
+    def on_running(self, fn: H) -> H:
+        """Decorate a function that is called when a run begins."""
+        return self._also("on_running", fn)
+
+    def on_skipped(self, fn: H) -> H:
+        """Decorate a function that is called when a run was skipped."""
+        return self._also("on_skipped", fn)
+
+    def _also(self, kind: str, fn: H) -> H:
+        self.options = with_fields(self.options, hooks=self.options.hooks.and_also(kind, fn, "flow"))
+        return fn
+
     # -- options ----------------------------------------------------------------------------------
     def with_options(
         self,
@@ -244,6 +310,12 @@ class Flow(Generic[P, R]):
         persist_result: Persistence = NOT_GIVEN,
         result_storage: Storage = NOT_GIVEN,
         result_serializer: str | None = NOT_GIVEN,
+        on_completion: Iterable[Hook] | None = NOT_GIVEN,
+        on_failure: Iterable[Hook] | None = NOT_GIVEN,
+        on_cancellation: Iterable[Hook] | None = NOT_GIVEN,
+        on_crashed: Iterable[Hook] | None = NOT_GIVEN,
+        on_running: Iterable[Hook] | None = NOT_GIVEN,
+        on_skipped: Iterable[Hook] | None = NOT_GIVEN,
     ) -> Flow[P, R]:
         """Make a flow with other options; what is not given stays as it is. Tags are replaced."""
         options: FlowOptions = changed(
@@ -261,8 +333,20 @@ class Flow(Generic[P, R]):
                 "results": changed_results(
                     self.options.results, persist_result, result_storage, NOT_GIVEN, result_serializer
                 ),
+                "hooks": changed_hooks(
+                    self.options.hooks,
+                    "flow",
+                    on_completion=on_completion,
+                    on_failure=on_failure,
+                    on_cancellation=on_cancellation,
+                    on_crashed=on_crashed,
+                    on_running=on_running,
+                    on_skipped=on_skipped,
+                ),
             },
         )
+        check_choices("readonly", "auto", options.timeout_seconds)
+        check_callables(None, options.flow_run_name, "flow_run_name")
         new: Flow[P, R] = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         new.options = options
@@ -309,6 +393,12 @@ def flow(
     persist_result: Persistence = None,
     result_storage: Storage = None,
     result_serializer: str | None = None,
+    on_completion: Iterable[Hook] | None = None,
+    on_failure: Iterable[Hook] | None = None,
+    on_cancellation: Iterable[Hook] | None = None,
+    on_crashed: Iterable[Hook] | None = None,
+    on_running: Iterable[Hook] | None = None,
+    on_skipped: Iterable[Hook] | None = None,
 ) -> FlowDecorator: ...
 def flow(fn: Any = None, /, **options: Any) -> Any:
     """Turn a function into a flow: ``@flow`` or ``@flow(task_runner="dask", …)``.

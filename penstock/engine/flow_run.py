@@ -10,7 +10,17 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from penstock import errors
-from penstock.engine import cancelling, conclusion, context, parameters, signals, values, waiting
+from penstock.engine import (
+    cancelling,
+    conclusion,
+    context,
+    deadline,
+    hook_calls,
+    parameters,
+    signals,
+    values,
+    waiting,
+)
 from penstock.engine.annotations import allow_failure, quote
 from penstock.engine.caller import wait_sources
 from penstock.engine.calls import FlowRun, TaskRun
@@ -21,6 +31,7 @@ from penstock.engine.journal import Journal
 from penstock.engine.names import new_name
 from penstock.engine.options import run_name
 from penstock.engine.reservation import reserved, whereabouts
+from penstock.engine.seeds import next_ordinal
 from penstock.engine.session import Session
 from penstock.engine.states import State, StateType, Stored, advance, failure_of
 from penstock.engine.steps import Invoke, Steps, Wait
@@ -90,6 +101,7 @@ class FlowRunScope:
                 surrounding=outer.task_run,
                 tags=tags,
             )
+            around.ordinal = next_ordinal(outer, flow.name)
         row = self._reservation
         self.flow_run = FlowRun(
             flow,
@@ -104,7 +116,9 @@ class FlowRunScope:
         try:
             self.arguments = parameters.bind(flow.signature, flow.name, self.args, self.kwargs)
             described = describe_all(self.arguments)
-            self.flow_run.name = run_name(flow.options.flow_run_name, self.flow_run.name, self.arguments)
+            self.flow_run.name = run_name(
+                flow.options.flow_run_name, self.flow_run.name, self.arguments, "flow_run_name"
+            )
         except Exception as error:
             self._problem = error
         self._write_row(described, around)
@@ -121,7 +135,7 @@ class FlowRunScope:
             {
                 "name": run.name,
                 "flow": self.flow.name,
-                "version": self.flow.options.version,
+                "version": self.flow.version,
                 "parent_flow_run": run.parent.id if run.parent else None,
                 "parent_task_run": around.id if around else None,
                 "tags": sorted(run.tags),
@@ -200,6 +214,8 @@ class FlowRunScope:
             self.journal.write(
                 "runner", self.flow_run.id, self.flow_run.root, {**body, "versions": dict(info.versions)}
             )
+        run = self.flow_run
+        run.deadline = deadline.of_run(self.flow.options.timeout_seconds, run.deadline)
         self._state(StateType.RUNNING, attempt=1)
         if self.flow_run.task_run is not None:
             self._row(StateType.RUNNING)
@@ -233,7 +249,7 @@ class FlowRunScope:
         """Return the runs that the flow's end has to wait for."""
         return [*self.flow_run.live, *conclusion.members_of(returned).runs]
 
-    def returned(self, value: Any) -> State:
+    def returned(self, value: Any) -> Steps:
         """Conclude from what the function returned."""
         if isinstance(value, quote):
             state = State(StateType.COMPLETED, data=value.unwrap())
@@ -247,16 +263,16 @@ class FlowRunScope:
                 state.data = Returned(value, members.runs) if members.runs else value
                 if self.outer is None and members.runs:
                     state.data.load()  # the one implicit download; before the record says how much came here
-        self._finish(state)
+        yield from self._finish(state)
         return state
 
-    def not_ready(self, error: errors.UnfinishedRun) -> State:
+    def not_ready(self, error: errors.UnfinishedRun) -> Steps:
         """An upstream of a nested flow did not complete: it never runs."""
         if self.session is None or self.flow_run.type is not StateType.PENDING:
             state = State(StateType.FAILED, message=str(error), data=error)
         else:
             state = State(StateType.PENDING, "NotReady", str(error), error)
-        self._finish(state)
+        yield from self._finish(state)
         return state
 
     def raised(self, error: BaseException) -> Steps:
@@ -264,23 +280,39 @@ class FlowRunScope:
         asked = self._interrupts.received is not None
         self._interrupts.heard = asked
         urgent = asked or not isinstance(error, Exception)
+        late = self._is_late(error)
         if self.session is not None and self.flow_run.live:
             live = list(self.flow_run.live)
-            if urgent:
+            if late and not asked:
+                _stop(live, force=self.session.runner.kills_on_timeout)
+            elif urgent:
                 _stop(live)
             else:
                 cancelling.cancel_unstarted(live)
                 yield Wait(live)
-        state = self._state_of_error(error, asked)
-        self._finish(state)
+        state = self._state_of_error(error, asked, late)
+        self.flow_run.deadline = None  # hooks have time
+        yield from self._finish(state)
         return state
 
-    def _state_of_error(self, error: BaseException, asked: bool) -> State:
+    def _is_late(self, error: BaseException) -> bool:
+        """Whether the flow was stopped because its time, or that of a flow around it, was over."""
+        limit = self.flow_run.deadline
+        ours = isinstance(error, worker_runtime.TimedOut) or type(error).__name__ == "CancelledError"
+        return limit is not None and limit.is_over and (ours or isinstance(error, errors.TaskTimeout))
+
+    def _state_of_error(self, error: BaseException, asked: bool, late: bool) -> State:
         if isinstance(error, errors.Skip):
             return State(StateType.SKIPPED, message=str(error))
         if asked:
             name = signal.Signals(self._interrupts.received or signal.SIGINT).name
             return State(StateType.CANCELLED, message=f"Cancelled by {name}.", data=None)
+        if late:
+            assert self.flow_run.deadline is not None
+            message = f"Flow run exceeded timeout of {self.flow_run.deadline.seconds} second(s)"
+            if isinstance(error, errors.TaskTimeout) and error.run_id is None:
+                error.of_run(self.flow_run.id)
+            return State(StateType.FAILED, "TimedOut", message, error)
         if isinstance(error, errors.TerminationSignal):
             return State(StateType.CRASHED, message="Execution was aborted by a termination signal.")
         if isinstance(error, KeyboardInterrupt):
@@ -291,10 +323,6 @@ class FlowRunScope:
             return State(StateType.CRASHED, message=str(error), data=error)
         if type(error).__name__ == "CancelledError" and not isinstance(error, Exception):
             return State(StateType.CRASHED, message="Execution was cancelled by the runtime environment.")
-        if isinstance(error, errors.TaskTimeout) and error.run_id is None:
-            seconds = self.flow.options.timeout_seconds
-            message = f"Flow run exceeded timeout of {seconds} second(s)"
-            return State(StateType.FAILED, "TimedOut", message, error)
         started = self.flow_run.type is StateType.RUNNING
         unfit = isinstance(error, (errors.ParameterBindError, errors.ParameterTypeError))
         if not started and not unfit:
@@ -304,8 +332,27 @@ class FlowRunScope:
         message = f"Flow run encountered an exception: {type(error).__name__}: {error}"
         return State(StateType.FAILED, message=message, data=error)
 
-    def _finish(self, state: State) -> None:
+    def hooks(self, state: State) -> Steps:
+        """Call what the flow's hooks want to be called for a state."""
+        hooks = self.flow.options.hooks.of_flow(state.type)
+        yield from hook_calls.call_here(
+            hooks,
+            (self.flow, self.flow_run, state),
+            lambda line: self.journal.flow_lines(self.flow_run, [line]),
+            Invoke,
+        )
+
+    def _finish(self, state: State) -> Steps:
         state.state_details.setdefault("flow_run_id", self.flow_run.id)
+        if self.session is not None and state.name != "NotReady":
+            with self.inside():
+                yield from self.hooks(state)
+                while self._interrupts.received is None and (
+                    left := list(self.flow_run.live)
+                ):  # made by hooks
+                    yield Wait(left)
+        elif state.name != "NotReady":
+            yield from self.hooks(state)
         details: dict[str, Any] = {"seconds": max(0.0, state.timestamp - self.flow_run.started)}
         if isinstance(state.data, BaseException):
             errors.hide_frames(state.data)
@@ -370,12 +417,13 @@ class FlowRunScope:
             stop_tracking()
 
 
-def _stop(live: list[TaskRun]) -> None:
+def _stop(live: list[TaskRun], *, force: bool = True) -> None:
     """Stop runs at once: ask, then force, then give up what cannot be interrupted."""
     cancelling.cancel(live)
     waiting.wait(live, GRACE)
-    cancelling.cancel(live, force=True)
-    waiting.wait(live, GRACE)
+    if force:
+        cancelling.cancel(live, force=True)
+        waiting.wait(live, GRACE)
     cancelling.abandon(live)
 
 

@@ -70,7 +70,7 @@ class PenstockFuture(Generic[R]):
         """Whether the run has ended, or can never start."""
         if not self._run.done:
             self._run.carrier.flush()
-        return self._run.done
+        return self._run.settled
 
     def running(self) -> bool:
         """Whether user code is known to be running."""
@@ -78,7 +78,7 @@ class PenstockFuture(Generic[R]):
 
     def cancelled(self) -> bool:
         """Whether the run was cancelled."""
-        return self._run.done and self._run.type is StateType.CANCELLED
+        return self._run.settled and self._run.type is StateType.CANCELLED
 
     # -- waiting ----------------------------------------------------------------------------
     def wait(self, timeout: float | None = None) -> None:
@@ -121,10 +121,10 @@ class PenstockFuture(Generic[R]):
 
     def _result(self, timeout: float | None, raise_on_failure: bool) -> R:
         run = self._run
-        if not run.done:
+        if not run.settled:
             _warn_in_loop()
             waiting.wait([run], timeout)
-        if not run.done:
+        if not run.settled:
             message = f"Task run {run.id} did not complete within {timeout} seconds"
             raise TimeoutError(message)
         value: R = values.results([run], raise_on_failure=raise_on_failure)[0]
@@ -134,7 +134,7 @@ class PenstockFuture(Generic[R]):
         """Wait for the end and return the exception of the run, None if it went well."""
         self.wait(timeout)
         run = self._run
-        if not run.done:
+        if not run.settled:
             message = f"Task run {run.id} did not complete within {timeout} seconds"
             raise TimeoutError(message)
         return values.exception_of(run)
@@ -158,7 +158,7 @@ class PenstockFuture(Generic[R]):
     async def settled(self) -> None:
         """Wait for the end of the run without blocking the event loop; no bytes move."""
         run = self._run
-        if run.done:
+        if run.settled:
             return
         loop = asyncio.get_running_loop()
         await self._done_here()
@@ -341,7 +341,7 @@ class PenstockFutureList(list[PenstockFuture[R]], Generic[R]):
             failed = next((run for run in runs if values.has_failed(run)), None)
             if failed is not None:
                 values.results([failed])
-        if not all(run.done for run in runs):
+        if not all(run.settled for run in runs):
             message = f"Timed out waiting for all futures to complete within {timeout} seconds"
             raise TimeoutError(message)
         return values.results(runs, raise_on_failure=raise_on_failure)
@@ -415,8 +415,8 @@ def wait(futures: Iterable[PenstockFuture[Any]], timeout: float | None = None) -
     """
     unique = list(futures)
     waiting.wait([future._run for future in unique], None if timeout is None else check_timeout(timeout))
-    done = {future for future in unique if future._run.done}
-    return DoneAndNotDoneFutures(done, {future for future in unique if not future._run.done} - done)
+    done = {future for future in unique if future._run.settled}
+    return DoneAndNotDoneFutures(done, {future for future in unique if future not in done})
 
 
 class as_completed:  # noqa: N801 - the standard library's name; an iterator, plain and async
@@ -479,7 +479,7 @@ class as_completed:  # noqa: N801 - the standard library's name; an iterator, pl
         """Inside a task that waits, do one of the runs here, or give the slot back: it may be the only one."""
         if worker_runtime.current() is None or len(self._ended) > self._taken:
             return
-        pending = [future._run for future in self._futures if not future._run.done]
+        pending = [future._run for future in self._futures if not future._run.settled]
         if pending:
             waiting.wait_any(pending, self._deadline)
 

@@ -25,7 +25,10 @@ def work_order(run: TaskRun, call: Call, prints: bool) -> dict[str, Any]:
         "prints": prints,
         "context": call.context,
         "streams": run.items is not None,
+        "ordinal": run.ordinal,
     }
+    if run.index >= 0:
+        order["index"] = run.index
     commit = results.commit_order(run)
     if commit is not None:
         order["commit"] = commit
@@ -54,6 +57,7 @@ def stage_order(runs: Sequence[TaskRun], mapped: Mapped, session: Session) -> di
         "inputs": options.inputs,
         "prints": session.prints_of(runs[0]),
         "context": mapped.context,
+        "ordinal": runs[0].ordinal,
     }
     if options.task_run_name is not None:
         order["names"] = [run.name for run in runs]

@@ -36,6 +36,7 @@ class Journal:
         self._count = itertools.count(1)
         self._ended: list[tuple[TaskRun, dict[str, Any]]] = []
         self._completed: list[tuple[Sequence[TaskRun], Sequence[float], Sequence[float], int]] = []
+        self._tasks: set[tuple[Any, ...]] = set()
         self.callbacks: list[Callable[[], None]] = []
 
     def publish(self, event: Event) -> None:
@@ -56,11 +57,30 @@ class Journal:
     def task_made(self, run: TaskRun, parameters: dict[str, Any], parents: list[tuple[str, str]]) -> None:
         """A task run exists."""
         if run.tracked:
+            self._task_known(run)
             self.write("task_run", run.id, run.root, {**_about(run, parameters), "upstream": parents})
 
     def map_made(self, run: TaskRun, body: dict[str, Any], parameters: dict[str, Any]) -> None:
         """Elements of a map exist; `run` is any of them."""
+        self._task_known(run)
         self.write("map_run", str(run.map_id), run.root, {**_about(run, parameters), **body})
+
+    def _task_known(self, run: TaskRun) -> None:
+        """Say once in a session which code a task is."""
+        task = run.task
+        key = getattr(task, "task_key", None)
+        if key is None:  # the row of a nested flow
+            return
+        known = (task.name, key, task.options.version)
+        if known not in self._tasks:
+            self._tasks.add(known)
+            body = {
+                "task": task.name,
+                "key": key,
+                "version": task.version,
+                "description": task.options.description,
+            }
+            self.write("task", run.root, run.root, body)
 
     # -- states --------------------------------------------------------------------------------
     def flow_state(self, flow_run: FlowRun, message: str = "", **details: Any) -> None:

@@ -20,6 +20,7 @@ from penstock.engine.context import Scope, current_tags
 from penstock.engine.futures import PenstockFuture, run_of
 from penstock.engine.mapped import Capture, Column, Mapped
 from penstock.engine.options import TaskOptions, run_name
+from penstock.engine.seeds import next_ordinal
 from penstock.runners import worker_runtime
 
 if TYPE_CHECKING:
@@ -182,6 +183,7 @@ class Making:
         self._reason = alone(task.options)
         self._packer = packing(task.options, session.runner, self.window, count, self._reason)
         self._map_id = events.new_id()
+        self._ordinal = next_ordinal(scope, task.name)
         tags = task.options.tags | current_tags()
         self._tags = tags | (scope.flow_run.tags if scope.flow_run else frozenset())
 
@@ -231,7 +233,7 @@ class Making:
                 index=index,
                 tags=self._tags,
             )
-            run.mapped = mapped
+            run.mapped, run.ordinal = mapped, self._ordinal
             runs.append(run)
         named = {_parameter(task, place): part for place, part in parts.items()}
         body = {"name": task.name, "start": start, "count": count, **_edges(runs, named, mapped)}

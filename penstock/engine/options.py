@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
 from penstock import errors
+from penstock.engine.hooks import NO_HOOKS, Hook, Hooks
 from penstock.engine.results import Persistence, ResultOptions, Storage, read_options
 from penstock.engine.retry import DelayOption, RetryPolicy, read_delays, read_jitter
 from penstock.runners.base import Options
 
 RunName = str | Callable[..., str] | None
-Hooks = tuple[Callable[..., Any], ...]
 
 
 class NotGiven:
@@ -41,6 +42,7 @@ class TaskOptions:
     retry_delay_seconds: DelayOption = None
     retry_condition_fn: Callable[..., Any] | None = None
     timeout_seconds: float | None = None
+    timeout_action: str = "abandon"
     log_prints: bool | None = None
     inputs: str = "readonly"
     chunk_size: int | str = "auto"
@@ -48,6 +50,7 @@ class TaskOptions:
     backend: Options = field(default_factory=Options)
     priority: int = 0
     results: ResultOptions = field(default_factory=ResultOptions)
+    hooks: Hooks = NO_HOOKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,7 @@ class FlowOptions:
     log_prints: bool | None = None
     task_runner: Any = None
     results: ResultOptions = field(default_factory=ResultOptions)
+    hooks: Hooks = NO_HOOKS
 
 
 def retry_policy(
@@ -87,7 +91,23 @@ def retry_policy(
     return RetryPolicy(count, read_delays(delay, count), read_jitter(jitter), crash_retries)
 
 
-def check_choices(inputs: str, chunk_size: int | str, timeout: float | None) -> None:
+def check_callables(condition: Any, name: Any, option: str) -> None:
+    """Refuse a retry condition that cannot be called, and a name of runs that is neither text nor callable.
+
+    Raises
+    ------
+    TypeError
+        Naming the option and the type.
+    """
+    if condition is not None and not callable(condition):
+        message = f"Expected `retry_condition_fn` to be callable, got {type(condition).__name__} instead."
+        raise TypeError(message)
+    if name is not None and not isinstance(name, str) and not callable(name):
+        message = f"Expected string or callable for '{option}'; got {type(name).__name__} instead."
+        raise TypeError(message)
+
+
+def check_choices(inputs: str, chunk_size: int | str, timeout: float | None, action: str = "abandon") -> None:
     """Refuse values that an option cannot have.
 
     Raises
@@ -100,6 +120,9 @@ def check_choices(inputs: str, chunk_size: int | str, timeout: float | None) -> 
         raise errors.ConfigurationError(message)
     if chunk_size != "auto" and not (isinstance(chunk_size, int) and chunk_size >= 1):
         message = f"'chunk_size' must be 'auto' or a positive integer, got {chunk_size!r}."
+        raise errors.ConfigurationError(message)
+    if action not in {"abandon", "kill_worker"}:
+        message = f"'timeout_action' must be 'abandon' or 'kill_worker', got {action!r}."
         raise errors.ConfigurationError(message)
     if timeout is not None and timeout <= 0:
         message = f"'timeout_seconds' must be positive, got {timeout!r}."
@@ -118,7 +141,9 @@ def backend_options(
     return Options(tuple(sorted((resources or {}).items())), threads, names, once=once)
 
 
-def run_name(template: RunName, default: str, parameters: Mapping[str, Any]) -> str:
+def run_name(
+    template: RunName, default: str, parameters: Mapping[str, Any], option: str = "task_run_name"
+) -> str:
     """Make the name of a run.
 
     Parameters
@@ -129,6 +154,8 @@ def run_name(template: RunName, default: str, parameters: Mapping[str, Any]) -> 
         The name if there is no template.
     parameters : mapping
         Bound arguments, with defaults.
+    option : str
+        What the template is called, for messages.
 
     Raises
     ------
@@ -139,14 +166,11 @@ def run_name(template: RunName, default: str, parameters: Mapping[str, Any]) -> 
         return default
     if isinstance(template, str):
         return template.format(**parameters)
-    if not callable(template):
-        message = f"Expected string or callable for 'task_run_name'; got {type(template).__name__} instead."
-        raise TypeError(message)
     name = (
         template(dict(parameters)) if "parameters" in inspect.signature(template).parameters else template()
     )
     if not isinstance(name, str):
-        message = f"Callable {template} for 'task_run_name' returned type {type(name).__name__} but a string is required."
+        message = f"Callable {template} for '{option}' returned type {type(name).__name__} but a string is required."
         raise TypeError(message)
     return name
 
@@ -178,6 +202,74 @@ def changed_results(
     before = (old.persist, old.storage, old.key, old.serializer)
     merged: list[Any] = [was if now is NOT_GIVEN else now for now, was in zip(new, before, strict=True)]
     return read_options(*merged)
+
+
+def changed_hooks(old: Hooks, owner: str, **given: Iterable[Hook] | None) -> Hooks:
+    """Merge what is said of hooks: a kind that was given replaces what was there."""
+    return old.changed({kind: hooks for kind, hooks in given.items() if hooks is not NOT_GIVEN}, owner)
+
+
+_warned: set[str] = set()
+
+
+def warn_unused(**given: Any) -> None:
+    """Say once per process that an option of other engines has no effect here."""
+    for name, value in given.items():
+        if value is not None and value is not NOT_GIVEN and name not in _warned:
+            _warned.add(name)
+            warnings.warn(f"'{name}' has no effect in penstock and is ignored.", stacklevel=4)
+
+
+_VIEWS: dict[str, Callable[[Any], Any]] = {
+    "description": lambda options: options.description,
+    "task_run_name": lambda options: options.task_run_name,
+    "flow_run_name": lambda options: options.flow_run_name,
+    "retry_delay_seconds": lambda options: options.retry_delay_seconds,
+    "retry_jitter_factor": lambda options: options.retry.jitter,
+    "retry_condition_fn": lambda options: options.retry_condition_fn,
+    "crash_retries": lambda options: options.retry.crash_retries,
+    "idempotent": lambda options: options.idempotent,
+    "timeout_seconds": lambda options: options.timeout_seconds,
+    "timeout_action": lambda options: options.timeout_action,
+    "log_prints": lambda options: options.log_prints,
+    "inputs": lambda options: options.inputs,
+    "chunk_size": lambda options: options.chunk_size,
+    "resources": lambda options: dict(options.backend.resources),
+    "threads": lambda options: options.backend.threads,
+    "workers": lambda options: options.backend.workers,
+    "priority": lambda options: options.priority,
+    "persist_result": lambda options: options.results.persist,
+    "result_storage": lambda options: options.results.storage,
+    "result_storage_key": lambda options: options.results.key,
+    "result_serializer": lambda options: options.results.serializer,
+    "should_validate_parameters": lambda options: options.validate_parameters,
+    "task_runner": lambda options: options.task_runner,
+    "on_completion_hooks": lambda options: list(options.hooks.on_completion),
+    "on_failure_hooks": lambda options: list(options.hooks.on_failure),
+    "on_running_hooks": lambda options: list(options.hooks.on_running),
+    "on_skipped_hooks": lambda options: list(options.hooks.on_skipped),
+    "on_cancellation_hooks": lambda options: list(options.hooks.on_cancellation),
+    "on_crashed_hooks": lambda options: list(options.hooks.on_crashed),
+}
+"""Attributes of tasks and flows that show their options, under the names that the options have."""
+
+
+def view(thing: Any, name: str) -> Any:
+    """Return an option of a task or flow, for its ``__getattr__``.
+
+    Raises
+    ------
+    AttributeError
+        If it has no such option.
+    """
+    look = _VIEWS.get(name)
+    if look is not None and "options" in thing.__dict__:
+        try:
+            return look(thing.__dict__["options"])
+        except AttributeError:
+            pass
+    message = f"{type(thing).__name__!r} object has no attribute {name!r}"
+    raise AttributeError(message)
 
 
 def changed(options: Any, changes: Mapping[str, Any]) -> Any:

@@ -21,6 +21,7 @@ from typing import Any
 from penstock import errors
 from penstock.engine import (
     compile,  # noqa: A004 - the house's word
+    hook_calls,
     invoke,
     items,
     losses,
@@ -29,6 +30,7 @@ from penstock.engine import (
     payload,
     recipes,
     remaking,
+    seeds,
     values,
     waiting,
 )
@@ -84,6 +86,8 @@ class Session:
         self._counter = itertools.count()
         self.buffer = Buffer(self._pump)
         self.quarantine = Quarantine()
+        self.ordinals: seeds.Ordinals | None = None
+        self.hooks = hook_calls.HookCalls(self)
         self._alarm: Alarm | None = None
         self.bytes_fetched = 0
         self.fetched: dict[Key, Any] = {}  # the chunk that was fetched last, at most 8 MB
@@ -108,6 +112,7 @@ class Session:
             "flow_run_name": flow.name if flow else "",
             "flow": flow.flow.name if flow else "",
             "depth": scope.depth + 1,
+            "seed": seeds.seed_around(scope),
             "prints": scope.log_prints,
             "runner": self.runner.inside(),
             "results": self._results_of(flow),
@@ -595,11 +600,13 @@ class Session:
             run.ref = None
             self.failures += 1
         self.live.pop(run, None)
+        held = bool(run.task.options.hooks) and self.hooks.ended(run)
         if run.flow_run is not None:
-            run.flow_run.live.pop(run, None)
+            if not held:
+                run.flow_run.live.pop(run, None)
             run.flow_run.finished += 1
         self.journal.add(run, details)
-        self._let_dependants_go(run)
+        self._let_dependants_go(run, held=held)
 
     def complete(
         self, runs: Sequence[TaskRun], started: Sequence[float], seconds: Sequence[float], peak: int
@@ -619,6 +626,7 @@ class Session:
         before: Position | None = None
         after = runs[0].position
         flow_run = runs[0].flow_run
+        hooks = runs[0].task.options.hooks
         for run in runs:
             if run.position is not before:
                 before = run.position
@@ -628,10 +636,13 @@ class Session:
             run.done = True
             run.ended = now
             self.live.pop(run, None)
-            if flow_run is not None:
+            if hooks:
+                self.hooks.started(run)
+            held = bool(hooks) and self.hooks.ended(run)
+            if flow_run is not None and not held:
                 flow_run.live.pop(run, None)
             if run.dependants is not None or run.callbacks is not None:
-                self._let_dependants_go(run)
+                self._let_dependants_go(run, held=held)
             else:
                 if not self.in_process:
                     run.recipe = recipes.of(run)
@@ -648,8 +659,8 @@ class Session:
             self.made.add([run])
             run.recipe = recipes.of(run)
 
-    def _let_dependants_go(self, run: TaskRun) -> None:
-        """A run has ended: say so to those that wait for it."""
+    def _let_dependants_go(self, run: TaskRun, *, held: bool = False) -> None:
+        """A run has ended: say so to those that wait for it; users hear of it when its hooks have ended, too."""
         ready, dead = self.graph.ended(run)
         self._remember(run)
         run.call = run.mapped = None
@@ -657,9 +668,19 @@ class Session:
             self._release(one)
         for one in dead:
             self._never(one, run)
+        if not held:
+            self._call_back(run)
+
+    def _call_back(self, run: TaskRun) -> None:
         for callback in run.callbacks or ():
             self.journal.callbacks.append(functools.partial(_call_back, callback, run))
         run.callbacks = None
+
+    def settled(self, run: TaskRun) -> None:
+        """The hooks of a run that has ended have ended, too (the caller holds the lock)."""
+        if run.flow_run is not None:
+            run.flow_run.live.pop(run, None)
+        self._call_back(run)
 
     def _never(self, run: TaskRun, upstream: TaskRun) -> None:
         """An upstream ended without a value: the run will never start."""
@@ -755,6 +776,9 @@ class Session:
 
     def _release_again(self, run: TaskRun) -> None:
         if not run.done and not run.released:
+            if run.type is StateType.SCHEDULED:
+                run.position = advance(run.position, StateType.RUNNING, "Retrying", run.next_attempt)
+                self.journal.task_state(run)
             self._release(run)
 
     def _fail(self, run: TaskRun, error: Exception) -> None:
@@ -775,7 +799,7 @@ class Session:
     def add_callback(self, run: TaskRun, call: Callable[[TaskRun], None]) -> None:
         """Call once when the run has ended, at once if it has."""
         with self.lock:
-            if not run.done:
+            if not run.done or self.hooks.holds(run):
                 run.callbacks = [*(run.callbacks or ()), call]
                 return
         _call_back(call, run)

@@ -6,30 +6,37 @@ import asyncio
 import functools
 import inspect
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from dataclasses import replace as with_fields
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast, overload
 
 from penstock import errors
-from penstock.engine import ambient, direct, mapping
+from penstock.engine import ambient, direct, mapping, revision
 from penstock.engine.caller import Caller, wait_sources
 from penstock.engine.calls import Bound, Call, TaskRun
 from penstock.engine.context import Scope, current_tags
 from penstock.engine.futures import PenstockFuture, PenstockFutureList
+from penstock.engine.hooks import H, Hook, read_hooks
 from penstock.engine.options import (
     NOT_GIVEN,
     RunName,
     TaskOptions,
     backend_options,
     changed,
+    changed_hooks,
     changed_results,
+    check_callables,
     check_choices,
     check_signature,
     retry_policy,
     run_name,
+    view,
+    warn_unused,
 )
 from penstock.engine.refs import replace
 from penstock.engine.results import Persistence, Storage, read_options
 from penstock.engine.retry import DelayOption
-from penstock.engine.steps import drive, drive_awaiting
+from penstock.engine.seeds import next_ordinal
+from penstock.engine.steps import Steps, drive, drive_awaiting, drive_giving, drive_giving_awaiting
 
 if TYPE_CHECKING:
     from penstock.engine.states import State
@@ -37,6 +44,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 S = TypeVar("S")
+TimeoutAction = Literal["abandon", "kill_worker"]
 
 
 class Task(Generic[P, R]):
@@ -69,7 +77,11 @@ class Task(Generic[P, R]):
     idempotent : bool
         False: never started twice by penstock; a loss is the end.
     timeout_seconds : float, optional
-        From the start of user code; then the run is FAILED with the name "TimedOut".
+        From the start of user code; then the run is FAILED with the name "TimedOut", on every runner.
+    timeout_action : {"abandon", "kill_worker"}
+        What becomes of the code: it is asked to stop, and what cannot be interrupted, such as a call
+        into C, is left to end by itself; or the process that runs it is ended, on Dask with
+        everything else that runs there. A process of the process pool is ended in any case, a thread never.
     log_prints : bool, optional
         Whether `print` writes to the log of the run; the flow's choice by default.
     inputs : {"readonly", "copy", "shared"}
@@ -95,6 +107,12 @@ class Task(Generic[P, R]):
     result_serializer : str, optional
         "pickle", "json", "npy", "npz", "arrow", "parquet", "zarr", "compressed/pickle",
         "compressed/json"; by the value if not given.
+    on_completion, on_failure, on_running, on_skipped : list of callable, optional
+        Called in the driver as ``hook(task, task_run, state)``, coroutine functions too: before the
+        future counts as done, while dependants go on. `on_failure` when no attempt is left, also after a
+        crash; `on_running` at each attempt.
+    viz_return_value, asset_deps : object, optional
+        Taken for the sake of existing scripts, and ignored with a warning.
     """
 
     def __init__(
@@ -113,6 +131,7 @@ class Task(Generic[P, R]):
         crash_retries: int = 1,
         idempotent: bool = True,
         timeout_seconds: float | None = None,
+        timeout_action: TimeoutAction = "abandon",
         log_prints: bool | None = None,
         inputs: Literal["readonly", "copy", "shared"] = "readonly",
         chunk_size: int | Literal["auto"] = "auto",
@@ -124,23 +143,26 @@ class Task(Generic[P, R]):
         result_storage: Storage = None,
         result_storage_key: str | None = None,
         result_serializer: str | None = None,
+        on_completion: Iterable[Hook] | None = None,
+        on_failure: Iterable[Hook] | None = None,
+        on_running: Iterable[Hook] | None = None,
+        on_skipped: Iterable[Hook] | None = None,
+        viz_return_value: Any = None,
+        asset_deps: Any = None,
     ) -> None:
+        self._kind: Any = type(fn)  # of a method: whether it gets the instance, the class, or nothing
+        if isinstance(fn, (staticmethod, classmethod)):
+            fn = cast("Callable[P, R]", fn.__func__)
         if not callable(fn):
             message = f"@task needs a function, got {type(fn).__name__}."
             raise TypeError(message)
-        if isinstance(fn, (staticmethod, classmethod)):
-            fn = cast("Callable[P, R]", fn.__func__)
-        if retry_condition_fn is not None and not callable(retry_condition_fn):
-            message = f"Expected `retry_condition_fn` to be callable, got {type(retry_condition_fn).__name__} instead."
-            raise TypeError(message)
-        if task_run_name is not None and not isinstance(task_run_name, str) and not callable(task_run_name):
-            kind = type(task_run_name).__name__
-            message = f"Expected string or callable for 'task_run_name'; got {kind} instead."
-            raise TypeError(message)
-        check_choices(inputs, chunk_size, timeout_seconds)
+        check_callables(retry_condition_fn, task_run_name, "task_run_name")
+        warn_unused(viz_return_value=viz_return_value, asset_deps=asset_deps)
+        check_choices(inputs, chunk_size, timeout_seconds, timeout_action)
         self.fn = fn
-        self.isasync = inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(type(fn).__call__)
-        self.yields = inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn)
+        inner = _called(fn)
+        self.isasync = inspect.iscoroutinefunction(inner)
+        self.yields = inspect.isgeneratorfunction(inner) or inspect.isasyncgenfunction(inner)
         functools.update_wrapper(self, fn, updated=())
         self.signature = check_signature(fn)
         own = getattr(fn, "__name__", None) or type(fn).__name__
@@ -160,6 +182,7 @@ class Task(Generic[P, R]):
             retry_delay_seconds=retry_delay_seconds,
             retry_condition_fn=retry_condition_fn,
             timeout_seconds=timeout_seconds,
+            timeout_action=timeout_action,
             log_prints=log_prints,
             inputs=inputs,
             chunk_size=chunk_size,
@@ -167,6 +190,13 @@ class Task(Generic[P, R]):
             backend=backend_options(resources, threads, workers, once=not idempotent),
             priority=priority,
             results=read_options(persist_result, result_storage, result_storage_key, result_serializer),
+            hooks=read_hooks(
+                "task",
+                on_completion=on_completion,
+                on_failure=on_failure,
+                on_running=on_running,
+                on_skipped=on_skipped,
+            ),
         )
 
     # -- what it is -----------------------------------------------------------------------------
@@ -185,6 +215,20 @@ class Task(Generic[P, R]):
         """Further attempts after a failure."""
         return self.options.retry.retries
 
+    @property
+    def version(self) -> str:
+        """What tells this code from that of yesterday: as given, else the git revision, else a hash."""
+        return self.options.version or revision.version_of(self.fn)
+
+    @functools.cached_property
+    def task_key(self) -> str:
+        """Name of the code: ``qualname-<8 digits of its hash>``."""
+        return revision.task_key(self.fn)
+
+    def __getattr__(self, name: str) -> Any:
+        """Show an option under its name."""
+        return view(self, name)
+
     def __repr__(self) -> str:
         """Show the name."""
         return f"<Task {self.name}>"
@@ -194,8 +238,10 @@ class Task(Generic[P, R]):
     @overload
     def __get__(self, instance: object, owner: type) -> Task[..., R]: ...
     def __get__(self, instance: object, owner: type) -> Task[..., R]:
-        """Bind to an instance: a method can be a task, and ``self`` is its first parameter."""
-        if instance is None:
+        """Bind to an instance or class: a method can be a task, and ``self`` is its first parameter."""
+        if self._kind is classmethod:
+            instance = owner
+        if instance is None or self._kind is staticmethod:
             return self
         bound: Task[..., R] = object.__new__(type(self))
         bound.__dict__.update(self.__dict__)
@@ -242,9 +288,14 @@ class Task(Generic[P, R]):
             What the function raises.
         """
         try:
+            if self.yields and return_state:
+                message = "The return_type for a generator task must be 'result'"
+                raise ValueError(message)
             scope = ambient.scope_for_call()
             bound = self._bound(args, kwargs)
             run, call = self._local_call(bound, scope, wait_for)
+            if self.yields:
+                return self._lazily(direct.steps(run, scope, call, False, lazily=True))
             steps = direct.steps(run, scope, call, return_state)
             if self.isasync:
                 return _hidden(drive_awaiting(steps))
@@ -252,6 +303,10 @@ class Task(Generic[P, R]):
         except BaseException as error:
             errors.hide_frames(error)
             raise
+
+    def _lazily(self, steps: Steps) -> Any:
+        inner = _called(self.fn)
+        return drive_giving_awaiting(steps) if inspect.isasyncgenfunction(inner) else drive_giving(steps)
 
     def _local_call(self, bound: inspect.BoundArguments, scope: Scope, wait_for: Any) -> tuple[TaskRun, Call]:
         sources: list[Any] = []
@@ -328,7 +383,7 @@ class Task(Generic[P, R]):
         name = self.name
         if template is not None:
             name = run_name(template, self.name, mapping.with_defaults(bound))
-        return TaskRun(
+        run = TaskRun(
             self,
             name,
             root=scope.flow_run.root if scope.flow_run else "",
@@ -338,6 +393,8 @@ class Task(Generic[P, R]):
             | current_tags()
             | (scope.flow_run.tags if scope.flow_run else frozenset()),
         )
+        run.ordinal = next_ordinal(scope, self.name)
+        return run
 
     # -- map ------------------------------------------------------------------------------------
     @overload
@@ -381,6 +438,27 @@ class Task(Generic[P, R]):
             return [future.state for future in futures]
         return futures
 
+    # -- hooks ----------------------------------------------------------------------------------
+    def on_completion(self, fn: H) -> H:
+        """Decorate a function that is called when a run has completed."""
+        return self._also("on_completion", fn)
+
+    def on_failure(self, fn: H) -> H:
+        """Decorate a function that is called when a run has failed and no attempt is left."""
+        return self._also("on_failure", fn)
+
+    def on_running(self, fn: H) -> H:
+        """Decorate a function that is called when an attempt begins."""
+        return self._also("on_running", fn)
+
+    def on_skipped(self, fn: H) -> H:
+        """Decorate a function that is called when a run was skipped."""
+        return self._also("on_skipped", fn)
+
+    def _also(self, kind: str, fn: H) -> H:
+        self.options = with_fields(self.options, hooks=self.options.hooks.and_also(kind, fn, "task"))
+        return fn
+
     # -- options --------------------------------------------------------------------------------
     def with_options(
         self,
@@ -397,6 +475,7 @@ class Task(Generic[P, R]):
         crash_retries: int = NOT_GIVEN,
         idempotent: bool = NOT_GIVEN,
         timeout_seconds: float | None = NOT_GIVEN,
+        timeout_action: TimeoutAction = NOT_GIVEN,
         log_prints: bool | None = NOT_GIVEN,
         inputs: Literal["readonly", "copy", "shared"] = NOT_GIVEN,
         chunk_size: int | Literal["auto"] = NOT_GIVEN,
@@ -408,9 +487,16 @@ class Task(Generic[P, R]):
         result_storage: Storage = NOT_GIVEN,
         result_storage_key: str | None = NOT_GIVEN,
         result_serializer: str | None = NOT_GIVEN,
+        on_completion: Iterable[Hook] | None = NOT_GIVEN,
+        on_failure: Iterable[Hook] | None = NOT_GIVEN,
+        on_running: Iterable[Hook] | None = NOT_GIVEN,
+        on_skipped: Iterable[Hook] | None = NOT_GIVEN,
+        viz_return_value: Any = NOT_GIVEN,
+        asset_deps: Any = NOT_GIVEN,
     ) -> Task[P, R]:
         """Make a task with other options; what is not given stays as it is. Tags are replaced."""
         old = self.options
+        warn_unused(viz_return_value=viz_return_value, asset_deps=asset_deps)
 
         def given(value: Any, present: Any) -> Any:
             return present if value is NOT_GIVEN else value
@@ -442,6 +528,7 @@ class Task(Generic[P, R]):
                 "retry_delay_seconds": delay,
                 "retry_condition_fn": retry_condition_fn,
                 "timeout_seconds": timeout_seconds,
+                "timeout_action": timeout_action,
                 "log_prints": log_prints,
                 "inputs": inputs,
                 "chunk_size": chunk_size,
@@ -451,13 +538,29 @@ class Task(Generic[P, R]):
                 "results": changed_results(
                     old.results, persist_result, result_storage, result_storage_key, result_serializer
                 ),
+                "hooks": changed_hooks(
+                    old.hooks,
+                    "task",
+                    on_completion=on_completion,
+                    on_failure=on_failure,
+                    on_running=on_running,
+                    on_skipped=on_skipped,
+                ),
             },
         )
-        check_choices(options.inputs, options.chunk_size, options.timeout_seconds)
+        check_choices(options.inputs, options.chunk_size, options.timeout_seconds, options.timeout_action)
+        check_callables(options.retry_condition_fn, options.task_run_name, "task_run_name")
         new: Task[P, R] = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         new.options = options
         return new
+
+
+def _called(fn: Any) -> Any:
+    """Return the function that a call ends up in, which tells whether it is a coroutine or a generator."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return fn if inspect.isroutine(fn) or inspect.isclass(fn) else type(fn).__call__
 
 
 async def _hidden(awaitable: Coroutine[Any, Any, Any]) -> Any:
@@ -518,6 +621,7 @@ def task(
     crash_retries: int = 1,
     idempotent: bool = True,
     timeout_seconds: float | None = None,
+    timeout_action: TimeoutAction = "abandon",
     log_prints: bool | None = None,
     inputs: Literal["readonly", "copy", "shared"] = "readonly",
     chunk_size: int | Literal["auto"] = "auto",
@@ -529,6 +633,12 @@ def task(
     result_storage: Storage = None,
     result_storage_key: str | None = None,
     result_serializer: str | None = None,
+    on_completion: Iterable[Hook] | None = None,
+    on_failure: Iterable[Hook] | None = None,
+    on_running: Iterable[Hook] | None = None,
+    on_skipped: Iterable[Hook] | None = None,
+    viz_return_value: Any = None,
+    asset_deps: Any = None,
 ) -> TaskDecorator: ...
 def task(fn: Any = None, /, **options: Any) -> Any:
     """Turn a function into a task: ``@task`` or ``@task(retries=3, …)``.

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from penstock.engine import context, invoke, values
+from penstock.engine import deadline as flow_deadline
 from penstock.engine.calls import TaskRun
 from penstock.engine.graph import sources_of
 from penstock.engine.states import StateType, advance
@@ -38,11 +39,18 @@ def wait(runs: Sequence[TaskRun], timeout: float | None = None, *, until_failure
         Return as soon as one has failed.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
+    scope = context.current()
+    flow_run = scope.flow_run if scope is not None else None
+    limit = flow_run.deadline if flow_run is not None else None
+    if limit is not None and not limit.is_over and worker_runtime.current() is None:
+        deadline = limit.due if deadline is None else min(deadline, limit.due)
     by_session: dict[Session, list[TaskRun]] = {}
     for run in runs:
         by_session.setdefault(run.carrier, []).append(run)
     for session, members in by_session.items():
         _wait(session, members, deadline, until_failure)
+        if limit is not None and not all(run.settled for run in members):
+            flow_deadline.check(flow_run)
         if until_failure and any(values.has_failed(run) for run in members):
             return
 
@@ -80,7 +88,7 @@ def _wait_here(
         while True:
             while position < len(runs) and runs[position].done:
                 position += 1
-            if position == len(runs):
+            if position == len(runs) and not session.hooks.hold_any(runs):
                 return True
             if until_failure and session.failures != failures:  # looks at all of them only if any failed
                 failures = session.failures
@@ -147,7 +155,11 @@ def wait_any(runs: Sequence[TaskRun], deadline: float | None) -> None:
         By the monotonic clock.
     """
     session = runs[0].carrier
-    while not any(run.done for run in runs):
+
+    def ended() -> bool:
+        return any(run.done and not session.hooks.holds(run) for run in runs)
+
+    while not ended():
         with session.lock:
             unsent = next((run for run in runs if session.buffer.discard(run)), None)
         session.flush()
@@ -156,7 +168,7 @@ def wait_any(runs: Sequence[TaskRun], deadline: float | None) -> None:
             continue
         pending = [run.ref for run in runs if run.ref is not None and run.ref.handle is not UNSENT]
         with session.runner.blocked(pending), session.changed:
-            while not any(run.done or run in session.buffer for run in runs):
+            while not ended() and not any(run in session.buffer for run in runs):
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     return

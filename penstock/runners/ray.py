@@ -67,7 +67,6 @@ class RayTaskRunner(TaskRunner):
 
     name = "ray"
     keeps = True
-    kills_on_timeout = True  # one task per process: nothing else is lost
 
     def __init__(
         self,

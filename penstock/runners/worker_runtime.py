@@ -237,6 +237,15 @@ class Attempt:
             self.running.cancelled = True
         return self
 
+    def pause(self) -> None:
+        """Let other code run for a while that is no part of the attempt."""
+        with contextlib.suppress(ValueError):
+            _running.reset(self._token)
+
+    def resume(self) -> None:
+        """Go on with the attempt."""
+        self._token = _running.set(self.running)
+
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         running = self.running
         while not running.over:
@@ -327,9 +336,9 @@ def _call(
         route_prints()
     with interrupted_after(order.get("interrupt_after"), order.get("name")):
         value = call(*args, **kwargs)
-    if type(value) in _SIMPLE:
-        return value
-    return _settled(running, value, on_item if order.get("streams") else None)
+        if type(value) in _SIMPLE:
+            return value
+        return _settled(running, value, on_item if order.get("streams") else None)
 
 
 _INERT = frozenset({type(None), bool, int, float, complex, str, bytes})
@@ -383,6 +392,9 @@ def interrupted_after(seconds: float | None, name: Any) -> Iterator[None]:
     def ring(_signal: int, _frame: Any) -> None:
         raise TimedOut(f"Run {name!r} exceeded timeout of {seconds} second(s)")
 
+    if 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= seconds:  # the time around this one is over first
+        yield
+        return
     before = signal.signal(signal.SIGALRM, ring)
     begun = time.monotonic()
     due, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -610,7 +622,7 @@ class _Stage:
     Parameters
     ----------
     order : dict
-        ``map, task, indices, attempts, inputs, prints, context``, perhaps ``names``, ``scopes`` and
+        ``map, task, indices, attempts, inputs, prints, context, ordinal``, perhaps ``names``, ``scopes`` and
         ``commits``.
     function : bytes or callable
         What to call.
@@ -627,7 +639,9 @@ class _Stage:
         self.call = _function(function)
         self.indices, self.attempts = order["indices"], order["attempts"]
         self.names, self.scopes = order.get("names"), order.get("scopes")
-        self.common = {name: order[name] for name in ("map", "task", "inputs", "prints", "context")}
+        self.common = {
+            name: order[name] for name in ("map", "task", "inputs", "prints", "context", "ordinal")
+        }
         self.commits = order.get("commits")  # one for all elements, or a list with one for each
         mode = self.mode = order["inputs"]
         self.private = isinstance(function, bytes)  # the arguments were unpickled for this chunk
@@ -1296,9 +1310,14 @@ def run_coroutine(coroutine: Any) -> Any:
     if threading.current_thread() is threading.main_thread():
         # The main thread is the user's: nothing of ours stays open in it between two tasks.
         loop = asyncio.new_event_loop()
+        task = loop.create_task(coroutine)
         try:
-            return loop.run_until_complete(coroutine)
+            return loop.run_until_complete(task)
         finally:
+            if not task.done():  # interrupted from outside
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    loop.run_until_complete(task)
             loop.close()
     holder = getattr(_loops, "holder", None)
     if holder is None:
@@ -1879,6 +1898,36 @@ def _place_of_file(reduce: Any) -> int | None:
         if isinstance(one, str) and one not in {"name", "qualname"}
     ]
     return places[0] if made is types.CodeType and len(places) == 1 else None
+
+
+# -- seeds ----------------------------------------------------------------------------------
+
+
+def seed_from(around: int, task: str, ordinal: int, index: int) -> int:
+    """Make the random seed of a task run, 64 bits.
+
+    Parameters
+    ----------
+    around : int
+        Seed of the run whose code calls the task.
+    task : str
+        Name of the task.
+    ordinal : int
+        The how-manieth call of that task it is there.
+    index : int
+        Of an element of a map; -1 for any other call.
+    """
+    text = f"{around}/{task}/{ordinal}/{index}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+
+def seed_of(order: Any) -> int:
+    """Return the random seed of the run that a work order belongs to, the same at every attempt.
+
+    Good for ``random.Random(seed)`` and ``numpy.random.default_rng(seed)``.
+    """
+    around = order["context"].get("seed", 0)
+    return seed_from(around, order["task"], order.get("ordinal", 0), order.get("index", -1))
 
 
 # -- prints, sizes, memory ------------------------------------------------------------------
