@@ -17,7 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from penstock.engine.annotations import allow_failure, quote, unmapped
+    from penstock.engine.annotations import allow_failure, allow_skipped, freeze, opaque, quote, unmapped
     from penstock.engine.context import tags
     from penstock.engine.dask_client import get_dask_client
     from penstock.engine.flow import Flow, flow
@@ -26,7 +26,23 @@ if TYPE_CHECKING:
     from penstock.engine.reference import Reference, put
     from penstock.engine.results import ResultStorage, load_result
     from penstock.engine.retry import exponential_backoff
-    from penstock.engine.states import State, StateType
+    from penstock.engine.states import (
+        AwaitingRetry,
+        Cancelled,
+        Cancelling,
+        Completed,
+        Crashed,
+        Failed,
+        Paused,
+        Pending,
+        Retrying,
+        Running,
+        Scheduled,
+        Skipped,
+        State,
+        StateGroup,
+        StateType,
+    )
     from penstock.engine.task import Task, task
     from penstock.errors import (
         CancelledRun,
@@ -73,7 +89,10 @@ __all__ = [
     # arguments
     "unmapped",
     "allow_failure",
+    "allow_skipped",
     "quote",
+    "opaque",
+    "freeze",
     # results that are stored
     "ResultStorage",
     "load_result",
@@ -88,6 +107,19 @@ __all__ = [
     "as_completed",
     "State",
     "StateType",
+    "StateGroup",
+    "Scheduled",
+    "AwaitingRetry",
+    "Pending",
+    "Running",
+    "Retrying",
+    "Paused",
+    "Cancelling",
+    "Completed",
+    "Failed",
+    "Crashed",
+    "Cancelled",
+    "Skipped",
     # runners
     "TaskRunner",
     "SequentialTaskRunner",
@@ -122,7 +154,7 @@ __all__ = [
 ]
 
 _ENGINE = {
-    "annotations": ("unmapped", "allow_failure", "quote"),
+    "annotations": ("unmapped", "allow_failure", "allow_skipped", "quote", "opaque", "freeze"),
     "context": ("tags",),
     "dask_client": ("get_dask_client",),
     "flow": ("flow", "Flow"),
@@ -131,7 +163,23 @@ _ENGINE = {
     "reference": ("put", "Reference"),
     "results": ("ResultStorage", "load_result"),
     "retry": ("exponential_backoff",),
-    "states": ("State", "StateType"),
+    "states": (
+        "State",
+        "StateType",
+        "StateGroup",
+        "Scheduled",
+        "AwaitingRetry",
+        "Pending",
+        "Running",
+        "Retrying",
+        "Paused",
+        "Cancelling",
+        "Completed",
+        "Failed",
+        "Crashed",
+        "Cancelled",
+        "Skipped",
+    ),
     "task": ("task", "Task"),
 }
 _HOMES = {name: f"penstock.engine.{module}" for module, names in _ENGINE.items() for name in names}

@@ -31,13 +31,13 @@ class Source:
         The upstream, or None if the value was put near the workers.
     ref : Ref or None
         Reference to a value that was put.
-    tolerant : bool
-        `allow_failure`: the exception of a failed upstream is a value too.
+    tolerant : int
+        What is a value, too: the exception of a failed upstream, the nothing of a skipped one; see `annotations`.
     """
 
     run: TaskRun | None = None
     ref: Ref | None = None
-    tolerant: bool = False
+    tolerant: int = 0
 
 
 class Bound:

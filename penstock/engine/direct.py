@@ -65,6 +65,8 @@ def _attempts(run: TaskRun, scope: Scope, call: Call, inputs: list[Any]) -> Step
         if order["prints"]:
             worker_runtime.route_prints()
         with attempt:
+            if options.skip_if is not None:
+                worker_runtime.ask(options.skip_if, args, kwargs)
             deep = run.inside % HOP == HOP - 1 and not run.task.isasync
             attempt.value = yield Invoke(
                 run.task.fn, args, kwargs, options.timeout_seconds, fresh_stack=deep, name=run.name

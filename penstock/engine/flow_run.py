@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace as changed_copy
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from penstock import errors
-from penstock.engine import cancelling, conclusion, context, parameters, signals, values, waiting
-from penstock.engine.annotations import allow_failure, quote
+from penstock.engine import (
+    cancelling,
+    conclusion,
+    context,
+    parameters,
+    refs,
+    signals,
+    skipping,
+    values,
+    waiting,
+)
+from penstock.engine.annotations import Annotation, allow_failure, allow_skipped, freeze, quote
 from penstock.engine.caller import wait_sources
 from penstock.engine.calls import FlowRun, TaskRun
 from penstock.engine.context import Scope, current_tags
 from penstock.engine.events import bus
 from penstock.engine.futures import run_of
+from penstock.engine.graph import admits
 from penstock.engine.journal import Journal
 from penstock.engine.names import new_name
 from penstock.engine.options import run_name
@@ -141,20 +153,17 @@ class FlowRunScope:
         if self._problem is not None:
             raise self._problem
         hints = parameters.type_hints(self.flow.fn) if self._futures() else {}
-        yield Wait([source.run for source in wait_sources(wait_for) if source.run is not None])
+        sources = [source for source in wait_sources(wait_for) if source.run is not None]
+        yield Wait([source.run for source in sources if source.run is not None])
+        for source in sources:
+            self._check(source.run, source.tolerant)
         for name, value in list(self.arguments.items()):
-            tolerant = isinstance(value, allow_failure)
-            plain = value.unwrap() if isinstance(value, (allow_failure, quote)) else value
-            run = run_of(plain)
-            if (
-                run is None
-                or isinstance(value, quote)
-                or (not tolerant and parameters.takes_reference(hints.get(name)))
-            ):
-                self.arguments[name] = plain if not isinstance(plain, State) or run is None else value
-                continue
-            yield Wait([run])
-            self.arguments[name] = self._value_of(run, tolerant)
+            hint = hints.get(name)
+            marked = isinstance(value, (allow_failure, allow_skipped))
+            plain = value.unwrap() if isinstance(value, Annotation) else value
+            runs = [] if isinstance(value, (quote, freeze)) else self._wanted(plain, hint, marked)
+            yield Wait(runs)
+            self.arguments[name] = self._resolved(value, runs) if runs else plain
         if self.flow.options.validate_parameters:
             try:
                 self.arguments = parameters.validate(self.flow.fn, self.flow.signature, self.arguments)
@@ -174,11 +183,41 @@ class FlowRunScope:
         self.session.pause()  # a flow ends when its tasks have ended
         return returned
 
-    def _value_of(self, run: TaskRun, tolerant: bool) -> Any:
-        if run.done and not run.completed and not tolerant:
-            message = f"Upstream task run '{run.id}' did not reach a 'COMPLETED' state."
-            raise errors.UnfinishedRun(message).of_run(self.flow_run.id) from values.exception_of(run)
-        return values.results([run], raise_on_failure=False)[0]
+    def _wanted(self, value: Any, hint: Any, marked: bool) -> list[TaskRun]:
+        """Return the runs whose values a parameter asks for; the others go in as references."""
+        if parameters.takes_reference(hint) and not marked:
+            return []
+        return conclusion.members_of(value).runs
+
+    def _resolved(self, value: Any, runs: list[TaskRun]) -> Any:
+        """Put values in the place of futures; what an annotation tolerates has something else there."""
+        size = sum(run.nbytes for run in runs if run.completed)
+        if size > settings().large_argument:
+            warnings.warn(
+                f"flow {self.flow.name!r} asks by an annotation for values of {size:,} bytes, which come to "
+                "this process; annotate the parameter PenstockFuture[...] to pass a reference.",
+                stacklevel=8,
+            )
+        completed = [run for run in runs if run.completed]
+        found = dict(zip(completed, values.results(completed), strict=True))
+
+        def leaf(item: Any, tolerant: int) -> Any:
+            run = run_of(item)
+            if run is None or isinstance(item, State) or run not in runs:
+                return item
+            self._check(run, tolerant)
+            return found[run] if run in found else values.stand_in(run, tolerant)
+
+        return refs.replace(value, leaf)
+
+    def _check(self, run: TaskRun | None, tolerant: int) -> None:
+        """Raise what an upstream that has ended without a value means for this run."""
+        if run is None or admits(run, tolerant):
+            return
+        if run.type is StateType.SKIPPED:
+            raise skipping.passed_on(run)
+        message = f"Upstream task run '{run.id}' did not reach a 'COMPLETED' state."
+        raise errors.UnfinishedRun(message).of_run(self.flow_run.id) from values.exception_of(run)
 
     def start(self) -> None:
         """Open the runner (a nested flow uses its parent's) and enter RUNNING."""

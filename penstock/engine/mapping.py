@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from penstock import errors
 from penstock.engine import cancelling, events, items, waiting
-from penstock.engine.annotations import Annotation, allow_failure, quote, unmapped
+from penstock.engine.annotations import (
+    Annotation,
+    allow_failure,
+    allow_skipped,
+    opaque,
+    quote,
+    unmapped,
+)
 from penstock.engine.caller import Caller
 from penstock.engine.calls import Source, TaskRun
 from penstock.engine.chunks import Packer
@@ -171,7 +178,9 @@ class Making:
         self.window = min(int(getattr(session.runner, "max_in_flight", WINDOW)), WINDOW)
         self._bound = bound
         self._caller = Caller(session, task, scope)
-        self._capture = Capture(task.name, run_of, None if session.in_process else self._caller.placed)
+        self._capture = Capture(
+            task.name, run_of, None if session.in_process else self._caller.placed, self._caller.tolerance
+        )
         places: list[tuple[int | str, Any]] = [*enumerate(bound.args), *bound.kwargs.items()]
         self._same: dict[int | str, Any] = {}
         self._places = [place for place, _ in places]
@@ -310,7 +319,7 @@ def _mismatch(task: Task[..., Any], lengths: dict[str, int]) -> str:
 def _part(value: Any, task: Task[..., Any], scope: Scope) -> Part | None:
     if isinstance(value, unmapped):
         return None
-    if isinstance(value, (allow_failure, quote)):
+    if isinstance(value, (allow_failure, allow_skipped, opaque, quote)):
         inner = _part(value.unwrap(), task, scope)
         return None if inner is None else Part(inner.items, value.rewrap, inner.of)
     if isinstance(value, Annotation):

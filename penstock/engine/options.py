@@ -47,6 +47,8 @@ class TaskOptions:
     idempotent: bool = True
     backend: Options = field(default_factory=Options)
     priority: int = 0
+    on_skip: str = "skip"
+    skip_if: Callable[..., Any] | None = None
     results: ResultOptions = field(default_factory=ResultOptions)
 
 

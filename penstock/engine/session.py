@@ -29,6 +29,7 @@ from penstock.engine import (
     payload,
     recipes,
     remaking,
+    skipping,
     values,
     waiting,
 )
@@ -128,6 +129,22 @@ class Session:
             found = self._functions[id(task.fn)] = (task.fn, payload.pack_function(task.fn))
         return found[1]
 
+    def predicate(self, task: Any) -> Any:
+        """Return what asks whether a run of a task is to be skipped, as the runner needs it."""
+        ask = task.options.skip_if
+        if ask is None or self.in_process:
+            return ask
+        found = self._functions.get(id(ask))
+        if found is None:
+            found = self._functions[id(ask)] = (ask, payload.pack_function(ask))
+        return found[1]
+
+    def skip(self, run: TaskRun, scope: Scope, message: str, **details: Any) -> None:
+        """Take over a run that is skipped before anybody sends it."""
+        self.hold([run], scope)
+        with self.changing():
+            self.settle(run, StateType.SKIPPED, None, message, **details)
+
     def functions(self, packed: Sequence[bytes]) -> bytes:
         """Return the functions of a chunk as one; the same bytes for the same functions."""
         if len(packed) == 1:
@@ -161,10 +178,12 @@ class Session:
         run = source.run
         assert run is not None
         if run.session is not self:
-            source.ref = self.runner.put(values.results([run], raise_on_failure=False))[0]
+            completed = not run.done or run.completed
+            value = values.results([run])[0] if completed else values.stand_in(run, source.tolerant)
+            source.ref = self.runner.put([value])[0]
             return source.ref, None
-        if run.done and not run.completed:  # `allow_failure`: the exception is the value
-            source.ref = self.runner.put([values.exception_of(run)])[0]
+        if run.done and not run.completed:  # `allow_failure`, `on_skip`
+            source.ref = self.runner.put([values.stand_in(run, source.tolerant)])[0]
             return source.ref, None
         if run.items is not None and run.value is None:
             values.results([run])
@@ -670,8 +689,8 @@ class Session:
             self.settle(run, StateType.CANCELLED, None, "Cancelled before it started.")
             return
         if upstream.type is StateType.SKIPPED:
-            reason = f"Upstream task run '{upstream.id}' was skipped: {upstream.message}"
-            self.settle(run, StateType.SKIPPED, None, reason, upstream=upstream.id)
+            run.error = skip = skipping.passed_on(upstream)
+            self.settle(run, StateType.SKIPPED, None, str(skip), upstream=skip.run_id)
             return
         message = f"Upstream task run '{upstream.id}' did not reach a 'COMPLETED' state."
         unfinished = errors.UnfinishedRun(message).of_run(run.id)

@@ -9,9 +9,10 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast, overload
 
 from penstock import errors
-from penstock.engine import ambient, direct, mapping
+from penstock.engine import ambient, direct, mapping, skipping
+from penstock.engine.annotations import TOLERANCE_OF
 from penstock.engine.caller import Caller, wait_sources
-from penstock.engine.calls import Bound, Call, TaskRun
+from penstock.engine.calls import Bound, Call, Source, TaskRun
 from penstock.engine.context import Scope, current_tags
 from penstock.engine.futures import PenstockFuture, PenstockFutureList
 from penstock.engine.options import (
@@ -84,6 +85,12 @@ class Task(Generic[P, R]):
         Where to run (Dask).
     priority : int
         Higher runs first.
+    on_skip : {"skip", "none", "run"}
+        What a skipped upstream means: this run is skipped, too; it runs with None in the place of the
+        value; it runs with the SKIPPED state there.
+    skip_if : callable, optional
+        Asked before a run starts, with those of its parameters that it names (or ``parameters``, the dict
+        of all): a true answer skips the run, a string is the reason.
     persist_result : bool or "large", optional
         Whether the worker stores the result where it outlives the run's memory, before the run
         counts as completed; "large" only from ``PENSTOCK_LARGE_ARGUMENT`` bytes. The flow's choice by default.
@@ -120,6 +127,8 @@ class Task(Generic[P, R]):
         threads: int = 1,
         workers: Iterable[str] | str | None = None,
         priority: int = 0,
+        on_skip: Literal["skip", "none", "run"] = "skip",
+        skip_if: Callable[..., Any] | None = None,
         persist_result: Persistence = None,
         result_storage: Storage = None,
         result_storage_key: str | None = None,
@@ -138,6 +147,7 @@ class Task(Generic[P, R]):
             message = f"Expected string or callable for 'task_run_name'; got {kind} instead."
             raise TypeError(message)
         check_choices(inputs, chunk_size, timeout_seconds)
+        skipping.check(on_skip)
         self.fn = fn
         self.isasync = inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(type(fn).__call__)
         self.yields = inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn)
@@ -166,6 +176,8 @@ class Task(Generic[P, R]):
             idempotent=idempotent,
             backend=backend_options(resources, threads, workers, once=not idempotent),
             priority=priority,
+            on_skip=on_skip,
+            skip_if=skipping.asker(self.signature, skip_if),
             results=read_options(persist_result, result_storage, result_storage_key, result_serializer),
         )
 
@@ -257,7 +269,7 @@ class Task(Generic[P, R]):
         sources: list[Any] = []
         args, kwargs = bound.args, bound.kwargs
         caller = Caller(scope.session, self, scope, local=True)
-        call = caller.call(args, kwargs, wait_sources(wait_for))
+        call = caller.call(args, kwargs, self._after(wait_for))
         sources.extend(call.sources)
         assert isinstance(call.arguments, Bound)
         run = self._run(bound, scope)
@@ -308,11 +320,17 @@ class Task(Generic[P, R]):
         try:
             scope = ambient.scope_for_submit(self.name)
             bound = self._bound(args, kwargs)
-            call = Caller(scope.session, self, scope).call(bound.args, bound.kwargs, wait_sources(wait_for))
+            call = Caller(scope.session, self, scope).call(bound.args, bound.kwargs, self._after(wait_for))
             run = self._run(bound, scope)
             run.call = call
             scope.session.journal.task_made(run, bound.arguments, parents_of(bound, call))
-            scope.session.submit([run], scope)
+            reason = None
+            if self.options.skip_if is not None and not any(source.run for source in call.sources):
+                reason = skipping.reason_here(self.options.skip_if, bound.args, bound.kwargs)
+            if reason is not None:
+                scope.session.skip(run, scope, reason)
+            else:
+                scope.session.submit([run], scope)
         except BaseException as error:
             errors.hide_frames(error)
             raise
@@ -321,6 +339,19 @@ class Task(Generic[P, R]):
             future.wait()
             return future.state
         return future
+
+    def skip_if(self, predicate: Callable[..., Any]) -> Callable[..., Any]:
+        """Ask this before each run starts; a decorator, see the option of that name.
+
+        >>> @load.skip_if  # doctest: +SKIP
+        ... def is_cloudy(night):
+        ...     return night in clouds and "clouds"
+        """
+        self.options = changed(self.options, {"skip_if": skipping.asker(self.signature, predicate)})
+        return predicate
+
+    def _after(self, wait_for: Any) -> tuple[Source, ...]:
+        return wait_sources(wait_for, TOLERANCE_OF[self.options.on_skip])
 
     def _run(self, bound: inspect.BoundArguments, scope: Scope) -> TaskRun:
         """Make the run of a call."""
@@ -371,7 +402,7 @@ class Task(Generic[P, R]):
         """
         try:
             scope = ambient.scope_for_submit(self.name)
-            runs = mapping.submit(self, scope, self._bound(args, kwargs), wait_sources(wait_for))
+            runs = mapping.submit(self, scope, self._bound(args, kwargs), self._after(wait_for))
         except BaseException as error:
             errors.hide_frames(error)
             raise
@@ -404,6 +435,8 @@ class Task(Generic[P, R]):
         threads: int = NOT_GIVEN,
         workers: Iterable[str] | str | None = NOT_GIVEN,
         priority: int = NOT_GIVEN,
+        on_skip: Literal["skip", "none", "run"] = NOT_GIVEN,
+        skip_if: Callable[..., Any] | None = NOT_GIVEN,
         persist_result: Persistence = NOT_GIVEN,
         result_storage: Storage = NOT_GIVEN,
         result_storage_key: str | None = NOT_GIVEN,
@@ -448,12 +481,15 @@ class Task(Generic[P, R]):
                 "idempotent": safe,
                 "backend": placed,
                 "priority": priority,
+                "on_skip": on_skip,
+                "skip_if": NOT_GIVEN if skip_if is NOT_GIVEN else skipping.asker(self.signature, skip_if),
                 "results": changed_results(
                     old.results, persist_result, result_storage, result_storage_key, result_serializer
                 ),
             },
         )
         check_choices(options.inputs, options.chunk_size, options.timeout_seconds)
+        skipping.check(options.on_skip)
         new: Task[P, R] = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         new.options = options
@@ -483,7 +519,7 @@ def parents_of(bound: inspect.BoundArguments, call: Call) -> list[tuple[str, str
     ]
 
 
-def _note(wanted: dict[Any, str], name: str, value: Any, tolerant: bool) -> Any:
+def _note(wanted: dict[Any, str], name: str, value: Any, tolerant: int) -> Any:
     del tolerant
     if isinstance(value, PenstockFuture) and value._run in wanted:
         wanted[value._run] = name
@@ -525,6 +561,8 @@ def task(
     threads: int = 1,
     workers: Iterable[str] | str | None = None,
     priority: int = 0,
+    on_skip: Literal["skip", "none", "run"] = "skip",
+    skip_if: Callable[..., Any] | None = None,
     persist_result: Persistence = None,
     result_storage: Storage = None,
     result_storage_key: str | None = None,

@@ -22,6 +22,8 @@ Work order (a pickled dict of primitives)
     What nested code needs to know: ids and names of the flow run, tags, depth, runner.
 ``commit`` (optional)
     Where to store the value before the record is made, see `result_store`.
+``skip_if`` (optional)
+    A function, or its pickle, of args and kwargs: why the run is to be skipped, or None.
 ``picks`` (optional)
     ``{position: place}``: of that upstream value, which is a chunk's, only the item at the place.
 
@@ -104,6 +106,10 @@ _running = _shared.running
 
 class Cancelled(BaseException):
     """Raised in the thread of a task that was asked to stop."""
+
+
+class Skipped(Exception):
+    """Raised in the place of a call whose predicate says that there is nothing to do."""
 
 
 class Failed:
@@ -321,6 +327,8 @@ def _call(
     guard = Guard(order.get("inputs", "readonly"))  # as long as it lives, a frame is copied on write
     args, kwargs = _arguments(arguments, guard.values(map(opened, values)))
     args, kwargs = guard.arguments(args, kwargs, private=isinstance(arguments, bytes))
+    if "skip_if" in order:
+        ask(order["skip_if"], args, kwargs)
     if on_start is not None:
         on_start()
     if order.get("prints"):
@@ -330,6 +338,13 @@ def _call(
     if type(value) in _SIMPLE:
         return value
     return _settled(running, value, on_item if order.get("streams") else None)
+
+
+def ask(predicate: Any, args: Any, kwargs: Any) -> None:
+    """Raise `Skipped` if a run is not to be, by the predicate that its work order names."""
+    reason = _function(predicate)(args, kwargs)
+    if reason is not None:
+        raise Skipped(reason)
 
 
 _INERT = frozenset({type(None), bool, int, float, complex, str, bytes})
@@ -410,6 +425,8 @@ def is_signal(error: BaseException) -> bool:
 def _status(error: BaseException, running: Running) -> str:
     if isinstance(error, Cancelled):
         return "cancelled"
+    if isinstance(error, Skipped):
+        return "skipped"
     if isinstance(error, KeyboardInterrupt) and running.cancelled:
         return "cancelled"
     if not isinstance(error, Exception):
@@ -628,6 +645,7 @@ class _Stage:
         self.indices, self.attempts = order["indices"], order["attempts"]
         self.names, self.scopes = order.get("names"), order.get("scopes")
         self.common = {name: order[name] for name in ("map", "task", "inputs", "prints", "context")}
+        self.skip_if = order.get("skip_if")
         self.commits = order.get("commits")  # one for all elements, or a list with one for each
         mode = self.mode = order["inputs"]
         self.private = isinstance(function, bytes)  # the arguments were unpickled for this chunk
@@ -681,6 +699,8 @@ class _Stage:
                 return value
         if not (_nothing_in(args) and _nothing_in(kwargs.values())):
             args, kwargs = Guard(self.mode).arguments(args, kwargs, private=self.private)
+        if self.skip_if is not None:
+            ask(self.skip_if, args, kwargs)
         value = self.call(*args, **kwargs)
         return value if type(value) in _SIMPLE else _settled(running, value)
 

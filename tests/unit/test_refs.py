@@ -103,7 +103,7 @@ def test_long_lists_without_a_find_are_given_up() -> None:
 def test_marks() -> None:
     seen: list[tuple[Any, bool]] = []
 
-    def leaf(value: Any, tolerant: bool) -> Any:
+    def leaf(value: Any, tolerant: int) -> Any:
         seen.append((value, tolerant))
         return value
 
