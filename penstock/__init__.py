@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from penstock.engine.annotations import allow_failure, allow_skipped, freeze, opaque, quote, unmapped
+    from penstock.engine.branching import branch
     from penstock.engine.context import tags
     from penstock.engine.dask_client import get_dask_client
     from penstock.engine.flow import Flow, flow
@@ -84,6 +85,7 @@ __all__ = [
     "Flow",
     "Task",
     "tags",
+    "branch",
     "exponential_backoff",
     "get_run_logger",
     # arguments
@@ -155,6 +157,7 @@ __all__ = [
 
 _ENGINE = {
     "annotations": ("unmapped", "allow_failure", "allow_skipped", "quote", "opaque", "freeze"),
+    "branching": ("branch",),
     "context": ("tags",),
     "dask_client": ("get_dask_client",),
     "flow": ("flow", "Flow"),
