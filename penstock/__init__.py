@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from penstock.engine.context import tags
     from penstock.engine.dask_client import get_dask_client
     from penstock.engine.flow import Flow, flow
-    from penstock.engine.futures import Future, PenstockFuture, PenstockFutureList, as_completed, wait
+    from penstock.engine.futures import (
+        Future,
+        PenstockFuture,
+        PenstockFutureList,
+        as_completed,
+        first_completed,
+        wait,
+    )
     from penstock.engine.logs import get_run_logger
     from penstock.engine.reference import Reference, put
     from penstock.engine.results import ResultStorage, load_result
@@ -107,6 +114,7 @@ __all__ = [
     "PenstockFutureList",
     "wait",
     "as_completed",
+    "first_completed",
     "State",
     "StateType",
     "StateGroup",
@@ -161,7 +169,7 @@ _ENGINE = {
     "context": ("tags",),
     "dask_client": ("get_dask_client",),
     "flow": ("flow", "Flow"),
-    "futures": ("PenstockFuture", "Future", "PenstockFutureList", "wait", "as_completed"),
+    "futures": ("PenstockFuture", "Future", "PenstockFutureList", "wait", "as_completed", "first_completed"),
     "logs": ("get_run_logger",),
     "reference": ("put", "Reference"),
     "results": ("ResultStorage", "load_result"),

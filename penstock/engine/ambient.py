@@ -30,6 +30,7 @@ def scope_for_submit(task_name: str) -> Scope:
     """
     scope = current()
     if scope is not None:
+        waiting.heed_flow(scope.flow_run)
         return scope
     runner = ambient_runner.get()
     if runner is None:
@@ -45,6 +46,7 @@ def scope_for_call() -> Scope:
     """Return the scope in which a direct call takes place; there always is one."""
     scope = current()
     if scope is not None:
+        waiting.heed_flow(scope.flow_run)
         return scope
     runner = ambient_runner.get()
     if runner is None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from penstock.engine.graph import Edge
     from penstock.engine.mapped import Mapped
     from penstock.engine.recipes import Recipe
+    from penstock.engine.recollection import Recollection
     from penstock.engine.session import Session
     from penstock.engine.task import Task
     from penstock.runners.base import Key, Ref
@@ -276,6 +277,7 @@ class FlowRun:
         "flow",
         "id",
         "live",
+        "memory",
         "name",
         "parameters",
         "parent",
@@ -311,7 +313,8 @@ class FlowRun:
         self.results: ResultOptions = own.over(parent.results if parent is not None else ResultOptions())
         self.position = Position(StateType.PENDING, "Pending", 0)
         self.live: dict[TaskRun, None] = {}  # runs that have not ended
-        self.cancelled = False
+        self.cancelled = False  # somebody asked it to stop: its code hears of it at its next call to us
+        self.memory: Recollection | None = None  # of a flow that may be tried again
         self.finished = 0
         self.runs = 0
         self.started = time.time()

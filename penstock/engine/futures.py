@@ -89,7 +89,7 @@ class PenstockFuture(Generic[R]):
         timeout : float, optional
             Seconds; None waits for ever.
         """
-        waiting.wait([self._run], timeout)
+        waiting.wait([self._run], timeout, heed=True)
 
     def result(self, timeout: float | None = None, raise_on_failure: bool = True) -> R:
         """Wait for the value and bring it here.
@@ -123,7 +123,7 @@ class PenstockFuture(Generic[R]):
         run = self._run
         if not run.done:
             _warn_in_loop()
-            waiting.wait([run], timeout)
+            waiting.wait([run], timeout, heed=True)
         if not run.done:
             message = f"Task run {run.id} did not complete within {timeout} seconds"
             raise TimeoutError(message)
@@ -336,7 +336,7 @@ class PenstockFutureList(list[PenstockFuture[R]], Generic[R]):
         runs = [future._run for future in self]
         if not all(run.done for run in runs):
             _warn_in_loop()
-        waiting.wait(runs, timeout, until_failure=raise_on_failure)
+        waiting.wait(runs, timeout, until_failure=raise_on_failure, heed=True)
         if raise_on_failure:
             failed = next((run for run in runs if values.has_failed(run)), None)
             if failed is not None:
@@ -414,9 +414,49 @@ def wait(futures: Iterable[PenstockFuture[Any]], timeout: float | None = None) -
         ``(done, not_done)``, two sets.
     """
     unique = list(futures)
-    waiting.wait([future._run for future in unique], None if timeout is None else check_timeout(timeout))
+    seconds = None if timeout is None else check_timeout(timeout)
+    waiting.wait([future._run for future in unique], seconds, heed=True)
     done = {future for future in unique if future._run.done}
     return DoneAndNotDoneFutures(done, {future for future in unique if not future._run.done} - done)
+
+
+def first_completed(
+    futures: Iterable[PenstockFuture[R]], timeout: float | None = None, *, cancel_rest: bool = False
+) -> PenstockFuture[R]:
+    """Wait for the first future that ends with a value; no bytes move.
+
+    Parameters
+    ----------
+    futures : iterable of PenstockFuture
+        From any runs.
+    timeout : float, optional
+        Seconds.
+    cancel_rest : bool
+        Ask all others to stop.
+
+    Returns
+    -------
+    PenstockFuture
+        The first that completed; if none does, the one that ended last.
+
+    Raises
+    ------
+    ValueError
+        If there is no future.
+    TimeoutError
+        If none has ended with a value in time.
+    """
+    every = list(dict.fromkeys(futures))
+    if not every:
+        message = "first_completed() needs at least one future."
+        raise ValueError(message)
+    found = every[0]
+    for found in as_completed(every, timeout):
+        if found._run.completed:
+            break
+    if cancel_rest:
+        cancelling.cancel([future._run for future in every if future is not found])
+    return found
 
 
 class as_completed:  # noqa: N801 - the standard library's name; an iterator, plain and async

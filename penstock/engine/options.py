@@ -65,6 +65,9 @@ class FlowOptions:
     validate_parameters: bool = True
     log_prints: bool | None = None
     task_runner: Any = None
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+    retry_delay_seconds: DelayOption = None
+    on_exit: str = "wait"
     results: ResultOptions = field(default_factory=ResultOptions)
 
 
@@ -87,6 +90,19 @@ def retry_policy(
         message = "'retries' and 'crash_retries' must not be negative."
         raise errors.ConfigurationError(message)
     return RetryPolicy(count, read_delays(delay, count), read_jitter(jitter), crash_retries)
+
+
+def check_exit(on_exit: str) -> None:
+    """Refuse what the option cannot be.
+
+    Raises
+    ------
+    ConfigurationError
+        Naming the choices.
+    """
+    if on_exit not in {"wait", "cancel", "detach"}:
+        message = f"'on_exit' must be 'wait', 'cancel' or 'detach', got {on_exit!r}."
+        raise errors.ConfigurationError(message)
 
 
 def check_choices(inputs: str, chunk_size: int | str, timeout: float | None) -> None:

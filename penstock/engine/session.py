@@ -185,7 +185,9 @@ class Session:
         if run.done and not run.completed:  # `allow_failure`, `on_skip`
             source.ref = self.runner.put([values.stand_in(run, source.tolerant)])[0]
             return source.ref, None
-        if run.items is not None and run.value is None:
+        if (run.items is not None and run.value is None) or (
+            run.child_flow_run is not None and run.ref is None
+        ):
             values.results([run])
         if run.ref is None:
             assert run.done, f"{run.name!r} has no value yet"  # never send None in its place

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from penstock import errors
 from penstock.engine import waiting
 from penstock.engine.futures import PenstockFuture
+from penstock.engine.interruption import Interruption
 from penstock.runners import worker_runtime
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class Invoke:
         Call it in another thread, because this one's stack is deep.
     name : str
         Of the run, for the message of a time-out.
+    interruption : Interruption or None
+        By which the code is made to stop.
     """
 
     function: Callable[..., Any]
@@ -46,6 +49,7 @@ class Invoke:
     timeout: float | None = None
     fresh_stack: bool = False
     name: str = ""
+    interruption: Interruption | None = None
 
 
 @dataclass(slots=True)
@@ -99,7 +103,10 @@ def _carry_out(step: Any) -> Any:
         begun = time.monotonic()
         try:
             with worker_runtime.interrupted_after(step.timeout, step.name):
-                value = call(*step.args, **step.kwargs)
+                if step.interruption is not None:
+                    value = step.interruption.call(call, step.args, step.kwargs)
+                else:
+                    value = call(*step.args, **step.kwargs)
         except worker_runtime.TimedOut as error:
             raise _timed_out(step.name, step.timeout) from error
         if step.timeout is not None and time.monotonic() - begun > step.timeout:  # not interruptible here
@@ -138,6 +145,8 @@ async def drive_awaiting(steps: Steps) -> Any:
 async def _await_call(step: Invoke) -> Any:
     try:
         async with asyncio.timeout(step.timeout) as limit:
+            if step.interruption is not None:
+                return await step.interruption.await_call(step.function, step.args, step.kwargs)
             return await step.function(*step.args, **step.kwargs)
     except TimeoutError as error:
         if limit.expired():

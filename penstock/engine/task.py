@@ -274,6 +274,8 @@ class Task(Generic[P, R]):
         assert isinstance(call.arguments, Bound)
         run = self._run(bound, scope)
         scope.session.journal.task_made(run, bound.arguments, parents_of(bound, call))
+        if scope.flow_run is not None and scope.flow_run.memory is not None:
+            scope.flow_run.memory.restored(run, scope, bound.arguments)
         return run, call
 
     # -- submit ---------------------------------------------------------------------------------
@@ -324,12 +326,13 @@ class Task(Generic[P, R]):
             run = self._run(bound, scope)
             run.call = call
             scope.session.journal.task_made(run, bound.arguments, parents_of(bound, call))
+            memory = scope.flow_run.memory if scope.flow_run is not None else None
             reason = None
             if self.options.skip_if is not None and not any(source.run for source in call.sources):
                 reason = skipping.reason_here(self.options.skip_if, bound.args, bound.kwargs)
             if reason is not None:
                 scope.session.skip(run, scope, reason)
-            else:
+            elif memory is None or not memory.restored(run, scope, bound.arguments):
                 scope.session.submit([run], scope)
         except BaseException as error:
             errors.hide_frames(error)

@@ -26,6 +26,8 @@ def is_at_hand(run: TaskRun) -> bool:
     """Whether the value of a run is in this process already."""
     if run.items is not None and run.completed:
         return run.value is not None
+    if isinstance(run.value, Stored):  # of a flow in the background, with references in it
+        return False
     return not run.completed or run.value is not None or run.ref is None or run.carrier.in_process
 
 
@@ -42,6 +44,8 @@ def results(runs: Sequence[TaskRun], *, raise_on_failure: bool = True) -> list[A
     for run in runs:
         if run.items is not None:
             _gather(run)
+        elif run.child_flow_run is not None and isinstance(run.value, Stored):
+            run.value = run.value.load()
     wanted: dict[Any, list[TaskRun]] = {}
     for run in runs:
         if run.completed and run.value is None and run.ref is not None:

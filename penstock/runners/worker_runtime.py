@@ -1459,6 +1459,35 @@ def _leave(running: Running) -> None:
         running.over = True  # last: whoever is struck in here has to come again
 
 
+class Stoppable:
+    """A block of this thread that `cancel` can stop, and that is no attempt of a task.
+
+    Parameters
+    ----------
+    key : tuple
+        Its name for `cancel`.
+    """
+
+    def __init__(self, key: Any) -> None:
+        self.running = Running({}, key)
+
+    def __enter__(self) -> None:
+        _enter(self.running)
+        if self.running.cancelled:
+            self.__exit__()
+            raise Cancelled
+
+    def __exit__(self, *_: object) -> None:
+        raised: BaseException | None = None
+        while not self.running.over:
+            try:
+                _leave(self.running)
+            except Cancelled as error:  # a request to stop that came in the last moment
+                raised = error
+        if raised is not None:
+            raise raised
+
+
 def cancel(keys: Any) -> list[Any]:
     """Ask attempts in this process to stop.
 
