@@ -28,12 +28,15 @@ if TYPE_CHECKING:
         PenstockFutureList,
         as_completed,
         first_completed,
+        resolve_futures_to_results,
+        resolve_futures_to_states,
         wait,
     )
     from penstock.engine.logs import get_run_logger
     from penstock.engine.reference import Reference, put
     from penstock.engine.results import ResultStorage, load_result
     from penstock.engine.retry import exponential_backoff
+    from penstock.engine.run_context import FlowRunContext, TaskRunContext, get_run_context
     from penstock.engine.states import (
         AwaitingRetry,
         Cancelled,
@@ -95,6 +98,9 @@ __all__ = [
     "branch",
     "exponential_backoff",
     "get_run_logger",
+    "get_run_context",
+    "FlowRunContext",
+    "TaskRunContext",
     # arguments
     "unmapped",
     "allow_failure",
@@ -115,6 +121,8 @@ __all__ = [
     "wait",
     "as_completed",
     "first_completed",
+    "resolve_futures_to_results",
+    "resolve_futures_to_states",
     "State",
     "StateType",
     "StateGroup",
@@ -169,11 +177,21 @@ _ENGINE = {
     "context": ("tags",),
     "dask_client": ("get_dask_client",),
     "flow": ("flow", "Flow"),
-    "futures": ("PenstockFuture", "Future", "PenstockFutureList", "wait", "as_completed", "first_completed"),
+    "futures": (
+        "PenstockFuture",
+        "Future",
+        "PenstockFutureList",
+        "wait",
+        "as_completed",
+        "first_completed",
+        "resolve_futures_to_results",
+        "resolve_futures_to_states",
+    ),
     "logs": ("get_run_logger",),
     "reference": ("put", "Reference"),
     "results": ("ResultStorage", "load_result"),
     "retry": ("exponential_backoff",),
+    "run_context": ("get_run_context", "FlowRunContext", "TaskRunContext"),
     "states": (
         "State",
         "StateType",

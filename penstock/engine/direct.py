@@ -66,6 +66,7 @@ def _attempts(run: TaskRun, scope: Scope, call: Call, inputs: list[Any]) -> Step
             args, kwargs = guard.arguments(args, kwargs, private=False)
         if order["prints"]:
             worker_runtime.route_prints()
+        attempt.running.called = (run.task.fn, args, kwargs)
         with attempt:
             if options.skip_if is not None:
                 worker_runtime.ask(options.skip_if, args, kwargs)

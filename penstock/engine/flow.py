@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast, overload
 
 from penstock import errors
-from penstock.engine import context
+from penstock.engine import context, markup
 from penstock.engine.flow_run import FlowRunScope, steps
 from penstock.engine.futures import PenstockFutureList
 from penstock.engine.options import (
@@ -144,6 +144,22 @@ class Flow(Generic[P, R]):
     def __repr__(self) -> str:
         """Show the name."""
         return f"<Flow {self.name}>"
+
+    def _repr_html_(self) -> str:
+        """Show in a notebook."""
+        options = self.options
+        rows = [("Parameters", str(self.signature))]
+        if options.description:
+            rows.append(("Description", options.description.splitlines()[0]))
+        if options.version:
+            rows.append(("Version", options.version))
+        if options.tags:
+            rows.append(("Tags", ", ".join(sorted(options.tags))))
+        if options.retry.retries:
+            rows.append(("Retries", str(options.retry.retries)))
+        if options.timeout_seconds is not None:
+            rows.append(("Time-out", f"{options.timeout_seconds} s"))
+        return markup.card("Flow", self.name, rows)
 
     def __get__(self, instance: object, owner: type) -> Flow[..., R]:
         """Bind to an instance: a method can be a flow, and ``self`` is its first parameter."""
@@ -362,10 +378,10 @@ def _drawn(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Make a generator function one that returns the list of what it yields."""
     if inspect.isasyncgenfunction(fn):
 
-        async def items_of_async(*args: Any, **kwargs: Any) -> list[Any]:
+        async def gathered(*args: Any, **kwargs: Any) -> list[Any]:
             return [item async for item in fn(*args, **kwargs)]
 
-        return items_of_async
+        return gathered
     if inspect.isgeneratorfunction(fn):
         return lambda *args, **kwargs: list(fn(*args, **kwargs))
     return fn

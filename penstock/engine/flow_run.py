@@ -200,6 +200,7 @@ class FlowRunScope:
                 message = f"Validation of flow parameters failed with error: {error}"
                 raise errors.ParameterTypeError(message) from None
         self.args, self.kwargs = parameters.unbind(self.flow.signature, self.arguments)
+        self.flow_run.parameters = self.arguments
 
     def planned_steps(self, wait_for: Any, return_state: bool) -> Steps:
         """Call the function in the plan that surrounds it: no runner is opened, and nothing is waited for."""
@@ -596,6 +597,7 @@ class FlowRunScope:
     def close(self) -> None:
         """Leave the runner; at once, or when what was left to itself has ended."""
         cancelling.strike_off(self.flow_run.id)
+        self.flow_run.parameters = {}  # the run is kept by its task runs: large arguments must not be
         self._ends.close()
         left = [run for run in self._left if not run.done]
         if left:

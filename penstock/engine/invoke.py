@@ -26,6 +26,8 @@ def work_order(run: TaskRun, call: Call, prints: bool) -> dict[str, Any]:
         "context": call.context,
         "streams": run.items is not None,
     }
+    if run.tags:
+        order["tags"] = sorted(run.tags)
     if call.task.options.skip_if is not None:
         order["skip_if"] = run.carrier.predicate(call.task)
     commit = results.commit_order(run)
@@ -57,6 +59,8 @@ def stage_order(runs: Sequence[TaskRun], mapped: Mapped, session: Session) -> di
         "prints": session.prints_of(runs[0]),
         "context": mapped.context,
     }
+    if runs[0].tags:
+        order["tags"] = sorted(runs[0].tags)
     if options.skip_if is not None:
         order["skip_if"] = session.predicate(mapped.task)
     if options.task_run_name is not None:

@@ -29,6 +29,7 @@ from penstock.engine import (
     payload,
     recipes,
     remaking,
+    run_context,
     skipping,
     values,
     waiting,
@@ -78,6 +79,7 @@ class Session:
         self.made = recipes.Made()
         self._scopes: dict[FlowRun | None, Scope] = {}
         self._results: dict[FlowRun | None, tuple[Any, ...]] = {}
+        self._abouts: dict[FlowRun, tuple[int, bytes]] = {}
         self._functions: dict[
             int, tuple[Any, bytes]
         ] = {}  # the function is kept, so that its id stays its own
@@ -112,7 +114,17 @@ class Session:
             "prints": scope.log_prints,
             "runner": self.runner.inside(),
             "results": self._results_of(flow),
+            "about": self._about(flow),
         }
+
+    def _about(self, flow: FlowRun | None) -> bytes:
+        """Return what `run_context` tells of a flow run in another process; packed once per attempt."""
+        if flow is None or self.in_process:
+            return b""
+        found = self._abouts.get(flow)
+        if found is None or found[0] != flow.position.attempt:
+            found = self._abouts[flow] = (flow.position.attempt, run_context.pack_flow(flow))
+        return found[1]
 
     def _results_of(self, flow: FlowRun | None) -> tuple[Any, ...]:
         packed = self._results.get(flow)

@@ -13,6 +13,7 @@ from enum import Enum
 from typing import Any, Protocol
 
 from penstock import errors
+from penstock.engine import markup
 
 
 class StateType(str, Enum):
@@ -250,6 +251,16 @@ class State:
     def is_final(self) -> bool:
         """Whether the run has ended."""
         return self.type.is_final
+
+    def _repr_html_(self) -> str:
+        """Show in a notebook."""
+        rows: list[tuple[str, str]] = [("Message", self.message)] if self.message else []
+        rows += [(name, str(value)) for name, value in self.state_details.items() if value is not None]
+        if self.data is not None and not isinstance(self.data, Stored):
+            kind = type(self.data).__name__
+            shown = f"{kind}: {self.data}" if isinstance(self.data, BaseException) else kind
+            rows.append(("Data", shown))
+        return markup.card("State", "", [("State", markup.badge(self.type, self.name)), *rows])
 
     def result(self, raise_on_failure: bool = True, retry_result_failure: bool = True) -> Any:
         """Return the value of the run, fetched if needed.

@@ -136,6 +136,7 @@ class Running:
         self.logs: list[tuple[float, str, str]] = []
         self.dropped = 0
         self.stored: Any = None  # what an earlier attempt has stored: then the function does not run again
+        self.called: Any = None  # function, args and kwargs, once the call is about to be made
         self.nested: Any = None  # set by the engine when the task submits tasks of its own
         self.yielded = -1  # items that were handed on one by one
         self.helps = False  # a coroutine of the task does a child beside its event loop
@@ -286,6 +287,8 @@ def _finished(
             value, error = _kept(running, value, details)
     if error is not None:
         value = None
+        if details["status"] == "failed":
+            _note_inputs(error, running)
         details["error"] = describe(error)
     if running.logs:
         details["logs"] = running.logs
@@ -329,6 +332,7 @@ def _call(
     args, kwargs = guard.arguments(args, kwargs, private=isinstance(arguments, bytes))
     if "skip_if" in order:
         ask(order["skip_if"], args, kwargs)
+    running.called = (call, args, kwargs)
     if on_start is not None:
         on_start()
     if order.get("prints"):
@@ -679,6 +683,8 @@ class _Stage:
         order["attempt"] = attempts if isinstance(attempts, int) else attempts[number]
         if self.commits is not None:
             order["commit"] = self.commits if isinstance(self.commits, dict) else self.commits[number]
+        if "tags" in self.order:
+            order["tags"] = self.order["tags"]
         if self.names is not None:
             order["name"] = self.names[number]
         found = Running(order)
@@ -701,6 +707,7 @@ class _Stage:
             args, kwargs = Guard(self.mode).arguments(args, kwargs, private=self.private)
         if self.skip_if is not None:
             ask(self.skip_if, args, kwargs)
+        running.called = (self.call, args, kwargs)
         value = self.call(*args, **kwargs)
         return value if type(value) in _SIMPLE else _settled(running, value)
 
@@ -1807,6 +1814,53 @@ def describe(error: BaseException) -> dict[str, Any]:
         "frames": frames,
         "pickle": _pickle_error(error),
     }
+
+
+INPUTS_NOTED = 12  # arguments of a call that a note names
+
+
+def _note_inputs(error: BaseException, running: Running) -> None:
+    """Add to an error what the call got: types, shapes and dtypes, and of values only plain numbers."""
+    called, running.called = running.called, None
+    if called is None or getattr(error, "_penstock_error", None) is not None:
+        return
+    function, args, kwargs = called
+    try:
+        bound = inspect.signature(function).bind(*args, **kwargs).arguments
+        named = list(bound.items())
+    except Exception:  # a function of C tells no names
+        named = [*((f"#{place}", value) for place, value in enumerate(args)), *kwargs.items()]
+    if not named:
+        return
+    texts = [f"{name}: {_outline(value)}" for name, value in named[:INPUTS_NOTED]]
+    if len(named) > INPUTS_NOTED:
+        texts.append(f"{len(named) - INPUTS_NOTED} more")
+    note = f"inputs of {running.order['name']!r}: {', '.join(texts)}"
+    if note not in getattr(error, "__notes__", ()):
+        with contextlib.suppress(Exception):  # an odd class must not hide the failure
+            error.add_note(note)
+
+
+def _outline(value: Any, depth: int = 0) -> str:
+    """Tell what a value is without its content, which may be secret or large."""
+    kind = type(value).__name__
+    if value is None or isinstance(value, (bool, int, float, complex)):
+        text = repr(value)
+        return text if len(text) <= 24 else kind
+    try:
+        shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+        if isinstance(shape, tuple):
+            return f"{kind}{shape}" + (f" {dtype}" if dtype is not None else "")
+        if isinstance(value, (str, bytes, bytearray)):
+            return f"{kind} of {len(value)} {'characters' if isinstance(value, str) else 'bytes'}"
+        if isinstance(value, (list, tuple, set, frozenset, dict)):
+            inner = ""
+            if depth == 0 and isinstance(value, (list, tuple)) and value:
+                inner = f", the first {_outline(value[0], 1)}"
+            return f"{kind} of {len(value)}{inner}"
+    except Exception:  # an odd class must not hide the failure
+        return kind
+    return kind
 
 
 def _strip(error: BaseException | None) -> None:

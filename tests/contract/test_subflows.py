@@ -331,8 +331,9 @@ def test_a_paused_child(in_flow: InFlow, record: Record) -> None:
 
 @flow
 def endless(started: Path) -> Any:
+    future = nap.submit(60)
     started.touch()
-    return nap.submit(60).result()
+    return future.result()
 
 
 @flow
@@ -408,7 +409,7 @@ def test_one_of_a_gather_is_cancelled(
     async def night() -> Any:
         helper = threading.Thread(target=stop)
         helper.start()
-        both: list[Any] = await asyncio.gather(
+        both: Any = await asyncio.gather(
             endless_async(tmp_path / "started"), async_child(1), return_exceptions=True
         )
         helper.join()
