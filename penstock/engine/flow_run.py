@@ -233,7 +233,7 @@ class FlowRunScope:
 
         def leaf(item: Any, tolerant: int) -> Any:
             run = run_of(item)
-            if run is None or isinstance(item, State) or run not in runs:
+            if run is None or run not in runs:
                 return item
             self._check(run, tolerant)
             return found[run] if run in found else values.stand_in(run, tolerant)
@@ -457,6 +457,12 @@ class FlowRunScope:
         message = f"Flow run encountered an exception: {type(error).__name__}: {error}"
         return State(StateType.FAILED, message=message, data=error)
 
+    def must_go_on(self, error: BaseException, state: State) -> bool:
+        """Whether an error ends more than this run: what ends programs, or the task around it."""
+        if isinstance(error, worker_runtime.Cancelled):
+            return not self.flow_run.cancelled
+        return not isinstance(error, Exception) and not state.is_cancelled()
+
     def retry_delay(self, state: State) -> float | None:
         """Return the seconds after which the function is tried again, None if it is not."""
         started = self.flow_run.type is StateType.RUNNING
@@ -473,7 +479,7 @@ class FlowRunScope:
         self._disarm()
         with self._lock:
             self._expired = self.flow_run.cancelled = False
-            self.interruption.asked = False
+            self.interruption.reset()
             name, to = ("AwaitingRetry", StateType.SCHEDULED) if delay else ("Retrying", StateType.RUNNING)
             self._state(to, name, state.message, **_error_of(state))
             if self.flow_run.task_run is not None:
@@ -675,13 +681,13 @@ def steps(run: FlowRunScope, wait_for: Any, return_state: bool) -> Steps:
                     state = run.not_ready(error)
                 else:
                     state = yield from run.raised(error)
-                    if not isinstance(error, Exception) and not state.is_cancelled():
+                    if run.must_go_on(error, state):
                         fatal = error
             delay = None if fatal is not None else run.retry_delay(state)
             if delay is not None:
                 run.await_retry(state, delay)
                 state = None
-                yield Sleep(delay)
+                yield Sleep(delay, run.interruption)
         state = run.finish(state)
         if fatal is not None:
             raise fatal

@@ -41,19 +41,45 @@ class Interruption:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[Any] | None = None
         self.asked = False
+        self._woken = threading.Event()
+        self._waiter: asyncio.Future[None] | None = None
 
     def ask(self) -> None:
         """Make the code stop, from any thread."""
         self.asked = True
-        if self._loop is not None and self._task is not None:
+        self._woken.set()
+        if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop has ended, and so has the code
                 self._loop.call_soon_threadsafe(self._cancel)
         else:
             clock.call_later(MOMENT, self._strike)
 
+    def reset(self) -> None:
+        """Forget a request: the code is tried again."""
+        self.asked = False
+        self._woken.clear()
+
+    def sleep(self, seconds: float) -> None:
+        """Let time pass between two attempts."""
+        self._woken.wait(seconds)
+
+    async def await_sleep(self, seconds: float) -> None:
+        """Let time pass between two attempts, without blocking the loop."""
+        self._loop = asyncio.get_running_loop()
+        self._waiter = self._loop.create_future()
+        try:
+            if not self.asked:
+                await asyncio.wait_for(self._waiter, seconds)
+        except TimeoutError:
+            return
+        finally:
+            self._waiter = None
+
     def _cancel(self) -> None:
         if self._task is not None:
             self._task.cancel()
+        elif self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def _strike(self) -> None:
         stack = self._stack

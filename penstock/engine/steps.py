@@ -61,9 +61,10 @@ class Wait:
 
 @dataclass(slots=True)
 class Sleep:
-    """Let time pass."""
+    """Let time pass, or less if somebody asks the flow to stop."""
 
     seconds: float
+    interruption: Interruption | None = None
 
 
 Steps = Generator[Any, Any, Any]
@@ -94,7 +95,10 @@ def _carry_out(step: Any) -> Any:
         waiting.wait(step.runs)
         return None
     if isinstance(step, Sleep):
-        time.sleep(step.seconds)
+        if step.interruption is not None:
+            step.interruption.sleep(step.seconds)
+        else:
+            time.sleep(step.seconds)
         return None
     call = step.function
     if step.fresh_stack:
@@ -135,7 +139,10 @@ async def drive_awaiting(steps: Steps) -> Any:
                 for run in step.runs:
                     await PenstockFuture(run).settled()
             elif isinstance(step, Sleep):
-                await asyncio.sleep(step.seconds)
+                if step.interruption is not None:
+                    await step.interruption.await_sleep(step.seconds)
+                else:
+                    await asyncio.sleep(step.seconds)
             else:
                 answer = await _await_call(step)
         except BaseException as raised:

@@ -505,3 +505,103 @@ def test_on_exit_is_checked() -> None:
     make: Callable[..., Any] = flow
     with pytest.raises(ConfigurationError, match="on_exit"):
         make(on_exit="run away")(lambda: None)
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_flow_that_waits_for_its_next_attempt_is_cancelled(
+    kind: str, in_flow: InFlow, record: Record, wait_until: Any
+) -> None:
+    @flow(retries=1, retry_delay_seconds=60)
+    def hopeless() -> None:
+        raise ValueError("no")
+
+    @flow(retries=1, retry_delay_seconds=60, name="hopeless")
+    async def hopeless_async() -> None:
+        raise ValueError("no")
+
+    def body() -> str:
+        future = (hopeless if kind == "sync" else hopeless_async).submit()
+        wait_until(lambda: any(row.state["name"] == "AwaitingRetry" for row in record.flows()))
+        assert future.cancel()
+        with pytest.raises(CancelledRun):
+            future.result(timeout=10)
+        return "end"
+
+    assert in_flow(body) == "end"
+    row = next(row for row in record.flows() if row.task == "hopeless")
+    assert (row.type, row.attempt) == ("CANCELLED", 1)
+
+
+def test_a_flow_that_waits_for_an_upstream_is_dropped_at_once(
+    parallel: TaskRunner, in_flow: InFlow, record: Record
+) -> None:
+    def body() -> str:
+        upstream = nap.submit(60)
+        future = child.submit(1, wait_for=[upstream])
+        assert future.cancel()
+        assert future.done()
+        with pytest.raises(CancelledRun):
+            future.result()
+        upstream.cancel()
+        return "end"
+
+    assert in_flow(body) == "end"
+    row = next(row for row in record.flows() if row.task == "child")
+    assert row.names == ["Pending", "Cancelled"]
+
+
+def test_flows_submitted_inside_a_task(in_flow: InFlow, record: Record) -> None:
+    @task
+    def fan_out(n: int) -> list[int]:
+        futures = [child.submit(x) for x in range(n)]
+        return [future.result() for future in futures] + child.map([10, 20]).result()
+
+    assert in_flow(lambda: fan_out.submit(3)) == [1, 2, 3, 11, 21]
+    assert [row.type for row in record.flows()] == ["COMPLETED"] * 6
+
+
+def test_a_task_that_is_cancelled_ends_the_flow_in_it(
+    parallel: TaskRunner, in_flow: InFlow, record: Record, tmp_path: Path, wait_until: Any
+) -> None:
+    @task
+    def around(started: Path) -> None:
+        busy(started)
+
+    def body() -> str:
+        future = around.submit(tmp_path / "started")
+        wait_until((tmp_path / "started").exists)
+        assert future.cancel()
+        future.wait(timeout=20)
+        assert future.cancelled()
+        return "end"
+
+    assert in_flow(body) == "end"
+    assert record.task("around").type == "CANCELLED"
+
+
+def test_the_plan_of_a_flow_that_submits_flows() -> None:
+    @flow
+    def night() -> Any:
+        return add.submit(child.submit(1), 2)
+
+    assert "add" in str(night.explain())
+
+
+def test_states_go_to_flows_by_annotation(in_flow: InFlow) -> None:
+    from penstock import State
+
+    @flow
+    def by_value(x: int) -> int:
+        return x
+
+    @flow
+    def by_state(x: State) -> str:
+        return x.name
+
+    def body() -> Any:
+        future = add.submit(1)
+        future.wait()
+        state: Any = future.state
+        return by_value(state), by_state(state)
+
+    assert in_flow(body) == (2, "Completed")
