@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast, overload
 
 from penstock import errors
 from penstock.engine import context, markup
 from penstock.engine.flow_run import FlowRunScope, steps
-from penstock.engine.futures import PenstockFutureList
+from penstock.engine.futures import PenstockFuture, PenstockFutureList
 from penstock.engine.options import (
     NOT_GIVEN,
     FlowOptions,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+S = TypeVar("S")
 _FORBIDDEN = set("/%&<>")
 
 
@@ -220,6 +221,16 @@ class Flow(Generic[P, R]):
         return steps(run, wait_for, return_state)
 
     # -- beside the caller --------------------------------------------------------------------------
+    @overload
+    def submit(
+        self, *args: Any, return_state: Literal[True], wait_for: Any = None, **kwargs: Any
+    ) -> State: ...
+    @overload
+    def submit(
+        self: Flow[P, Coroutine[Any, Any, S]], *args: Any, wait_for: Any = None, **kwargs: Any
+    ) -> PenstockFuture[S]: ...
+    @overload
+    def submit(self, *args: Any, wait_for: Any = None, **kwargs: Any) -> PenstockFuture[R]: ...
     def submit(self, *args: Any, return_state: bool = False, wait_for: Any = None, **kwargs: Any) -> Any:
         """Run the flow beside the code that calls, on the same runner; returns a future at once.
 
@@ -256,9 +267,13 @@ class Flow(Generic[P, R]):
             return future.state
         return future
 
+    @overload
     def map(
-        self, *args: Any, return_state: bool = False, wait_for: Any = None, **kwargs: Any
-    ) -> PenstockFutureList[Any] | list[State]:
+        self, *args: Any, return_state: Literal[True], wait_for: Any = None, **kwargs: Any
+    ) -> list[State]: ...
+    @overload
+    def map(self, *args: Any, **kwargs: Any) -> PenstockFutureList[Any]: ...
+    def map(self, *args: Any, return_state: bool = False, wait_for: Any = None, **kwargs: Any) -> Any:
         """Submit one run of the flow for each element of the iterable arguments.
 
         The rules are those of `Task.map`. At most 32 runs of one map go on at the same time.

@@ -132,7 +132,7 @@ def test_failures_of_submitted_flows(in_flow: InFlow, record: Record) -> None:
         after = add.submit(future)
         after.wait()
         assert after.state.name == "NotReady"
-        never = child.submit(future.state and 1, wait_for=[future])
+        never = child.submit(1, wait_for=[future])
         with pytest.raises(UnfinishedRun):
             never.result()
         nothing = skipped.submit()
