@@ -17,16 +17,43 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from penstock.engine.annotations import allow_failure, quote, unmapped
+    from penstock.engine.annotations import allow_failure, allow_skipped, freeze, opaque, quote, unmapped
+    from penstock.engine.branching import branch
     from penstock.engine.context import tags
     from penstock.engine.dask_client import get_dask_client
     from penstock.engine.flow import Flow, flow
-    from penstock.engine.futures import Future, PenstockFuture, PenstockFutureList, as_completed, wait
+    from penstock.engine.futures import (
+        Future,
+        PenstockFuture,
+        PenstockFutureList,
+        as_completed,
+        first_completed,
+        resolve_futures_to_results,
+        resolve_futures_to_states,
+        wait,
+    )
     from penstock.engine.logs import get_run_logger
     from penstock.engine.reference import Reference, put
     from penstock.engine.results import ResultStorage, load_result
     from penstock.engine.retry import exponential_backoff
-    from penstock.engine.states import State, StateType
+    from penstock.engine.run_context import FlowRunContext, TaskRunContext, get_run_context
+    from penstock.engine.states import (
+        AwaitingRetry,
+        Cancelled,
+        Cancelling,
+        Completed,
+        Crashed,
+        Failed,
+        Paused,
+        Pending,
+        Retrying,
+        Running,
+        Scheduled,
+        Skipped,
+        State,
+        StateGroup,
+        StateType,
+    )
     from penstock.engine.task import Task, task
     from penstock.errors import (
         CancelledRun,
@@ -68,12 +95,19 @@ __all__ = [
     "Flow",
     "Task",
     "tags",
+    "branch",
     "exponential_backoff",
     "get_run_logger",
+    "get_run_context",
+    "FlowRunContext",
+    "TaskRunContext",
     # arguments
     "unmapped",
     "allow_failure",
+    "allow_skipped",
     "quote",
+    "opaque",
+    "freeze",
     # results that are stored
     "ResultStorage",
     "load_result",
@@ -86,8 +120,24 @@ __all__ = [
     "PenstockFutureList",
     "wait",
     "as_completed",
+    "first_completed",
+    "resolve_futures_to_results",
+    "resolve_futures_to_states",
     "State",
     "StateType",
+    "StateGroup",
+    "Scheduled",
+    "AwaitingRetry",
+    "Pending",
+    "Running",
+    "Retrying",
+    "Paused",
+    "Cancelling",
+    "Completed",
+    "Failed",
+    "Crashed",
+    "Cancelled",
+    "Skipped",
     # runners
     "TaskRunner",
     "SequentialTaskRunner",
@@ -122,16 +172,43 @@ __all__ = [
 ]
 
 _ENGINE = {
-    "annotations": ("unmapped", "allow_failure", "quote"),
+    "annotations": ("unmapped", "allow_failure", "allow_skipped", "quote", "opaque", "freeze"),
+    "branching": ("branch",),
     "context": ("tags",),
     "dask_client": ("get_dask_client",),
     "flow": ("flow", "Flow"),
-    "futures": ("PenstockFuture", "Future", "PenstockFutureList", "wait", "as_completed"),
+    "futures": (
+        "PenstockFuture",
+        "Future",
+        "PenstockFutureList",
+        "wait",
+        "as_completed",
+        "first_completed",
+        "resolve_futures_to_results",
+        "resolve_futures_to_states",
+    ),
     "logs": ("get_run_logger",),
     "reference": ("put", "Reference"),
     "results": ("ResultStorage", "load_result"),
     "retry": ("exponential_backoff",),
-    "states": ("State", "StateType"),
+    "run_context": ("get_run_context", "FlowRunContext", "TaskRunContext"),
+    "states": (
+        "State",
+        "StateType",
+        "StateGroup",
+        "Scheduled",
+        "AwaitingRetry",
+        "Pending",
+        "Running",
+        "Retrying",
+        "Paused",
+        "Cancelling",
+        "Completed",
+        "Failed",
+        "Crashed",
+        "Cancelled",
+        "Skipped",
+    ),
     "task": ("task", "Task"),
 }
 _HOMES = {name: f"penstock.engine.{module}" for module, names in _ENGINE.items() for name in names}

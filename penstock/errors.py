@@ -238,7 +238,15 @@ class ResultCorrupt(RunError):
 
 
 class Skip(PenstockError):
-    """Raise it in a task or flow to end the run as SKIPPED; the text is the reason."""
+    """Raise it in a task or flow to end the run as SKIPPED; the text is the reason.
+
+    Attributes
+    ----------
+    run_id : str or None
+        The run that skipped itself, where the skip was passed on from another.
+    """
+
+    run_id: str | None = None
 
 
 class TerminationSignal(BaseException):

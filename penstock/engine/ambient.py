@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import threading
 
-from penstock.engine import deadline, waiting
+from penstock.engine import waiting
 from penstock.engine.context import Scope, current
 from penstock.engine.events import bus
 from penstock.engine.journal import Journal
@@ -30,7 +30,7 @@ def scope_for_submit(task_name: str) -> Scope:
     """
     scope = current()
     if scope is not None:
-        deadline.check(scope.flow_run)
+        waiting.heed_flow(scope.flow_run)
         return scope
     runner = ambient_runner.get()
     if runner is None:
@@ -46,7 +46,7 @@ def scope_for_call() -> Scope:
     """Return the scope in which a direct call takes place; there always is one."""
     scope = current()
     if scope is not None:
-        deadline.check(scope.flow_run)
+        waiting.heed_flow(scope.flow_run)
         return scope
     runner = ambient_runner.get()
     if runner is None:

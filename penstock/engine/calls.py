@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from penstock.engine.graph import Edge
     from penstock.engine.mapped import Mapped
     from penstock.engine.recipes import Recipe
+    from penstock.engine.recollection import Recollection
     from penstock.engine.seeds import Ordinals
     from penstock.engine.session import Session
     from penstock.engine.task import Task
@@ -33,13 +34,13 @@ class Source:
         The upstream, or None if the value was put near the workers.
     ref : Ref or None
         Reference to a value that was put.
-    tolerant : bool
-        `allow_failure`: the exception of a failed upstream is a value too.
+    tolerant : int
+        What is a value, too: the exception of a failed upstream, the nothing of a skipped one; see `annotations`.
     """
 
     run: TaskRun | None = None
     ref: Ref | None = None
-    tolerant: bool = False
+    tolerant: int = 0
 
 
 class Bound:
@@ -300,6 +301,7 @@ class FlowRun:
         "flow",
         "id",
         "live",
+        "memory",
         "name",
         "ordinals",
         "parameters",
@@ -336,9 +338,10 @@ class FlowRun:
         self.results: ResultOptions = own.over(parent.results if parent is not None else ResultOptions())
         self.position = Position(StateType.PENDING, "Pending", 0)
         self.live: dict[TaskRun, None] = {}  # runs that have not ended
-        self.cancelled = False
+        self.cancelled = False  # somebody asked it to stop: its code hears of it at its next call to us
         self.ordinals: Ordinals | None = None
         self.deadline: Deadline | None = parent.deadline if parent is not None else None
+        self.memory: Recollection | None = None  # of a flow that may be tried again
         self.finished = 0
         self.runs = 0
         self.started = time.time()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from penstock.engine.calls import TaskRun
 from penstock.engine.states import StateType, advance
@@ -11,6 +11,53 @@ from penstock.runners.base import UNSENT
 
 if TYPE_CHECKING:
     from penstock.engine.session import Session
+
+
+class LiveFlow(Protocol):
+    """A flow run of this process that has not ended."""
+
+    def stop(self, *, force: bool = False) -> bool:
+        """Ask it to stop; answer whether it will."""
+
+
+_flows: dict[str, LiveFlow] = {}
+
+
+def enlist(run_id: str, flow: LiveFlow) -> None:
+    """Let a flow run be found by its id while it lives."""
+    _flows[run_id] = flow
+
+
+def strike_off(run_id: str) -> None:
+    """A flow run has ended."""
+    _flows.pop(run_id, None)
+
+
+def live_flows() -> list[LiveFlow]:
+    """Return the flow runs of this process that have not ended."""
+    return list(_flows.values())
+
+
+def cancel_flow(run_id: str, *, force: bool = False) -> bool:
+    """Ask a flow run of this process to stop, with its tasks and its nested flows, and nothing else.
+
+    It is CANCELLING until its code has really ended, then CANCELLED; whoever called it gets a
+    `CancelledRun`.
+
+    Parameters
+    ----------
+    run_id : str
+        Of the flow run, at the top or nested.
+    force : bool
+        End the processes that run its tasks.
+
+    Returns
+    -------
+    bool
+        Whether it will stop; False if it is not known here or has ended.
+    """
+    flow = _flows.get(run_id)
+    return flow is not None and flow.stop(force=force)
 
 
 def cancel(runs: Sequence[TaskRun], *, force: bool = False) -> bool:
@@ -29,12 +76,15 @@ def cancel(runs: Sequence[TaskRun], *, force: bool = False) -> bool:
         Whether any of them will end CANCELLED.
     """
     by_session: dict[Session, list[TaskRun]] = {}
+    stopped = False
     for run in runs:
-        if not run.done:
+        if not run.done and run.child_flow_run is not None:
+            stopped = cancel_flow(run.child_flow_run, force=force) or stopped
+        elif not run.done:
             by_session.setdefault(run.carrier, []).append(run)
     for session, members in by_session.items():
         _cancel(session, members, force)
-    return bool(by_session)
+    return stopped or bool(by_session)
 
 
 def _cancel(session: Session, runs: list[TaskRun], force: bool) -> None:
@@ -66,7 +116,7 @@ def _cancel(session: Session, runs: list[TaskRun], force: bool) -> None:
 
 def cancel_unstarted(runs: Sequence[TaskRun]) -> None:
     """Cancel what has not been sent; leave the rest alone."""
-    cancel([run for run in runs if run.key is None])
+    cancel([run for run in runs if run.key is None and run.child_flow_run is None])
 
 
 def abandon(runs: Sequence[TaskRun]) -> None:

@@ -1,19 +1,9 @@
-"""The deadline of a flow run: kept by every run in it, and looked at where code of the flow can be stopped.
-
-On the main thread a signal interrupts a flow function, and a coroutine is interrupted where it
-awaits. Anywhere else the function stops where it next calls, submits or waits for something.
-"""
+"""The deadline of a flow run, inherited by the flows within it: whose time was over tells what a stop means."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from penstock import errors
-
-if TYPE_CHECKING:
-    from penstock.engine.calls import FlowRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +33,3 @@ def of_run(seconds: float | None, outer: Deadline | None) -> Deadline | None:
     if own is None or outer is None:
         return own or outer
     return own if own.due < outer.due else outer
-
-
-def check(flow_run: FlowRun | None) -> None:
-    """Stop code of a flow run that is over its time.
-
-    Raises
-    ------
-    TaskTimeout
-        Naming the run.
-    """
-    if flow_run is not None and flow_run.deadline is not None and flow_run.deadline.is_over:
-        seconds = flow_run.deadline.seconds
-        raise errors.TaskTimeout(f"Run {flow_run.name!r} exceeded timeout of {seconds} second(s)")

@@ -39,6 +39,8 @@ def steps(run: TaskRun, scope: Scope, call: Call, return_state: bool, *, lazily:
         The task is a generator: give each item to the caller when it asks for it (`steps.Give`).
     """
     session = scope.session
+    if run.done:  # restored from an earlier attempt of the flow
+        return values.state_of(run) if return_state else values.results([run])[0]
     run.call, run.direct, run.session, run.inside = call, True, session, scope.depth + 1
     session.begin_direct(run, scope)
     upstreams = [source.run for source in (*call.sources, *call.after) if source.run is not None]
@@ -79,11 +81,14 @@ def _attempts(run: TaskRun, scope: Scope, call: Call, inputs: list[Any], *, lazi
             args, kwargs = guard.arguments(args, kwargs, private=False)
         if order["prints"]:
             worker_runtime.route_prints()
+        attempt.running.called = (run.task.fn, args, kwargs)
         if lazily:
             session.journal.task_state(run)
             given = yield from _items(attempt, run, args, kwargs, given)
         else:
             with attempt:
+                if options.skip_if is not None:
+                    worker_runtime.ask(options.skip_if, args, kwargs)
                 deep = run.inside % HOP == HOP - 1 and not run.task.isasync
                 attempt.value = yield Invoke(
                     run.task.fn, args, kwargs, options.timeout_seconds, fresh_stack=deep, name=run.name

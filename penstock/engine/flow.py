@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import replace as with_fields
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast, overload
 
 from penstock import errors
-from penstock.engine import context, revision
-from penstock.engine.flow_run import FlowRunScope
+from penstock.engine import context, markup, revision
+from penstock.engine.flow_run import FlowRunScope, steps
+from penstock.engine.futures import PenstockFuture, PenstockFutureList
 from penstock.engine.hooks import H, Hook, read_hooks
 from penstock.engine.options import (
     NOT_GIVEN,
@@ -21,12 +22,15 @@ from penstock.engine.options import (
     changed_results,
     check_callables,
     check_choices,
+    check_exit,
     check_signature,
+    retry_policy,
     view,
 )
 from penstock.engine.results import Persistence, Storage, read_options
-from penstock.engine.states import State, StateType
-from penstock.engine.steps import Invoke, Steps, Wait, drive, drive_awaiting
+from penstock.engine.retry import DelayOption
+from penstock.engine.states import State
+from penstock.engine.steps import Steps, drive, drive_awaiting
 from penstock.engine.task import _hidden
 from penstock.runners import runner_of
 from penstock.runners.base import TaskRunner
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+S = TypeVar("S")
 _FORBIDDEN = set("/%&<>")
 
 
@@ -55,8 +60,17 @@ class Flow(Generic[P, R]):
         Of the run and of all runs in it.
     flow_run_name : str or callable, optional
         Format string over the parameters, or a callable.
+    retries : int, optional
+        Further attempts of the function after a failure, in the same run. Tasks and child flows that
+        completed and whose results are persisted are not run again.
+    retry_delay_seconds : float or list, optional
+        Seconds before each further attempt; of a list the last value repeats.
     timeout_seconds : float, optional
         Then the run is FAILED with the name "TimedOut".
+    on_exit : {"wait", "cancel", "detach"}
+        What becomes of tasks that still run when the function has returned, and are not in what it
+        returned: the flow waits for them, cancels them, or leaves them to themselves; then their states
+        are recorded as long as this process lives.
     validate_parameters : bool
         Check and coerce arguments by their annotations.
     log_prints : bool, optional
@@ -86,10 +100,13 @@ class Flow(Generic[P, R]):
         version: str | None = None,
         tags: Iterable[str] = (),
         flow_run_name: RunName = None,
+        retries: int | None = None,
+        retry_delay_seconds: DelayOption = None,
         timeout_seconds: float | None = None,
         validate_parameters: bool = True,
         log_prints: bool | None = None,
         task_runner: str | type[TaskRunner] | TaskRunner | None = None,
+        on_exit: Literal["wait", "cancel", "detach"] = "wait",
         persist_result: Persistence = None,
         result_storage: Storage = None,
         result_serializer: str | None = None,
@@ -113,8 +130,10 @@ class Flow(Generic[P, R]):
         if _FORBIDDEN & set(label):
             message = f"Name {label!r} contains an invalid character: / % & < > are not allowed."
             raise errors.InvalidNameError(message)
+        check_exit(on_exit)
         self.fn = fn
-        self.isasync = inspect.iscoroutinefunction(fn)
+        self.isasync = inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn)
+        self.body = _drawn(fn)
         functools.update_wrapper(self, fn, updated=())
         self.signature = check_signature(fn)
         self.options = FlowOptions(
@@ -127,6 +146,9 @@ class Flow(Generic[P, R]):
             validate_parameters=validate_parameters,
             log_prints=log_prints,
             task_runner=task_runner,
+            retry=retry_policy(retries, retry_delay_seconds, None, 0, settings().flow_default_retries),
+            retry_delay_seconds=retry_delay_seconds,
+            on_exit=on_exit,
             results=read_options(persist_result, result_storage, None, result_serializer),
             hooks=read_hooks(
                 "flow",
@@ -157,6 +179,22 @@ class Flow(Generic[P, R]):
     def __repr__(self) -> str:
         """Show the name."""
         return f"<Flow {self.name}>"
+
+    def _repr_html_(self) -> str:
+        """Show in a notebook."""
+        options = self.options
+        rows = [("Parameters", str(self.signature))]
+        if options.description:
+            rows.append(("Description", options.description.splitlines()[0]))
+        if options.version:
+            rows.append(("Version", options.version))
+        if options.tags:
+            rows.append(("Tags", ", ".join(sorted(options.tags))))
+        if options.retry.retries:
+            rows.append(("Retries", str(options.retry.retries)))
+        if options.timeout_seconds is not None:
+            rows.append(("Time-out", f"{options.timeout_seconds} s"))
+        return markup.card("Flow", self.name, rows)
 
     def __get__(self, instance: object, owner: type) -> Flow[..., R]:
         """Bind to an instance or class: a method can be a flow, and ``self`` is its first parameter."""
@@ -215,35 +253,94 @@ class Flow(Generic[P, R]):
     def _steps(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], return_state: bool, wait_for: Any
     ) -> Steps:
-        outer = context.current()
-        run = FlowRunScope(self, outer, args, kwargs)
-        state: State | None = None
+        run = FlowRunScope(self, context.current(), args, kwargs)
+        return steps(run, wait_for, return_state)
+
+    # -- beside the caller --------------------------------------------------------------------------
+    @overload
+    def submit(
+        self, *args: Any, return_state: Literal[True], wait_for: Any = None, **kwargs: Any
+    ) -> State: ...
+    @overload
+    def submit(
+        self: Flow[P, Coroutine[Any, Any, S]], *args: Any, wait_for: Any = None, **kwargs: Any
+    ) -> PenstockFuture[S]: ...
+    @overload
+    def submit(self, *args: Any, wait_for: Any = None, **kwargs: Any) -> PenstockFuture[R]: ...
+    def submit(self, *args: Any, return_state: bool = False, wait_for: Any = None, **kwargs: Any) -> Any:
+        """Run the flow beside the code that calls, on the same runner; returns a future at once.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            Of the function, as in a call.
+        return_state : bool
+            Wait for the end and answer the state.
+        wait_for : iterable, optional
+            Futures that have to end first.
+
+        Returns
+        -------
+        PenstockFuture
+            Of the run; its value is what a call would return, with values in the place of futures.
+
+        Raises
+        ------
+        RuntimeError
+            Outside of a flow, if no runner is open.
+        """
+        from penstock.engine import background
+
         try:
-            run.make()
-            if outer is not None and outer.session.plans:
-                return (yield from run.planned_steps(wait_for, return_state))
-            try:
-                yield from run.arguments_steps(wait_for)
-                run.start()
-                with run.inside():
-                    yield from run.hooks(State(StateType.RUNNING))
-                    returned = yield Invoke(
-                        self.fn, run.args, run.kwargs, self.options.timeout_seconds, name=run.flow_run.name
-                    )
-                    yield Wait(run.live(returned))
-                state = yield from run.returned(returned)
-            except errors.UnfinishedRun as error:
-                state = yield from run.not_ready(error)
-            except BaseException as error:
-                state = yield from run.raised(error)
-                if not isinstance(error, Exception):
-                    raise
-                run.raise_if_interrupted()
-            if return_state:
-                return run.give_state(state)
-            return run.give_value(state)
-        finally:
-            run.close()
+            if "_instance" in self.__dict__:
+                args = (self.__dict__["_instance"], *args)
+            future = background.submit(self, args, kwargs, wait_for)
+        except BaseException as error:
+            errors.hide_frames(error)
+            raise
+        if return_state:
+            future.wait()
+            return future.state
+        return future
+
+    @overload
+    def map(
+        self, *args: Any, return_state: Literal[True], wait_for: Any = None, **kwargs: Any
+    ) -> list[State]: ...
+    @overload
+    def map(self, *args: Any, **kwargs: Any) -> PenstockFutureList[Any]: ...
+    def map(self, *args: Any, return_state: bool = False, wait_for: Any = None, **kwargs: Any) -> Any:
+        """Submit one run of the flow for each element of the iterable arguments.
+
+        The rules are those of `Task.map`. At most 32 runs of one map go on at the same time.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            Of the function.
+        return_state : bool
+            Wait for all and answer their states.
+        wait_for : iterable, optional
+            Futures that have to end first.
+
+        Raises
+        ------
+        MappingMissingIterable, MappingLengthMismatch
+            If there is nothing to map over, or the lengths differ.
+        """
+        from penstock.engine import background
+
+        try:
+            if "_instance" in self.__dict__:
+                args = (self.__dict__["_instance"], *args)
+            futures = background.map_over(self, args, kwargs, wait_for)
+        except BaseException as error:
+            errors.hide_frames(error)
+            raise
+        if return_state:
+            futures.wait()
+            return [future.state for future in futures]
+        return futures
 
     def explain(self, *args: P.args, **kwargs: P.kwargs) -> Plan:
         """Show what penstock would do with a call of the flow; the function runs, its tasks do not.
@@ -303,10 +400,13 @@ class Flow(Generic[P, R]):
         version: str | None = NOT_GIVEN,
         tags: Iterable[str] = NOT_GIVEN,
         flow_run_name: RunName = NOT_GIVEN,
+        retries: int | None = NOT_GIVEN,
+        retry_delay_seconds: DelayOption = NOT_GIVEN,
         timeout_seconds: float | None = NOT_GIVEN,
         validate_parameters: bool = NOT_GIVEN,
         log_prints: bool | None = NOT_GIVEN,
         task_runner: str | type[TaskRunner] | TaskRunner | None = NOT_GIVEN,
+        on_exit: Literal["wait", "cancel", "detach"] = NOT_GIVEN,
         persist_result: Persistence = NOT_GIVEN,
         result_storage: Storage = NOT_GIVEN,
         result_serializer: str | None = NOT_GIVEN,
@@ -318,6 +418,9 @@ class Flow(Generic[P, R]):
         on_skipped: Iterable[Hook] | None = NOT_GIVEN,
     ) -> Flow[P, R]:
         """Make a flow with other options; what is not given stays as it is. Tags are replaced."""
+        old = self.options
+        delay = old.retry_delay_seconds if retry_delay_seconds is NOT_GIVEN else retry_delay_seconds
+        count = old.retry.retries if retries is NOT_GIVEN else retries
         options: FlowOptions = changed(
             self.options,
             {
@@ -330,6 +433,9 @@ class Flow(Generic[P, R]):
                 "validate_parameters": validate_parameters,
                 "log_prints": log_prints,
                 "task_runner": task_runner,
+                "retry": retry_policy(count, delay, None, 0, settings().flow_default_retries),
+                "retry_delay_seconds": delay,
+                "on_exit": on_exit,
                 "results": changed_results(
                     self.options.results, persist_result, result_storage, NOT_GIVEN, result_serializer
                 ),
@@ -347,6 +453,7 @@ class Flow(Generic[P, R]):
         )
         check_choices("readonly", "auto", options.timeout_seconds)
         check_callables(None, options.flow_run_name, "flow_run_name")
+        check_exit(options.on_exit)
         new: Flow[P, R] = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         new.options = options
@@ -363,6 +470,19 @@ class Flow(Generic[P, R]):
         if self._runner_override is not None:
             return runner_of(self._runner_override)
         return runner_of(settings().runner or self.options.task_runner)
+
+
+def _drawn(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a generator function one that returns the list of what it yields."""
+    if inspect.isasyncgenfunction(fn):
+
+        async def gathered(*args: Any, **kwargs: Any) -> list[Any]:
+            return [item async for item in fn(*args, **kwargs)]
+
+        return gathered
+    if inspect.isgeneratorfunction(fn):
+        return lambda *args, **kwargs: list(fn(*args, **kwargs))
+    return fn
 
 
 class FlowDecorator:
@@ -386,10 +506,13 @@ def flow(
     version: str | None = None,
     tags: Iterable[str] = (),
     flow_run_name: RunName = None,
+    retries: int | None = None,
+    retry_delay_seconds: DelayOption = None,
     timeout_seconds: float | None = None,
     validate_parameters: bool = True,
     log_prints: bool | None = None,
     task_runner: str | type[TaskRunner] | TaskRunner | None = None,
+    on_exit: Literal["wait", "cancel", "detach"] = "wait",
     persist_result: Persistence = None,
     result_storage: Storage = None,
     result_serializer: str | None = None,

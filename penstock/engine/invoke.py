@@ -29,6 +29,10 @@ def work_order(run: TaskRun, call: Call, prints: bool) -> dict[str, Any]:
     }
     if run.index >= 0:
         order["index"] = run.index
+    if run.tags:
+        order["tags"] = sorted(run.tags)
+    if call.task.options.skip_if is not None:
+        order["skip_if"] = run.carrier.predicate(call.task)
     commit = results.commit_order(run)
     if commit is not None:
         order["commit"] = commit
@@ -59,6 +63,10 @@ def stage_order(runs: Sequence[TaskRun], mapped: Mapped, session: Session) -> di
         "context": mapped.context,
         "ordinal": runs[0].ordinal,
     }
+    if runs[0].tags:
+        order["tags"] = sorted(runs[0].tags)
+    if options.skip_if is not None:
+        order["skip_if"] = session.predicate(mapped.task)
     if options.task_run_name is not None:
         order["names"] = [run.name for run in runs]
     commit = results.commit_order(runs[0])

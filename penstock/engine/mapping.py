@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from penstock import errors
 from penstock.engine import cancelling, events, items, waiting
-from penstock.engine.annotations import Annotation, allow_failure, quote, unmapped
+from penstock.engine.annotations import (
+    Annotation,
+    allow_failure,
+    allow_skipped,
+    opaque,
+    quote,
+    unmapped,
+)
 from penstock.engine.caller import Caller
 from penstock.engine.calls import Source, TaskRun
 from penstock.engine.chunks import Packer
@@ -94,8 +101,42 @@ def submit(
     if not count:
         return []
     runs = Making(task, scope, bound, after, parts, count).piece(parts, 0, count)
-    scope.session.submit(runs, scope)
+    memory = scope.flow_run.memory if scope.flow_run is not None else None
+    left = runs if memory is None else memory.restored_elements(runs, scope, bound.arguments)
+    if left:
+        scope.session.submit(left, scope)
     return runs
+
+
+def calls(
+    flow: Any, scope: Scope, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Return the arguments of one call for each element, by the rules of a map.
+
+    Raises
+    ------
+    MappingMissingIterable, MappingLengthMismatch
+        If there is nothing to map over, or the lengths differ.
+    """
+    parts: dict[int | str, Part] = {}
+    same: dict[int | str, Any] = {}
+    places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for place, value in places:
+        part = _part(value, flow, scope)
+        if part is None:
+            same[place] = value.unwrap() if isinstance(value, unmapped) else value
+            continue
+        if part.of is not None:  # a value on the cluster: each call gets a reference to its item
+            part = Part(_elements(PenstockFuture(part.of), scope))
+        elif isinstance(part.items, Iterator):
+            part = replace(part, items=list(part.items))
+        parts[place] = part
+    found = []
+    for index in range(_count(flow, parts)):
+        given = {place: part.at(index) for place, part in parts.items()} | same
+        some = tuple(given[place] for place in range(len(args)))
+        found.append((some, {name: given[name] for name in kwargs}))
+    return found
 
 
 def _drawn(making: Making, parts: dict[int | str, Part]) -> list[TaskRun]:
@@ -172,7 +213,9 @@ class Making:
         self.window = min(int(getattr(session.runner, "max_in_flight", WINDOW)), WINDOW)
         self._bound = bound
         self._caller = Caller(session, task, scope)
-        self._capture = Capture(task.name, run_of, None if session.in_process else self._caller.placed)
+        self._capture = Capture(
+            task.name, run_of, None if session.in_process else self._caller.placed, self._caller.tolerance
+        )
         places: list[tuple[int | str, Any]] = [*enumerate(bound.args), *bound.kwargs.items()]
         self._same: dict[int | str, Any] = {}
         self._places = [place for place, _ in places]
@@ -312,7 +355,7 @@ def _mismatch(task: Task[..., Any], lengths: dict[str, int]) -> str:
 def _part(value: Any, task: Task[..., Any], scope: Scope) -> Part | None:
     if isinstance(value, unmapped):
         return None
-    if isinstance(value, (allow_failure, quote)):
+    if isinstance(value, (allow_failure, allow_skipped, opaque, quote)):
         inner = _part(value.unwrap(), task, scope)
         return None if inner is None else Part(inner.items, value.rewrap, inner.of)
     if isinstance(value, Annotation):

@@ -49,7 +49,7 @@ class Children:
             return value
         return refs.replace(value, self._value)
 
-    def _value(self, leaf: Any, tolerant: bool) -> Any:
+    def _value(self, leaf: Any, tolerant: int) -> Any:
         run = run_of(leaf)
         if run is None:
             return leaf

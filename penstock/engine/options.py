@@ -49,6 +49,8 @@ class TaskOptions:
     idempotent: bool = True
     backend: Options = field(default_factory=Options)
     priority: int = 0
+    on_skip: str = "skip"
+    skip_if: Callable[..., Any] | None = None
     results: ResultOptions = field(default_factory=ResultOptions)
     hooks: Hooks = NO_HOOKS
 
@@ -66,6 +68,9 @@ class FlowOptions:
     validate_parameters: bool = True
     log_prints: bool | None = None
     task_runner: Any = None
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+    retry_delay_seconds: DelayOption = None
+    on_exit: str = "wait"
     results: ResultOptions = field(default_factory=ResultOptions)
     hooks: Hooks = NO_HOOKS
 
@@ -105,6 +110,19 @@ def check_callables(condition: Any, name: Any, option: str) -> None:
     if name is not None and not isinstance(name, str) and not callable(name):
         message = f"Expected string or callable for '{option}'; got {type(name).__name__} instead."
         raise TypeError(message)
+
+
+def check_exit(on_exit: str) -> None:
+    """Refuse what the option cannot be.
+
+    Raises
+    ------
+    ConfigurationError
+        Naming the choices.
+    """
+    if on_exit not in {"wait", "cancel", "detach"}:
+        message = f"'on_exit' must be 'wait', 'cancel' or 'detach', got {on_exit!r}."
+        raise errors.ConfigurationError(message)
 
 
 def check_choices(inputs: str, chunk_size: int | str, timeout: float | None, action: str = "abandon") -> None:

@@ -212,7 +212,11 @@ def _failure(run: TaskRun, described: dict[str, Any], record: dict[str, Any]) ->
     if run.place >= 0 and isinstance(handle, list):
         handle = handle[run.place]
     own = handle.error if isinstance(handle, worker_runtime.Failed) else None
-    return own if own is not None else Failure(described, where)
+    if own is None:
+        return Failure(described, where)
+    if where not in getattr(own, "__notes__", ()):
+        own.add_note(where)
+    return own
 
 
 def _shown(described: dict[str, Any]) -> dict[str, str]:

@@ -222,7 +222,7 @@ def explain(flow: Flow[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
     end = ""
     try:
         with context.entered(Scope(session, run)):
-            value = flow.fn(*positional, **named)
+            value = flow.body(*positional, **named)
             if inspect.iscoroutine(value):
                 worker_runtime.run_coroutine(value)
     except _Ends as reason:

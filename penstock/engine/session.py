@@ -30,7 +30,9 @@ from penstock.engine import (
     payload,
     recipes,
     remaking,
+    run_context,
     seeds,
+    skipping,
     values,
     waiting,
 )
@@ -79,6 +81,7 @@ class Session:
         self.made = recipes.Made()
         self._scopes: dict[FlowRun | None, Scope] = {}
         self._results: dict[FlowRun | None, tuple[Any, ...]] = {}
+        self._abouts: dict[FlowRun, tuple[int, bytes]] = {}
         self._functions: dict[
             int, tuple[Any, bytes]
         ] = {}  # the function is kept, so that its id stays its own
@@ -116,7 +119,17 @@ class Session:
             "prints": scope.log_prints,
             "runner": self.runner.inside(),
             "results": self._results_of(flow),
+            "about": self._about(flow),
         }
+
+    def _about(self, flow: FlowRun | None) -> bytes:
+        """Return what `run_context` tells of a flow run in another process; packed once per attempt."""
+        if flow is None or self.in_process:
+            return b""
+        found = self._abouts.get(flow)
+        if found is None or found[0] != flow.position.attempt:
+            found = self._abouts[flow] = (flow.position.attempt, run_context.pack_flow(flow))
+        return found[1]
 
     def _results_of(self, flow: FlowRun | None) -> tuple[Any, ...]:
         packed = self._results.get(flow)
@@ -132,6 +145,22 @@ class Session:
         if found is None:
             found = self._functions[id(task.fn)] = (task.fn, payload.pack_function(task.fn))
         return found[1]
+
+    def predicate(self, task: Any) -> Any:
+        """Return what asks whether a run of a task is to be skipped, as the runner needs it."""
+        ask = task.options.skip_if
+        if ask is None or self.in_process:
+            return ask
+        found = self._functions.get(id(ask))
+        if found is None:
+            found = self._functions[id(ask)] = (ask, payload.pack_function(ask))
+        return found[1]
+
+    def skip(self, run: TaskRun, scope: Scope, message: str, **details: Any) -> None:
+        """Take over a run that is skipped before anybody sends it."""
+        self.hold([run], scope)
+        with self.changing():
+            self.settle(run, StateType.SKIPPED, None, message, **details)
 
     def functions(self, packed: Sequence[bytes]) -> bytes:
         """Return the functions of a chunk as one; the same bytes for the same functions."""
@@ -166,12 +195,16 @@ class Session:
         run = source.run
         assert run is not None
         if run.session is not self:
-            source.ref = self.runner.put(values.results([run], raise_on_failure=False))[0]
+            completed = not run.done or run.completed
+            value = values.results([run])[0] if completed else values.stand_in(run, source.tolerant)
+            source.ref = self.runner.put([value])[0]
             return source.ref, None
-        if run.done and not run.completed:  # `allow_failure`: the exception is the value
-            source.ref = self.runner.put([values.exception_of(run)])[0]
+        if run.done and not run.completed:  # `allow_failure`, `on_skip`
+            source.ref = self.runner.put([values.stand_in(run, source.tolerant)])[0]
             return source.ref, None
-        if run.items is not None and run.value is None:
+        if (run.items is not None and run.value is None) or (
+            run.child_flow_run is not None and run.ref is None
+        ):
             values.results([run])
         if run.ref is None:
             assert run.done, f"{run.name!r} has no value yet"  # never send None in its place
@@ -691,8 +724,8 @@ class Session:
             self.settle(run, StateType.CANCELLED, None, "Cancelled before it started.")
             return
         if upstream.type is StateType.SKIPPED:
-            reason = f"Upstream task run '{upstream.id}' was skipped: {upstream.message}"
-            self.settle(run, StateType.SKIPPED, None, reason, upstream=upstream.id)
+            run.error = skip = skipping.passed_on(upstream)
+            self.settle(run, StateType.SKIPPED, None, str(skip), upstream=skip.run_id)
             return
         message = f"Upstream task run '{upstream.id}' did not reach a 'COMPLETED' state."
         unfinished = errors.UnfinishedRun(message).of_run(run.id)

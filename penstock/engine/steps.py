@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from penstock import errors
 from penstock.engine import waiting
 from penstock.engine.futures import PenstockFuture
+from penstock.engine.interruption import Interruption
 from penstock.runners import worker_runtime
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class Invoke:
         Call it in another thread, because this one's stack is deep.
     name : str
         Of the run, for the message of a time-out.
+    interruption : Interruption or None
+        By which the code is made to stop.
     """
 
     function: Callable[..., Any]
@@ -46,20 +49,23 @@ class Invoke:
     timeout: float | None = None
     fresh_stack: bool = False
     name: str = ""
+    interruption: Interruption | None = None
 
 
 @dataclass(slots=True)
 class Wait:
-    """Wait until runs have ended."""
+    """Wait until runs have ended, or, with `heed`, until the flow around is to stop."""
 
     runs: Sequence[TaskRun]
+    heed: bool = False
 
 
 @dataclass(slots=True)
 class Sleep:
-    """Let time pass."""
+    """Let time pass, or less if somebody asks the flow to stop."""
 
     seconds: float
+    interruption: Interruption | None = None
 
 
 class Enough(BaseException):
@@ -140,10 +146,13 @@ def _loop(steps: Steps, carry_out: Callable[[Any], Any]) -> Any:
 
 def _carry_out(step: Any) -> Any:
     if isinstance(step, Wait):
-        waiting.wait(step.runs)
+        waiting.wait(step.runs, heed=step.heed)
         return None
     if isinstance(step, Sleep):
-        time.sleep(step.seconds)
+        if step.interruption is not None:
+            step.interruption.sleep(step.seconds)
+        else:
+            time.sleep(step.seconds)
         return None
     call = step.function
     if step.fresh_stack:
@@ -152,7 +161,10 @@ def _carry_out(step: Any) -> Any:
         begun = time.monotonic()
         try:
             with worker_runtime.interrupted_after(step.timeout, step.name):
-                value = call(*step.args, **step.kwargs)
+                if step.interruption is not None:
+                    value = step.interruption.call(call, step.args, step.kwargs)
+                else:
+                    value = call(*step.args, **step.kwargs)
         except worker_runtime.TimedOut as error:
             if step.timeout is None or time.monotonic() - begun < step.timeout:
                 raise  # the time of what surrounds this call
@@ -190,6 +202,8 @@ async def _carry_out_awaiting(step: Any) -> Any:
             await PenstockFuture(run).settled()
         return None
     if isinstance(step, Sleep):
+        if step.interruption is not None:
+            return await step.interruption.await_sleep(step.seconds)
         return await asyncio.sleep(step.seconds)
     return await _await_call(step)
 
@@ -197,6 +211,8 @@ async def _carry_out_awaiting(step: Any) -> Any:
 async def _await_call(step: Invoke) -> Any:
     try:
         async with asyncio.timeout(step.timeout) as limit:
+            if step.interruption is not None:
+                return await step.interruption.await_call(step.function, step.args, step.kwargs)
             value = step.function(*step.args, **step.kwargs)
             return await value if inspect.isawaitable(value) else value
     except TimeoutError as error:

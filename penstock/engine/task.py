@@ -10,9 +10,10 @@ from dataclasses import replace as with_fields
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast, overload
 
 from penstock import errors
-from penstock.engine import ambient, direct, mapping, revision
+from penstock.engine import ambient, direct, mapping, revision, skipping
+from penstock.engine.annotations import TOLERANCE_OF
 from penstock.engine.caller import Caller, wait_sources
-from penstock.engine.calls import Bound, Call, TaskRun
+from penstock.engine.calls import Bound, Call, Source, TaskRun
 from penstock.engine.context import Scope, current_tags
 from penstock.engine.futures import PenstockFuture, PenstockFutureList
 from penstock.engine.hooks import H, Hook, read_hooks
@@ -96,6 +97,12 @@ class Task(Generic[P, R]):
         Where to run (Dask).
     priority : int
         Higher runs first.
+    on_skip : {"skip", "none", "run"}
+        What a skipped upstream means: this run is skipped, too; it runs with None in the place of the
+        value; it runs with the SKIPPED state there.
+    skip_if : callable, optional
+        Asked before a run starts, with those of its parameters that it names (or ``parameters``, the dict
+        of all): a true answer skips the run, a string is the reason.
     persist_result : bool or "large", optional
         Whether the worker stores the result where it outlives the run's memory, before the run
         counts as completed; "large" only from ``PENSTOCK_LARGE_ARGUMENT`` bytes. The flow's choice by default.
@@ -139,6 +146,8 @@ class Task(Generic[P, R]):
         threads: int = 1,
         workers: Iterable[str] | str | None = None,
         priority: int = 0,
+        on_skip: Literal["skip", "none", "run"] = "skip",
+        skip_if: Callable[..., Any] | None = None,
         persist_result: Persistence = None,
         result_storage: Storage = None,
         result_storage_key: str | None = None,
@@ -159,6 +168,7 @@ class Task(Generic[P, R]):
         check_callables(retry_condition_fn, task_run_name, "task_run_name")
         warn_unused(viz_return_value=viz_return_value, asset_deps=asset_deps)
         check_choices(inputs, chunk_size, timeout_seconds, timeout_action)
+        skipping.check(on_skip)
         self.fn = fn
         inner = _called(fn)
         self.isasync = inspect.iscoroutinefunction(inner)
@@ -189,6 +199,8 @@ class Task(Generic[P, R]):
             idempotent=idempotent,
             backend=backend_options(resources, threads, workers, once=not idempotent),
             priority=priority,
+            on_skip=on_skip,
+            skip_if=skipping.asker(self.signature, skip_if),
             results=read_options(persist_result, result_storage, result_storage_key, result_serializer),
             hooks=read_hooks(
                 "task",
@@ -312,11 +324,13 @@ class Task(Generic[P, R]):
         sources: list[Any] = []
         args, kwargs = bound.args, bound.kwargs
         caller = Caller(scope.session, self, scope, local=True)
-        call = caller.call(args, kwargs, wait_sources(wait_for))
+        call = caller.call(args, kwargs, self._after(wait_for))
         sources.extend(call.sources)
         assert isinstance(call.arguments, Bound)
         run = self._run(bound, scope)
         scope.session.journal.task_made(run, bound.arguments, parents_of(bound, call))
+        if scope.flow_run is not None and scope.flow_run.memory is not None:
+            scope.flow_run.memory.restored(run, scope, bound.arguments)
         return run, call
 
     # -- submit ---------------------------------------------------------------------------------
@@ -363,11 +377,18 @@ class Task(Generic[P, R]):
         try:
             scope = ambient.scope_for_submit(self.name)
             bound = self._bound(args, kwargs)
-            call = Caller(scope.session, self, scope).call(bound.args, bound.kwargs, wait_sources(wait_for))
+            call = Caller(scope.session, self, scope).call(bound.args, bound.kwargs, self._after(wait_for))
             run = self._run(bound, scope)
             run.call = call
             scope.session.journal.task_made(run, bound.arguments, parents_of(bound, call))
-            scope.session.submit([run], scope)
+            memory = scope.flow_run.memory if scope.flow_run is not None else None
+            reason = None
+            if self.options.skip_if is not None and not any(source.run for source in call.sources):
+                reason = skipping.reason_here(self.options.skip_if, bound.args, bound.kwargs)
+            if reason is not None:
+                scope.session.skip(run, scope, reason)
+            elif memory is None or not memory.restored(run, scope, bound.arguments):
+                scope.session.submit([run], scope)
         except BaseException as error:
             errors.hide_frames(error)
             raise
@@ -376,6 +397,19 @@ class Task(Generic[P, R]):
             future.wait()
             return future.state
         return future
+
+    def skip_if(self, predicate: Callable[..., Any]) -> Callable[..., Any]:
+        """Ask this before each run starts; a decorator, see the option of that name.
+
+        >>> @load.skip_if  # doctest: +SKIP
+        ... def is_cloudy(night):
+        ...     return night in clouds and "clouds"
+        """
+        self.options = changed(self.options, {"skip_if": skipping.asker(self.signature, predicate)})
+        return predicate
+
+    def _after(self, wait_for: Any) -> tuple[Source, ...]:
+        return wait_sources(wait_for, TOLERANCE_OF[self.options.on_skip])
 
     def _run(self, bound: inspect.BoundArguments, scope: Scope) -> TaskRun:
         """Make the run of a call."""
@@ -428,7 +462,7 @@ class Task(Generic[P, R]):
         """
         try:
             scope = ambient.scope_for_submit(self.name)
-            runs = mapping.submit(self, scope, self._bound(args, kwargs), wait_sources(wait_for))
+            runs = mapping.submit(self, scope, self._bound(args, kwargs), self._after(wait_for))
         except BaseException as error:
             errors.hide_frames(error)
             raise
@@ -483,6 +517,8 @@ class Task(Generic[P, R]):
         threads: int = NOT_GIVEN,
         workers: Iterable[str] | str | None = NOT_GIVEN,
         priority: int = NOT_GIVEN,
+        on_skip: Literal["skip", "none", "run"] = NOT_GIVEN,
+        skip_if: Callable[..., Any] | None = NOT_GIVEN,
         persist_result: Persistence = NOT_GIVEN,
         result_storage: Storage = NOT_GIVEN,
         result_storage_key: str | None = NOT_GIVEN,
@@ -535,6 +571,8 @@ class Task(Generic[P, R]):
                 "idempotent": safe,
                 "backend": placed,
                 "priority": priority,
+                "on_skip": on_skip,
+                "skip_if": NOT_GIVEN if skip_if is NOT_GIVEN else skipping.asker(self.signature, skip_if),
                 "results": changed_results(
                     old.results, persist_result, result_storage, result_storage_key, result_serializer
                 ),
@@ -550,6 +588,7 @@ class Task(Generic[P, R]):
         )
         check_choices(options.inputs, options.chunk_size, options.timeout_seconds, options.timeout_action)
         check_callables(options.retry_condition_fn, options.task_run_name, "task_run_name")
+        skipping.check(options.on_skip)
         new: Task[P, R] = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         new.options = options
@@ -586,7 +625,7 @@ def parents_of(bound: inspect.BoundArguments, call: Call) -> list[tuple[str, str
     ]
 
 
-def _note(wanted: dict[Any, str], name: str, value: Any, tolerant: bool) -> Any:
+def _note(wanted: dict[Any, str], name: str, value: Any, tolerant: int) -> Any:
     del tolerant
     if isinstance(value, PenstockFuture) and value._run in wanted:
         wanted[value._run] = name
@@ -629,6 +668,8 @@ def task(
     threads: int = 1,
     workers: Iterable[str] | str | None = None,
     priority: int = 0,
+    on_skip: Literal["skip", "none", "run"] = "skip",
+    skip_if: Callable[..., Any] | None = None,
     persist_result: Persistence = None,
     result_storage: Storage = None,
     result_storage_key: str | None = None,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from penstock import errors
 from penstock.engine import results as stored
+from penstock.engine.annotations import SKIPPED_AS_NONE, SKIPPED_AS_STATE
 from penstock.engine.calls import Source, TaskRun
 from penstock.engine.failure import Failure
 from penstock.engine.states import State, StateType, Stored, failure_of
@@ -25,6 +26,8 @@ def is_at_hand(run: TaskRun) -> bool:
     """Whether the value of a run is in this process already."""
     if run.items is not None and run.completed:
         return run.value is not None
+    if isinstance(run.value, Stored):  # of a flow in the background, with references in it
+        return False
     return not run.completed or run.value is not None or run.ref is None or run.carrier.in_process
 
 
@@ -41,6 +44,8 @@ def results(runs: Sequence[TaskRun], *, raise_on_failure: bool = True) -> list[A
     for run in runs:
         if run.items is not None:
             _gather(run)
+        elif run.child_flow_run is not None and isinstance(run.value, Stored):
+            run.value = run.value.load()
     wanted: dict[Any, list[TaskRun]] = {}
     for run in runs:
         if run.completed and run.value is None and run.ref is not None:
@@ -134,6 +139,8 @@ def state_of(run: TaskRun) -> State:
     details: dict[str, Any] = {"task_run_id": run.id, "attempt": run.attempt}
     if run.flow_run is not None:
         details["flow_run_id"] = run.flow_run.id
+    if run.type is StateType.SKIPPED and isinstance(run.error, errors.Skip):
+        details["upstream"] = run.error.run_id
     if run.stored is not None:
         details["stored"] = stored.location(run.stored)
     if run.child_flow_run is not None:
@@ -150,8 +157,16 @@ def of_sources(session: Any, sources: Sequence[Source]) -> list[Any]:
         elif source.run.completed:
             found.append(results([source.run])[0])
         else:
-            found.append(exception_of(source.run))
+            found.append(stand_in(source.run, source.tolerant))
     return found
+
+
+def stand_in(run: TaskRun, tolerant: int) -> Any:
+    """Return what a tolerant run gets in the place of a value: an exception, None, or the state of what was skipped."""
+    if run.type is not StateType.SKIPPED:
+        return exception_of(run)
+    as_state = tolerant & SKIPPED_AS_STATE and not tolerant & SKIPPED_AS_NONE
+    return state_of(run) if as_state else None
 
 
 class Value(Stored):

@@ -22,6 +22,8 @@ Work order (a pickled dict of primitives)
     What nested code needs to know: ids and names of the flow run, tags, depth, runner.
 ``commit`` (optional)
     Where to store the value before the record is made, see `result_store`.
+``skip_if`` (optional)
+    A function, or its pickle, of args and kwargs: why the run is to be skipped, or None.
 ``picks`` (optional)
     ``{position: place}``: of that upstream value, which is a chunk's, only the item at the place.
 
@@ -106,6 +108,10 @@ class Cancelled(BaseException):
     """Raised in the thread of a task that was asked to stop."""
 
 
+class Skipped(Exception):
+    """Raised in the place of a call whose predicate says that there is nothing to do."""
+
+
 class Failed:
     """Stands where a value would be when its task did not complete."""
 
@@ -130,6 +136,7 @@ class Running:
         self.logs: list[tuple[float, str, str]] = []
         self.dropped = 0
         self.stored: Any = None  # what an earlier attempt has stored: then the function does not run again
+        self.called: Any = None  # function, args and kwargs, once the call is about to be made
         self.nested: Any = None  # set by the engine when the task submits tasks of its own
         self.yielded = -1  # items that were handed on one by one
         self.helps = False  # a coroutine of the task does a child beside its event loop
@@ -289,6 +296,8 @@ def _finished(
             value, error = _kept(running, value, details)
     if error is not None:
         value = None
+        if details["status"] == "failed":
+            _note_inputs(error, running)
         details["error"] = describe(error)
     if running.logs:
         details["logs"] = running.logs
@@ -330,6 +339,9 @@ def _call(
     guard = Guard(order.get("inputs", "readonly"))  # as long as it lives, a frame is copied on write
     args, kwargs = _arguments(arguments, guard.values(map(opened, values)))
     args, kwargs = guard.arguments(args, kwargs, private=isinstance(arguments, bytes))
+    if "skip_if" in order:
+        ask(order["skip_if"], args, kwargs)
+    running.called = (call, args, kwargs)
     if on_start is not None:
         on_start()
     if order.get("prints"):
@@ -339,6 +351,13 @@ def _call(
         if type(value) in _SIMPLE:
             return value
         return _settled(running, value, on_item if order.get("streams") else None)
+
+
+def ask(predicate: Any, args: Any, kwargs: Any) -> None:
+    """Raise `Skipped` if a run is not to be, by the predicate that its work order names."""
+    reason = _function(predicate)(args, kwargs)
+    if reason is not None:
+        raise Skipped(reason)
 
 
 _INERT = frozenset({type(None), bool, int, float, complex, str, bytes})
@@ -422,6 +441,8 @@ def is_signal(error: BaseException) -> bool:
 def _status(error: BaseException, running: Running) -> str:
     if isinstance(error, Cancelled):
         return "cancelled"
+    if isinstance(error, Skipped):
+        return "skipped"
     if isinstance(error, KeyboardInterrupt) and running.cancelled:
         return "cancelled"
     if not isinstance(error, Exception):
@@ -642,6 +663,7 @@ class _Stage:
         self.common = {
             name: order[name] for name in ("map", "task", "inputs", "prints", "context", "ordinal")
         }
+        self.skip_if = order.get("skip_if")
         self.commits = order.get("commits")  # one for all elements, or a list with one for each
         mode = self.mode = order["inputs"]
         self.private = isinstance(function, bytes)  # the arguments were unpickled for this chunk
@@ -675,6 +697,8 @@ class _Stage:
         order["attempt"] = attempts if isinstance(attempts, int) else attempts[number]
         if self.commits is not None:
             order["commit"] = self.commits if isinstance(self.commits, dict) else self.commits[number]
+        if "tags" in self.order:
+            order["tags"] = self.order["tags"]
         if self.names is not None:
             order["name"] = self.names[number]
         found = Running(order)
@@ -695,6 +719,9 @@ class _Stage:
                 return value
         if not (_nothing_in(args) and _nothing_in(kwargs.values())):
             args, kwargs = Guard(self.mode).arguments(args, kwargs, private=self.private)
+        if self.skip_if is not None:
+            ask(self.skip_if, args, kwargs)
+        running.called = (self.call, args, kwargs)
         value = self.call(*args, **kwargs)
         return value if type(value) in _SIMPLE else _settled(running, value)
 
@@ -1458,6 +1485,35 @@ def _leave(running: Running) -> None:
         running.over = True  # last: whoever is struck in here has to come again
 
 
+class Stoppable:
+    """A block of this thread that `cancel` can stop, and that is no attempt of a task.
+
+    Parameters
+    ----------
+    key : tuple
+        Its name for `cancel`.
+    """
+
+    def __init__(self, key: Any) -> None:
+        self.running = Running({}, key)
+
+    def __enter__(self) -> None:
+        _enter(self.running)
+        if self.running.cancelled:
+            self.__exit__()
+            raise Cancelled
+
+    def __exit__(self, *_: object) -> None:
+        raised: BaseException | None = None
+        while not self.running.over:
+            try:
+                _leave(self.running)
+            except Cancelled as error:  # a request to stop that came in the last moment
+                raised = error
+        if raised is not None:
+            raise raised
+
+
 def cancel(keys: Any) -> list[Any]:
     """Ask attempts in this process to stop.
 
@@ -1777,6 +1833,53 @@ def describe(error: BaseException) -> dict[str, Any]:
         "frames": frames,
         "pickle": _pickle_error(error),
     }
+
+
+INPUTS_NOTED = 12  # arguments of a call that a note names
+
+
+def _note_inputs(error: BaseException, running: Running) -> None:
+    """Add to an error what the call got: types, shapes and dtypes, and of values only plain numbers."""
+    called, running.called = running.called, None
+    if called is None or getattr(error, "_penstock_error", None) is not None:
+        return
+    function, args, kwargs = called
+    try:
+        bound = inspect.signature(function).bind(*args, **kwargs).arguments
+        named = list(bound.items())
+    except Exception:  # a function of C tells no names
+        named = [*((f"#{place}", value) for place, value in enumerate(args)), *kwargs.items()]
+    if not named:
+        return
+    texts = [f"{name}: {_outline(value)}" for name, value in named[:INPUTS_NOTED]]
+    if len(named) > INPUTS_NOTED:
+        texts.append(f"{len(named) - INPUTS_NOTED} more")
+    note = f"inputs of {running.order['name']!r}: {', '.join(texts)}"
+    if note not in getattr(error, "__notes__", ()):
+        with contextlib.suppress(Exception):  # an odd class must not hide the failure
+            error.add_note(note)
+
+
+def _outline(value: Any, depth: int = 0) -> str:
+    """Tell what a value is without its content, which may be secret or large."""
+    kind = type(value).__name__
+    if value is None or isinstance(value, (bool, int, float, complex)):
+        text = repr(value)
+        return text if len(text) <= 24 else kind
+    try:
+        shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+        if isinstance(shape, tuple):
+            return f"{kind}{shape}" + (f" {dtype}" if dtype is not None else "")
+        if isinstance(value, (str, bytes, bytearray)):
+            return f"{kind} of {len(value)} {'characters' if isinstance(value, str) else 'bytes'}"
+        if isinstance(value, (list, tuple, set, frozenset, dict)):
+            inner = ""
+            if depth == 0 and isinstance(value, (list, tuple)) and value:
+                inner = f", the first {_outline(value[0], 1)}"
+            return f"{kind} of {len(value)}{inner}"
+    except Exception:  # an odd class must not hide the failure
+        return kind
+    return kind
 
 
 def _strip(error: BaseException | None) -> None:

@@ -294,7 +294,9 @@ MAKES = [
 ]
 ENDS = ["drop", "drop", "drop_elements", "wait", "ask", "cancel"]
 numbers = st.integers(0, 5)
-programs = st.lists(st.tuples(st.sampled_from(MAKES + ENDS), numbers, numbers, numbers), min_size=1, max_size=14)
+programs = st.lists(
+    st.tuples(st.sampled_from(MAKES + ENDS), numbers, numbers, numbers), min_size=1, max_size=14
+)
 Steps = list[tuple[str, int, int, int]]
 
 
