@@ -123,5 +123,3 @@ _ACCOUNTS: dict[str, Callable[[Any, str], list[str]]] = {
     "dask": _of_dask,
     "ray": _of_ray,
 }
-
-
