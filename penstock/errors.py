@@ -171,11 +171,14 @@ class CrashedRun(RunError):
         How many other tasks were lost with it, any of which may be to blame.
     element : int or None
         Of a chunk that was lost: which of its elements ran last; None if nobody knows.
+    excused : bool
+        The process was ended in good order: the run goes on elsewhere, at no cost.
     final : bool
         Trying again is pointless: the backend is gone.
     """
 
     began: bool | None = None
+    excused: bool = False
     shared: int = 0
     element: int | None = None
     final: bool = False

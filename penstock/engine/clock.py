@@ -64,9 +64,10 @@ class Clock:
                 while not self._heap or self._heap[0][0] > time.monotonic():
                     pause = self._heap[0][0] - time.monotonic() if self._heap else None
                     self._wake.wait(pause)
-                alarm = heapq.heappop(self._heap)[2]
-            if alarm.call is not None:
-                alarm.call()
+                call = heapq.heappop(self._heap)[2].call  # read once: `cancel` may come at any moment
+            if call is not None:
+                call()
+            del call  # what it holds, such as the values of a flow, must not live until the next alarm
 
 
 clock = Clock()

@@ -100,6 +100,7 @@ class _Tree:
                 self._session.journal.task_made(node, {}, [("0", run.id)])
                 self._session.never_held(node, run)
             self._nodes.clear()
+            self._there.clear()
             return
         self._there.append(run)
         while self._nodes and len(self._there) >= min(self._fanin, self._left):

@@ -14,6 +14,7 @@ import logging
 import pickle
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -93,7 +94,9 @@ class Session:
         self.hooks = hook_calls.HookCalls(self)
         self._alarm: Alarm | None = None
         self.bytes_fetched = 0
-        self.fetched: dict[Key, Any] = {}  # the chunk that was fetched last, at most 8 MB
+        self.fetched: weakref.WeakKeyDictionary[Ref, Any] = (
+            weakref.WeakKeyDictionary()
+        )  # the chunk that was fetched last, at most 8 MB
         self.failures = 0
         self.live: dict[TaskRun, None] = {}
         runner.listen(self.tag, self._receive)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,7 @@ def _fetch(session: Session, runs: Sequence[TaskRun]) -> None:
     """
     refs = {run.ref.key: run.ref for run in runs if run.ref is not None}
     known = session.fetched
-    missing = [ref for key, ref in refs.items() if key not in known]
+    missing = [ref for ref in refs.values() if ref not in known]
     try:
         found = session.runner.fetch(missing) if missing else []
     except Exception as error:
@@ -93,14 +94,15 @@ def _fetch(session: Session, runs: Sequence[TaskRun]) -> None:
     for run in runs:
         assert run.ref is not None  # it was asked above
         key = run.ref.key
-        value = fetched[key] if key in fetched else known[key]
+        value = fetched[key] if key in fetched else known[run.ref]
         run.value = value if run.place < 0 else value[run.place]
         if not session.in_process:
             session.bytes_fetched += run.nbytes
-    if len(refs) == 1 and runs[0].place >= 0 and fetched:
-        # Who asks for one element mostly asks for its neighbour next.
-        small = worker_runtime.size(next(iter(fetched.values()))) <= KEPT
-        session.fetched = fetched if small else {}
+    if len(refs) == 1 and runs[0].place >= 0 and fetched and not session.in_process:
+        # Who asks for one element mostly asks for its neighbour next. Nobody can once all are dropped.
+        value = next(iter(fetched.values()))
+        small = worker_runtime.size(value) <= KEPT
+        session.fetched = weakref.WeakKeyDictionary({missing[0]: value} if small else {})
 
 
 def _gather(run: TaskRun) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, event, given, note, settings
 from hypothesis import strategies as st
 
-from penstock import allow_failure, errors, put, task
+from penstock import PenstockFutureList, allow_failure, errors, put, task
 from penstock.engine import context
 from penstock.runners.base import TaskRunner
 from tests import leftovers
@@ -218,8 +217,6 @@ class Program:
 
     def reduce(self, i: int, j: int, k: int) -> None:
         one = self.pick_map(i)
-        from penstock import PenstockFutureList
-
         order = "completion" if k % 2 else "index"
         future = PenstockFutureList(one.futures).reduce(combine, fanin=2 + j % 3, order=order)
         self._keep(future, [summed(one.nodes)])
@@ -306,13 +303,11 @@ Steps = list[tuple[str, int, int, int]]
 def lives_and_ends(runner: TaskRunner, in_flow: InFlow, steps: Steps) -> None:
     """Run one program; then nothing of it may be left."""
     before = leftovers.shared_files()
-    sessions: list[Any] = []
 
     def body() -> None:
         scope = context.current()
         assert scope is not None
         session = scope.session
-        sessions.append(weakref.ref(session))
         program = Program()
         try:
             program.run(steps)
@@ -320,11 +315,9 @@ def lives_and_ends(runner: TaskRunner, in_flow: InFlow, steps: Steps) -> None:
             note(" ".join(program.done))
             program.held.clear()
         expect_nothing(lambda: leftovers.of_session(session) + leftovers.of_runner(runner, session))
-        del scope, session
 
     in_flow(body)
     expect_nothing(lambda: sorted(leftovers.shared_files() - before))
-    expect_nothing(lambda: [f"the session, held by {gc.get_referrers(one())}" for one in sessions if one()])
 
 
 def expect_nothing(left: Callable[[], list[str]], seconds: float = 4.0) -> None:
