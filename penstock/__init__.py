@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from penstock.engine.flow import Flow, flow
     from penstock.engine.futures import Future, PenstockFuture, PenstockFutureList, as_completed, wait
     from penstock.engine.logs import get_run_logger
+    from penstock.engine.placement import remote_options
     from penstock.engine.reference import Reference, put
     from penstock.engine.results import ResultStorage, load_result
     from penstock.engine.retry import exponential_backoff
@@ -70,6 +71,7 @@ __all__ = [
     "tags",
     "exponential_backoff",
     "get_run_logger",
+    "remote_options",
     # arguments
     "unmapped",
     "allow_failure",
@@ -128,6 +130,7 @@ _ENGINE = {
     "flow": ("flow", "Flow"),
     "futures": ("PenstockFuture", "Future", "PenstockFutureList", "wait", "as_completed"),
     "logs": ("get_run_logger",),
+    "placement": ("remote_options",),
     "reference": ("put", "Reference"),
     "results": ("ResultStorage", "load_result"),
     "retry": ("exponential_backoff",),

@@ -28,6 +28,7 @@ from penstock.engine import (
     nested,
     outcomes,
     payload,
+    placement,
     recipes,
     remaking,
     seeds,
@@ -46,8 +47,13 @@ from penstock.engine.quarantine import Quarantine
 from penstock.engine.results import ResultOptions
 from penstock.engine.states import Position, StateType, advance
 from penstock.runners import worker_runtime
-from penstock.runners.base import UNSENT, Key, Ref, Report, TaskRunner, new_tag
+from penstock.runners.base import UNSENT, Key, Ref, Report, Submission, TaskRunner, new_tag
 from penstock.settings import settings
+
+
+log = logging.getLogger("penstock.flow_runs")
+PATIENCE = 10.0
+"""Seconds after which is looked whether a task that asks for special workers can run at all."""
 
 
 class Session:
@@ -365,6 +371,7 @@ class Session:
                 ]
             )
             return
+        self._watch(submissions)
         unwanted = []
         with self.lock:
             for ref in sent:
@@ -377,6 +384,39 @@ class Session:
                     owner.ref = ref
         if unwanted:
             self.runner.cancel(unwanted)
+
+    def _watch(self, submissions: Sequence[Submission]) -> None:
+        """Look after a while whether what asks for special workers can run at all."""
+        asking = [
+            one
+            for one in submissions
+            if one.options.resources or one.options.workers or one.options.threads > 1
+        ]
+        if asking:
+            clock.call_later(PATIENCE, lambda: self._look(asking))
+
+    def _look(self, asking: Sequence[Submission]) -> None:
+        waiting = [one for one in asking if one.key in self._sent]
+        if not waiting:
+            return
+        reasons: dict[Any, str] = {}
+        for one in waiting:
+            if one.options not in reasons:
+                with contextlib.suppress(Exception):  # the backend may be gone by now
+                    reasons[one.options] = self.runner.unmet(one.options)
+        with self.changing():
+            for one in waiting:
+                reason, unit = reasons.get(one.options, ""), self._sent.get(one.key)
+                if reason and unit is not None:
+                    self._say_unplaced(list(unit.runs) if isinstance(unit, Chunk) else [unit], reason)
+
+    def _say_unplaced(self, runs: Sequence[TaskRun], reason: str) -> None:
+        message = str(placement.Unplaced(runs[0].task.name, reason))
+        log.warning("%s", message)
+        for run in runs:
+            if not run.done and run.type is StateType.PENDING:
+                run.message = message
+                self.journal.task_state(run)
 
     def _take(self) -> list[TaskRun | Chunk]:
         """Take what goes now out of the buffer; where the backend knows dependencies, what hangs on it too."""

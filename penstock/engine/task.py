@@ -10,7 +10,7 @@ from dataclasses import replace as with_fields
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast, overload
 
 from penstock import errors
-from penstock.engine import ambient, direct, mapping, revision
+from penstock.engine import ambient, direct, mapping, placement, revision
 from penstock.engine.caller import Caller, wait_sources
 from penstock.engine.calls import Bound, Call, TaskRun
 from penstock.engine.context import Scope, current_tags
@@ -89,7 +89,9 @@ class Task(Generic[P, R]):
     chunk_size : int or "auto"
         Elements of a map in one unit of work.
     resources : mapping, optional
-        What a worker must offer, such as ``{"GPU": 1}``.
+        What one worker must offer: ``{"GPU": 1, "memory": "20GB"}``. GPUs and memory are Ray's own words;
+        on Dask they are resources that workers declare, or the memory limit of a worker. What no worker
+        offers waits for one that does, and says so.
     threads : int
         Cores that one call uses.
     workers : str or iterable of str, optional
@@ -135,7 +137,7 @@ class Task(Generic[P, R]):
         log_prints: bool | None = None,
         inputs: Literal["readonly", "copy", "shared"] = "readonly",
         chunk_size: int | Literal["auto"] = "auto",
-        resources: Mapping[str, float] | None = None,
+        resources: Mapping[str, float | str] | None = None,
         threads: int = 1,
         workers: Iterable[str] | str | None = None,
         priority: int = 0,
@@ -363,8 +365,9 @@ class Task(Generic[P, R]):
         try:
             scope = ambient.scope_for_submit(self.name)
             bound = self._bound(args, kwargs)
-            call = Caller(scope.session, self, scope).call(bound.args, bound.kwargs, wait_sources(wait_for))
-            run = self._run(bound, scope)
+            placed = placement.placed(self)
+            call = Caller(scope.session, placed, scope).call(bound.args, bound.kwargs, wait_sources(wait_for))
+            run = placed._run(bound, scope)
             run.call = call
             scope.session.journal.task_made(run, bound.arguments, parents_of(bound, call))
             scope.session.submit([run], scope)
@@ -428,7 +431,8 @@ class Task(Generic[P, R]):
         """
         try:
             scope = ambient.scope_for_submit(self.name)
-            runs = mapping.submit(self, scope, self._bound(args, kwargs), wait_sources(wait_for))
+            placed = placement.placed(self)
+            runs = mapping.submit(placed, scope, self._bound(args, kwargs), wait_sources(wait_for))
         except BaseException as error:
             errors.hide_frames(error)
             raise
@@ -479,7 +483,7 @@ class Task(Generic[P, R]):
         log_prints: bool | None = NOT_GIVEN,
         inputs: Literal["readonly", "copy", "shared"] = NOT_GIVEN,
         chunk_size: int | Literal["auto"] = NOT_GIVEN,
-        resources: Mapping[str, float] | None = NOT_GIVEN,
+        resources: Mapping[str, float | str] | None = NOT_GIVEN,
         threads: int = NOT_GIVEN,
         workers: Iterable[str] | str | None = NOT_GIVEN,
         priority: int = NOT_GIVEN,
@@ -550,6 +554,10 @@ class Task(Generic[P, R]):
         )
         check_choices(options.inputs, options.chunk_size, options.timeout_seconds, options.timeout_action)
         check_callables(options.retry_condition_fn, options.task_run_name, "task_run_name")
+        return self.with_fields(options)
+
+    def with_fields(self, options: TaskOptions) -> Task[P, R]:
+        """Return a task of the same code with other options."""
         new: Task[P, R] = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         new.options = options
@@ -625,7 +633,7 @@ def task(
     log_prints: bool | None = None,
     inputs: Literal["readonly", "copy", "shared"] = "readonly",
     chunk_size: int | Literal["auto"] = "auto",
-    resources: Mapping[str, float] | None = None,
+    resources: Mapping[str, float | str] | None = None,
     threads: int = 1,
     workers: Iterable[str] | str | None = None,
     priority: int = 0,
