@@ -37,6 +37,7 @@ from penstock.engine.states import State, StateType, Stored, advance, failure_of
 from penstock.engine.steps import Invoke, Steps, Wait
 from penstock.engine.summary import describe_all
 from penstock.engine.tracking import start_tracking, stop_tracking
+from penstock.engine.venues import Venues
 from penstock.runners import worker_runtime
 from penstock.runners.base import kept, shutdown_all
 from penstock.settings import settings
@@ -200,11 +201,18 @@ class FlowRunScope:
         if own:
             self.runner = kept(self.flow.runner())
             self.runner.open()
-            self._ends.callback(self.runner.close)
+            # What a nested flow gives back may be used as long as the flow around it runs.
+            at_end = self._ends.callback if self.outer is None else self.outer.session.venues.at_end
+            at_end(self.runner.close)
             if self.runner.keeps:
                 self.runner.keep()
             self.session = Session(self.runner, self.journal)
-            self._ends.callback(self.session.close)
+            named, first = self.flow.venues()
+            self.session.venues = Venues(named)
+            if first is not None:
+                self.session.venues.is_home(self.session, first)
+            at_end(self.session.close)
+            at_end(self.session.venues.close)
             info = self.runner.info
             body = {
                 name: getattr(info, name)
@@ -358,7 +366,7 @@ class FlowRunScope:
             described = worker_runtime.describe(state.data)
             details["error"] = {name: described[name] for name in ("type", "message", "text")}
         if self.outer is None and self.session is not None:
-            details["driver_bytes"] = self.session.bytes_fetched
+            details["driver_bytes"] = self.session.bytes_fetched + self.session.venues.bytes_fetched()
         self._state(state.type, state.name, state.message, **details)
         if self.flow_run.task_run is not None:
             self._row(state.type, state.name, state.message, **details)

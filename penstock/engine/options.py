@@ -50,6 +50,7 @@ class TaskOptions:
     idempotent: bool = True
     backend: Options = field(default_factory=Options)
     priority: int = 0
+    task_runner: Any = None
     results: ResultOptions = field(default_factory=ResultOptions)
     hooks: Hooks = NO_HOOKS
 

@@ -14,6 +14,7 @@ import logging
 import pickle
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -33,6 +34,7 @@ from penstock.engine import (
     remaking,
     seeds,
     values,
+    venues,
     waiting,
 )
 from penstock.engine.buffer import Buffer
@@ -49,7 +51,6 @@ from penstock.engine.states import Position, StateType, advance
 from penstock.runners import worker_runtime
 from penstock.runners.base import UNSENT, Key, Ref, Report, Submission, TaskRunner, new_tag
 from penstock.settings import settings
-
 
 log = logging.getLogger("penstock.flow_runs")
 PATIENCE = 10.0
@@ -93,6 +94,8 @@ class Session:
         self.buffer = Buffer(self._pump)
         self.quarantine = Quarantine()
         self.ordinals: seeds.Ordinals | None = None
+        self.venues = venues.Venues()
+        self._crossed: weakref.WeakKeyDictionary[TaskRun, Ref] = weakref.WeakKeyDictionary()
         self.hooks = hook_calls.HookCalls(self)
         self._alarm: Alarm | None = None
         self.bytes_fetched = 0
@@ -172,7 +175,7 @@ class Session:
         run = source.run
         assert run is not None
         if run.session is not self:
-            source.ref = self.runner.put(values.results([run], raise_on_failure=False))[0]
+            source.ref = self._crossing(run)
             return source.ref, None
         if run.done and not run.completed:  # `allow_failure`: the exception is the value
             source.ref = self.runner.put([values.exception_of(run)])[0]
@@ -186,6 +189,22 @@ class Session:
         if run.ref.handle is UNSENT:  # goes in the same batch: the backend knows it by its key
             return Ref(run.ref.key, None), place
         return run.ref, place
+
+    def _crossing(self, run: TaskRun) -> Ref:
+        """Bring a value from another session's runner to this one's, once, and say how large it is."""
+        found = self._crossed.get(run)
+        if found is None:
+            found = self._crossed[run] = self.runner.put(values.results([run], raise_on_failure=False))[0]
+            here, there = self.runner, run.carrier.runner
+            if here is not there and run.nbytes >= settings().large_argument:
+                text = (
+                    f"the value of {run.name!r}, {run.nbytes} bytes, moves from {there.name} to {here.name} "
+                    "through the driver"
+                )
+                log.warning("%s", text)
+                if run.flow_run is not None:
+                    self.journal.flow_lines(run.flow_run, [[time.time(), "WARNING", text]])
+        return found
 
     def orders(self, source: Source) -> bool:
         """Whether an edge of ``wait_for`` has to be known to the backend."""

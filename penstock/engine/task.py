@@ -37,9 +37,11 @@ from penstock.engine.results import Persistence, Storage, read_options
 from penstock.engine.retry import DelayOption
 from penstock.engine.seeds import next_ordinal
 from penstock.engine.steps import Steps, drive, drive_awaiting, drive_giving, drive_giving_awaiting
+from penstock.engine.venues import check_wish
 
 if TYPE_CHECKING:
     from penstock.engine.states import State
+    from penstock.runners.base import TaskRunner
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -98,6 +100,9 @@ class Task(Generic[P, R]):
         Where to run (Dask).
     priority : int
         Higher runs first.
+    task_runner : str, type or TaskRunner, optional
+        Where it runs if submitted, instead of the flow's runner: a name in the mapping that the flow has
+        for its `task_runner`, or a runner. Values from other runners come through the driver.
     persist_result : bool or "large", optional
         Whether the worker stores the result where it outlives the run's memory, before the run
         counts as completed; "large" only from ``PENSTOCK_LARGE_ARGUMENT`` bytes. The flow's choice by default.
@@ -141,6 +146,7 @@ class Task(Generic[P, R]):
         threads: int = 1,
         workers: Iterable[str] | str | None = None,
         priority: int = 0,
+        task_runner: str | type[TaskRunner] | TaskRunner | None = None,
         persist_result: Persistence = None,
         result_storage: Storage = None,
         result_storage_key: str | None = None,
@@ -160,6 +166,7 @@ class Task(Generic[P, R]):
             raise TypeError(message)
         check_callables(retry_condition_fn, task_run_name, "task_run_name")
         warn_unused(viz_return_value=viz_return_value, asset_deps=asset_deps)
+        check_wish(task_runner)
         check_choices(inputs, chunk_size, timeout_seconds, timeout_action)
         self.fn = fn
         inner = _called(fn)
@@ -191,6 +198,7 @@ class Task(Generic[P, R]):
             idempotent=idempotent,
             backend=backend_options(resources, threads, workers, once=not idempotent),
             priority=priority,
+            task_runner=task_runner,
             results=read_options(persist_result, result_storage, result_storage_key, result_serializer),
             hooks=read_hooks(
                 "task",
@@ -363,7 +371,7 @@ class Task(Generic[P, R]):
             If the arguments do not fit, or cannot be sent.
         """
         try:
-            scope = ambient.scope_for_submit(self.name)
+            scope = ambient.sent_elsewhere(ambient.scope_for_submit(self.name), self.options.task_runner)
             bound = self._bound(args, kwargs)
             placed = placement.placed(self)
             call = Caller(scope.session, placed, scope).call(bound.args, bound.kwargs, wait_sources(wait_for))
@@ -430,7 +438,7 @@ class Task(Generic[P, R]):
             If there is nothing to map over, or the lengths differ.
         """
         try:
-            scope = ambient.scope_for_submit(self.name)
+            scope = ambient.sent_elsewhere(ambient.scope_for_submit(self.name), self.options.task_runner)
             placed = placement.placed(self)
             runs = mapping.submit(placed, scope, self._bound(args, kwargs), wait_sources(wait_for))
         except BaseException as error:
@@ -487,6 +495,7 @@ class Task(Generic[P, R]):
         threads: int = NOT_GIVEN,
         workers: Iterable[str] | str | None = NOT_GIVEN,
         priority: int = NOT_GIVEN,
+        task_runner: str | type[TaskRunner] | TaskRunner | None = NOT_GIVEN,
         persist_result: Persistence = NOT_GIVEN,
         result_storage: Storage = NOT_GIVEN,
         result_storage_key: str | None = NOT_GIVEN,
@@ -501,6 +510,7 @@ class Task(Generic[P, R]):
         """Make a task with other options; what is not given stays as it is. Tags are replaced."""
         old = self.options
         warn_unused(viz_return_value=viz_return_value, asset_deps=asset_deps)
+        check_wish(None if task_runner is NOT_GIVEN else task_runner)
 
         def given(value: Any, present: Any) -> Any:
             return present if value is NOT_GIVEN else value
@@ -539,6 +549,7 @@ class Task(Generic[P, R]):
                 "idempotent": safe,
                 "backend": placed,
                 "priority": priority,
+                "task_runner": task_runner,
                 "results": changed_results(
                     old.results, persist_result, result_storage, result_storage_key, result_serializer
                 ),
@@ -637,6 +648,7 @@ def task(
     threads: int = 1,
     workers: Iterable[str] | str | None = None,
     priority: int = 0,
+    task_runner: str | type[TaskRunner] | TaskRunner | None = None,
     persist_result: Persistence = None,
     result_storage: Storage = None,
     result_storage_key: str | None = None,

@@ -31,11 +31,13 @@ class Venues:
         self.named = dict(named or {})
         self._sessions: dict[Any, Session] = {}
         self._ends: list[Callable[[], None]] = []
+        self._home: set[Any] = set()
         self._lock = threading.RLock()
 
     def is_home(self, session: Session, wish: Any) -> None:
         """Note that a wish means the runner that the flow run began with."""
         self._sessions[_key(wish)] = session
+        self._home.add(_key(wish))
 
     def session_for(self, session: Session, wish: Any) -> Session:
         """Return the session on the runner that a task wishes for; it is opened if it has to be.
@@ -71,8 +73,8 @@ class Venues:
         self._ends.append(call)
 
     def bytes_fetched(self) -> int:
-        """Return the bytes that came to the driver from all of them."""
-        return sum(session.bytes_fetched for session in {id(one): one for one in self._sessions.values()}.values())
+        """Return the bytes that came to the driver from all of them, the flow's own runner left out."""
+        return sum(session.bytes_fetched for key, session in self._sessions.items() if key not in self._home)
 
     def close(self) -> None:
         """Leave all of them."""
@@ -94,7 +96,9 @@ def check_wish(wish: Any) -> None:
     """
     if isinstance(wish, Mapping):
         if not wish or not all(isinstance(name, str) for name in wish):
-            message = "'task_runner' as a mapping needs names as keys, and at least one: the first is the default."
+            message = (
+                "'task_runner' as a mapping needs names as keys, and at least one: the first is the default."
+            )
             raise errors.ConfigurationError(message)
         for one in wish.values():
             check_wish(one)

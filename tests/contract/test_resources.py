@@ -32,7 +32,7 @@ def asks_in_vain(how: str) -> Any:
     if how == "option":
         return where.with_options(resources=ABSURD).submit(1)
     if how == "map":
-        return where.with_options(resources=ABSURD).map([1, 2])[0]
+        return where.with_options(resources=ABSURD).map([1])[0]
     if how == "remote_options":
         with remote_options(num_gpus=10_000):
             return where.submit(1)
