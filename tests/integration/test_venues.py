@@ -146,8 +146,8 @@ def test_a_runner_that_the_flow_opened_is_closed_with_it(runner: TaskRunner) -> 
 def test_the_runner_of_a_flow_in_every_form(runner: TaskRunner, wish: str) -> None:
     kind = runner_class("ThreadPoolTaskRunner")
     wishes: dict[str, Any] = {"class": kind, "instance": kind(), "name": kind.name}
-    assert flow(task_runner=wishes[wish])(lambda: where.submit())()[0] == os.getpid()
-    assert flow(task_runner={"a": wishes[wish]})(lambda: where.submit())()[0] == os.getpid()
+    for given in (wishes[wish], {"a": wishes[wish]}):
+        assert flow(task_runner=given)(lambda: where.submit().result())()[0] == os.getpid()
 
 
 def test_wrong_runners() -> None:
