@@ -29,6 +29,8 @@ def work_order(run: TaskRun, call: Call, prints: bool) -> dict[str, Any]:
     }
     if run.index >= 0:
         order["index"] = run.index
+    if call.naming is not None:
+        order["naming"] = call.naming
     commit = results.commit_order(run)
     if commit is not None:
         order["commit"] = commit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import string
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -217,6 +218,28 @@ def run_name(
         message = f"Callable {template} for '{option}' returned type {type(name).__name__} but a string is required."
         raise TypeError(message)
     return name
+
+
+def needs_values(template: RunName, arguments: Mapping[str, Any], is_there: Callable[[Any], bool]) -> bool:
+    """Whether the name of a run can only be made where the values of its upstreams are.
+
+    Parameters
+    ----------
+    template : str, callable or None
+        See `run_name`.
+    arguments : mapping
+        Bound arguments.
+    is_there : callable
+        Answers whether an argument holds no future.
+    """
+    if template is None:
+        return False
+    if isinstance(template, str):
+        fields = (field for _, field, _, _ in string.Formatter().parse(template) if field)
+        names = {re.split(r"[.\[]", field, maxsplit=1)[0] for field in fields}
+        return any(name in arguments and not is_there(arguments[name]) for name in names)
+    takes = "parameters" in inspect.signature(template).parameters
+    return takes and not all(map(is_there, arguments.values()))
 
 
 def check_signature(function: Callable[..., Any]) -> inspect.Signature:

@@ -10,11 +10,11 @@ from dataclasses import replace as with_fields
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast, overload
 
 from penstock import errors
-from penstock.engine import ambient, direct, mapping, placement, revision
+from penstock.engine import ambient, direct, mapping, payload, placement, revision
 from penstock.engine.caller import Caller, wait_sources
 from penstock.engine.calls import Bound, Call, TaskRun
 from penstock.engine.context import Scope, current_tags
-from penstock.engine.futures import PenstockFuture, PenstockFutureList
+from penstock.engine.futures import PenstockFuture, PenstockFutureList, run_of
 from penstock.engine.hooks import H, Hook, read_hooks
 from penstock.engine.options import (
     NOT_GIVEN,
@@ -27,6 +27,7 @@ from penstock.engine.options import (
     check_callables,
     check_choices,
     check_signature,
+    needs_values,
     retry_policy,
     run_name,
     view,
@@ -325,8 +326,10 @@ class Task(Generic[P, R]):
         call = caller.call(args, kwargs, wait_sources(wait_for))
         sources.extend(call.sources)
         assert isinstance(call.arguments, Bound)
-        run = self._run(bound, scope)
-        scope.session.journal.task_made(run, bound.arguments, parents_of(bound, call))
+        run = self._run(bound, scope, call, local=True)
+        scope.session.journal.task_made(
+            run, bound.arguments, parents_of(bound, call), call.naming is not None
+        )
         return run, call
 
     # -- submit ---------------------------------------------------------------------------------
@@ -375,9 +378,10 @@ class Task(Generic[P, R]):
             bound = self._bound(args, kwargs)
             placed = placement.placed(self)
             call = Caller(scope.session, placed, scope).call(bound.args, bound.kwargs, wait_sources(wait_for))
-            run = placed._run(bound, scope)
+            run = placed._run(bound, scope, call)
             run.call = call
-            scope.session.journal.task_made(run, bound.arguments, parents_of(bound, call))
+            named_later = call.naming is not None
+            scope.session.journal.task_made(run, bound.arguments, parents_of(bound, call), named_later)
             scope.session.submit([run], scope)
         except BaseException as error:
             errors.hide_frames(error)
@@ -388,11 +392,16 @@ class Task(Generic[P, R]):
             return future.state
         return future
 
-    def _run(self, bound: inspect.BoundArguments, scope: Scope) -> TaskRun:
+    def _run(
+        self, bound: inspect.BoundArguments, scope: Scope, call: Call, *, local: bool = False
+    ) -> TaskRun:
         """Make the run of a call."""
         template = self.options.task_run_name
         name = self.name
-        if template is not None:
+        if call.sources and needs_values(template, bound.arguments, _is_there):
+            travels = callable(template) and not local and not scope.session.in_process
+            call.naming = payload.pack_function(template) if travels else template
+        elif template is not None:
             name = run_name(template, self.name, mapping.with_defaults(bound))
         run = TaskRun(
             self,
@@ -603,6 +612,19 @@ def parents_of(bound: inspect.BoundArguments, call: Call) -> list[tuple[str, str
         *((name, run.id) for run, name in wanted.items() if run.tracked),
         *(("wait_for", source.run.id) for source in call.after if source.run is not None),
     ]
+
+
+def _is_there(argument: Any) -> bool:
+    """Whether an argument holds no future."""
+    futures: list[Any] = []
+
+    def leaf(value: Any, tolerant: bool) -> Any:
+        if run_of(value) is not None:
+            futures.append(value)
+        return value
+
+    replace(argument, leaf)
+    return not futures
 
 
 def _note(wanted: dict[Any, str], name: str, value: Any, tolerant: bool) -> Any:
