@@ -399,8 +399,8 @@ class Task(Generic[P, R]):
         template = self.options.task_run_name
         name = self.name
         if call.sources and needs_values(template, bound.arguments, _is_there):
-            travels = callable(template) and not local and not scope.session.in_process
-            call.naming = payload.pack_function(template) if travels else template
+            stays = isinstance(template, str) or local or scope.session.in_process
+            call.naming = template if stays else payload.pack_function(cast("Callable[..., str]", template))
         elif template is not None:
             name = run_name(template, self.name, mapping.with_defaults(bound))
         run = TaskRun(

@@ -117,7 +117,9 @@ def test_names_that_need_a_value_from_elsewhere(in_flow: InFlow, record: Record)
         up = documented.submit([3])
         futures = [named.submit(up), called.submit(up), plain.submit(up)]
         direct = named(up)
-        names = [future.name for future in futures if future.wait() is None]
+        for future in futures:
+            future.wait()
+        names = [future.name for future in futures]
         return [names, direct]
 
     assert in_flow(body) == [["x is 03", "x=[3]", "plain"], [3]]
