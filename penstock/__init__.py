@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         wait,
     )
     from penstock.engine.logs import get_run_logger
+    from penstock.engine.placement import remote_options
     from penstock.engine.reference import Reference, put
     from penstock.engine.results import ResultStorage, load_result
     from penstock.engine.retry import exponential_backoff
@@ -101,6 +102,7 @@ __all__ = [
     "get_run_context",
     "FlowRunContext",
     "TaskRunContext",
+    "remote_options",
     # arguments
     "unmapped",
     "allow_failure",
@@ -188,6 +190,7 @@ _ENGINE = {
         "resolve_futures_to_states",
     ),
     "logs": ("get_run_logger",),
+    "placement": ("remote_options",),
     "reference": ("put", "Reference"),
     "results": ("ResultStorage", "load_result"),
     "retry": ("exponential_backoff",),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import threading
+from dataclasses import replace
+from typing import Any
 
 from penstock.engine import waiting
 from penstock.engine.context import Scope, current
@@ -74,7 +76,16 @@ def _end(runner: TaskRunner) -> None:
     if session is not None:
         waiting.wait(list(session.live))
         session.hooks.wait()
+        session.venues.close()
         session.close()
+
+
+def sent_elsewhere(scope: Scope, wish: Any) -> Scope:
+    """Return the scope for a call of a task that names its runner."""
+    if wish is None:
+        return scope
+    session = scope.session.venues.session_for(scope.session, wish)
+    return scope if session is scope.session else replace(scope, session=session)
 
 
 def default_retries() -> int:

@@ -80,6 +80,9 @@ class Call:
         Primitives that nested code needs to know.
     held : tuple
         Objects of the caller that the arguments depend on, such as persisted Dask collections.
+    naming : str, bytes, callable or None
+        What makes the name of the run where its arguments are known: a template, or a function as the
+        runner needs it.
     """
 
     task: Task[..., Any]
@@ -89,6 +92,7 @@ class Call:
     after: tuple[Source, ...] = ()
     context: dict[str, Any] = field(default_factory=dict)
     held: tuple[Any, ...] = ()
+    naming: Any = None
 
 
 _NEW = Position(StateType.PENDING, "Pending", 0)  # one for all: a hundred thousand runs begin here

@@ -79,6 +79,8 @@ def _attempts(run: TaskRun, scope: Scope, call: Call, inputs: list[Any], *, lazi
         args, kwargs = call.arguments(guard.values(inputs))
         if guard.copies:  # else the caller's own arguments are passed as by any call
             args, kwargs = guard.arguments(args, kwargs, private=False)
+        if call.naming is not None:
+            order["name"] = worker_runtime.name_from(call.naming, run.task.fn, args, kwargs)
         if order["prints"]:
             worker_runtime.route_prints()
         attempt.running.called = (run.task.fn, args, kwargs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import replace as with_fields
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast, overload
 
@@ -32,6 +32,7 @@ from penstock.engine.retry import DelayOption
 from penstock.engine.states import State
 from penstock.engine.steps import Steps, drive, drive_awaiting
 from penstock.engine.task import _hidden
+from penstock.engine.venues import check_wish, default_of
 from penstock.runners import runner_of
 from penstock.runners.base import TaskRunner
 from penstock.settings import settings
@@ -43,6 +44,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 S = TypeVar("S")
 _FORBIDDEN = set("/%&<>")
+Runner = str | type[TaskRunner] | TaskRunner | Mapping[str, Any] | None
 
 
 class Flow(Generic[P, R]):
@@ -75,8 +77,10 @@ class Flow(Generic[P, R]):
         Check and coerce arguments by their annotations.
     log_prints : bool, optional
         Whether `print` writes to the log, in the flow and in its tasks.
-    task_runner : str, type or TaskRunner, optional
-        Where tasks run; threads by default. A nested flow uses its parent's.
+    task_runner : str, type, TaskRunner or mapping of names to these, optional
+        Where tasks run; threads by default. A mapping gives names to several, for the option `task_runner`
+        of tasks; its first is the default. A nested flow uses its parent's, unless `with_options` gives it
+        one of its own.
     persist_result : bool or "large", optional
         Whether the worker stores the results of its tasks where it outlives the run's memory, before the run
         counts as completed; "large" only from ``PENSTOCK_LARGE_ARGUMENT`` bytes. Of a flow it is the default for its tasks,
@@ -105,7 +109,7 @@ class Flow(Generic[P, R]):
         timeout_seconds: float | None = None,
         validate_parameters: bool = True,
         log_prints: bool | None = None,
-        task_runner: str | type[TaskRunner] | TaskRunner | None = None,
+        task_runner: Runner = None,
         on_exit: Literal["wait", "cancel", "detach"] = "wait",
         persist_result: Persistence = None,
         result_storage: Storage = None,
@@ -125,6 +129,7 @@ class Flow(Generic[P, R]):
             raise TypeError(message)
         check_choices("readonly", "auto", timeout_seconds)
         check_callables(None, flow_run_name, "flow_run_name")
+        check_wish(task_runner)
         own = getattr(fn, "__name__", None) or type(fn).__name__
         label = name or ("unknown-lambda" if own == "<lambda>" else own.replace("_", "-"))
         if _FORBIDDEN & set(label):
@@ -405,7 +410,7 @@ class Flow(Generic[P, R]):
         timeout_seconds: float | None = NOT_GIVEN,
         validate_parameters: bool = NOT_GIVEN,
         log_prints: bool | None = NOT_GIVEN,
-        task_runner: str | type[TaskRunner] | TaskRunner | None = NOT_GIVEN,
+        task_runner: Runner = NOT_GIVEN,
         on_exit: Literal["wait", "cancel", "detach"] = NOT_GIVEN,
         persist_result: Persistence = NOT_GIVEN,
         result_storage: Storage = NOT_GIVEN,
@@ -458,6 +463,7 @@ class Flow(Generic[P, R]):
         new.__dict__.update(self.__dict__)
         new.options = options
         if task_runner is not NOT_GIVEN:
+            check_wish(task_runner)
             new._runner_override = task_runner
         return new
 
@@ -467,9 +473,18 @@ class Flow(Generic[P, R]):
         The strongest wish wins: `with_options`, then ``penstock run --runner`` and
         ``PENSTOCK_RUNNER``, then the decorator, then threads.
         """
+        return runner_of(default_of(self._wish()))
+
+    def _wish(self) -> Any:
         if self._runner_override is not None:
-            return runner_of(self._runner_override)
-        return runner_of(settings().runner or self.options.task_runner)
+            return self._runner_override
+        return settings().runner or self.options.task_runner
+
+    def venues(self) -> tuple[Mapping[str, Any], Any]:
+        """Return the runners that the flow has names for, and the one among them that it begins with."""
+        mapping, wish = self.options.task_runner, self._wish()
+        named = mapping if isinstance(mapping, Mapping) else {}
+        return named, default_of(wish) if isinstance(wish, Mapping) else None
 
 
 def _drawn(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -511,7 +526,7 @@ def flow(
     timeout_seconds: float | None = None,
     validate_parameters: bool = True,
     log_prints: bool | None = None,
-    task_runner: str | type[TaskRunner] | TaskRunner | None = None,
+    task_runner: Runner = None,
     on_exit: Literal["wait", "cancel", "detach"] = "wait",
     persist_result: Persistence = None,
     result_storage: Storage = None,

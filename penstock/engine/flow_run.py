@@ -48,6 +48,7 @@ from penstock.engine.states import TRANSITIONS, State, StateType, Stored, advanc
 from penstock.engine.steps import Invoke, Sleep, Steps, Wait
 from penstock.engine.summary import describe_all
 from penstock.engine.tracking import start_tracking, stop_tracking
+from penstock.engine.venues import Venues
 from penstock.runners import worker_runtime
 from penstock.runners.base import kept, shutdown_all
 from penstock.settings import settings
@@ -289,11 +290,18 @@ class FlowRunScope:
         self.runner = kept(self.flow.runner())
         users_own = self.runner.is_open  # who has opened it closes it
         self.runner.open()
-        self._holds.callback(self.runner.close)
+        # What a nested flow gives back may be used as long as the flow around it runs.
+        at_end = self._holds.callback if self.outer is None else self.outer.session.venues.at_end
+        at_end(self.runner.close)
         if self.runner.keeps and not users_own:
             self.runner.keep()
         self.session = Session(self.runner, self.journal)
-        self._holds.callback(self.session.close)
+        named, first = self.flow.venues()
+        self.session.venues = Venues(named)
+        if first is not None:
+            self.session.venues.is_home(self.session, first)
+        at_end(self.session.close)
+        at_end(self.session.venues.close)
         info = self.runner.info
         body = {
             name: getattr(info, name)
@@ -593,7 +601,7 @@ class FlowRunScope:
             **_error_of(state),
         }
         if self.outer is None and self.session is not None:
-            details["driver_bytes"] = self.session.bytes_fetched
+            details["driver_bytes"] = self.session.bytes_fetched + self.session.venues.bytes_fetched()
         self._state(state.type, state.name, state.message, **details)
         if self._submitted:
             self._settle_row(state, details)

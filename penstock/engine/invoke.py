@@ -33,6 +33,8 @@ def work_order(run: TaskRun, call: Call, prints: bool) -> dict[str, Any]:
         order["tags"] = sorted(run.tags)
     if call.task.options.skip_if is not None:
         order["skip_if"] = run.carrier.predicate(call.task)
+    if call.naming is not None:
+        order["naming"] = call.naming
     commit = results.commit_order(run)
     if commit is not None:
         order["commit"] = commit

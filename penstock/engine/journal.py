@@ -36,6 +36,7 @@ class Journal:
         self._count = itertools.count(1)
         self._ended: list[tuple[TaskRun, dict[str, Any]]] = []
         self._completed: list[tuple[Sequence[TaskRun], Sequence[float], Sequence[float], int]] = []
+        self._unnamed: dict[str, tuple[float, dict[str, Any]]] = {}
         self._tasks: set[tuple[Any, ...]] = set()
         self.callbacks: list[Callable[[], None]] = []
 
@@ -54,11 +55,29 @@ class Journal:
         """A flow run exists."""
         self.write("flow_run", flow_run.id, flow_run.root, body)
 
-    def task_made(self, run: TaskRun, parameters: dict[str, Any], parents: list[tuple[str, str]]) -> None:
-        """A task run exists."""
+    def task_made(
+        self,
+        run: TaskRun,
+        parameters: dict[str, Any],
+        parents: list[tuple[str, str]],
+        named_later: bool = False,
+    ) -> None:
+        """A task run exists; its name may be made only where it runs."""
         if run.tracked:
             self._task_known(run)
-            self.write("task_run", run.id, run.root, {**_about(run, parameters), "upstream": parents})
+            body = {**_about(run, parameters), "upstream": parents}
+            if named_later:
+                self._unnamed[run.id] = (time.time(), body)
+            self.write("task_run", run.id, run.root, body)
+
+    def named(self, run: TaskRun, name: str) -> None:
+        """A worker has made the name of a run: the run is written down anew."""
+        run.name = name
+        made, body = self._unnamed.pop(run.id, (0.0, {}))
+        if body:
+            self._publish(
+                Event("task_run", run.id, run.root, made, {**body, "name": name}, rseq=next(self._count))
+            )
 
     def map_made(self, run: TaskRun, body: dict[str, Any], parameters: dict[str, Any]) -> None:
         """Elements of a map exist; `run` is any of them."""

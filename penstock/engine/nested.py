@@ -60,6 +60,7 @@ class Children:
         """Pack what happened to the children; empty where the driver has seen it itself."""
         if self._made is None:
             return b""
+        self.session.venues.close()
         self.session.close()
         self.session.runner.close()
         packed: bytes = msgpack.packb([events.pack(event) for event in self._made])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+import string
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -51,6 +53,7 @@ class TaskOptions:
     priority: int = 0
     on_skip: str = "skip"
     skip_if: Callable[..., Any] | None = None
+    task_runner: Any = None
     results: ResultOptions = field(default_factory=ResultOptions)
     hooks: Hooks = NO_HOOKS
 
@@ -148,7 +151,7 @@ def check_choices(inputs: str, chunk_size: int | str, timeout: float | None, act
 
 
 def backend_options(
-    resources: Mapping[str, float] | None,
+    resources: Mapping[str, float | str] | None,
     threads: int,
     workers: Iterable[str] | str | None,
     *,
@@ -156,7 +159,49 @@ def backend_options(
 ) -> Options:
     """Turn what a user writes about placement into the runners' vocabulary."""
     names = (workers,) if isinstance(workers, str) else tuple(workers or ())
-    return Options(tuple(sorted((resources or {}).items())), threads, names, once=once)
+    return Options(tuple(sorted(amounts(resources or {}).items())), threads, names, once=once)
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_AMOUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kmgt]i?)?b?\s*", re.IGNORECASE)
+
+
+def amounts(resources: Mapping[str, Any]) -> dict[str, float]:
+    """Read what a user writes about resources: ``{"GPU": 1, "memory": "20GB"}``.
+
+    Returns
+    -------
+    dict
+        A number for each, memory in bytes.
+
+    Raises
+    ------
+    ConfigurationError
+        Naming the resource.
+    """
+    found = {}
+    for name, amount in resources.items():
+        number = _amount(amount)
+        if number is None or number < 0:
+            message = (
+                f"resources[{name!r}] must be a number that is not negative, or a size such as '20GB', "
+                f"got {amount!r}."
+            )
+            raise errors.ConfigurationError(message)
+        found[name] = number
+    return found
+
+
+def _amount(amount: Any) -> float | None:
+    if isinstance(amount, (int, float)) and not isinstance(amount, bool):
+        return amount
+    found = _AMOUNT.fullmatch(amount) if isinstance(amount, str) else None
+    if found is None:
+        return None
+    unit = (found[2] or "").lower()
+    number = float(found[1]) * (_BINARY.get(unit) or _UNITS[unit])
+    return int(number) if number.is_integer() else number
 
 
 def run_name(
@@ -191,6 +236,28 @@ def run_name(
         message = f"Callable {template} for '{option}' returned type {type(name).__name__} but a string is required."
         raise TypeError(message)
     return name
+
+
+def needs_values(template: RunName, arguments: Mapping[str, Any], is_there: Callable[[Any], bool]) -> bool:
+    """Whether the name of a run can only be made where the values of its upstreams are.
+
+    Parameters
+    ----------
+    template : str, callable or None
+        See `run_name`.
+    arguments : mapping
+        Bound arguments.
+    is_there : callable
+        Answers whether an argument holds no future.
+    """
+    if template is None:
+        return False
+    if isinstance(template, str):
+        fields = (field for _, field, _, _ in string.Formatter().parse(template) if field)
+        names = {re.split(r"[.\[]", field, maxsplit=1)[0] for field in fields}
+        return any(name in arguments and not is_there(arguments[name]) for name in names)
+    takes = "parameters" in inspect.signature(template).parameters
+    return takes and not all(map(is_there, arguments.values()))
 
 
 def check_signature(function: Callable[..., Any]) -> inspect.Signature:

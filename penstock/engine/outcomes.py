@@ -137,6 +137,10 @@ def ended(session: Session, run: TaskRun, record: dict[str, Any], nbytes: int, w
     if "children" in record:
         session.journal.absorb(record["children"])
     details = {"started": record["started"], "seconds": record["seconds"], "peak": record["peak"]}
+    if "named" in record:
+        session.journal.named(run, record["named"])
+        if run.call is not None:
+            run.call.naming = None  # once per run
     if run.task.options.hooks.on_running:
         session.hooks.started(run)
     if run.mapped is not None and run.mapped.packer is not None and run.place < 0:

@@ -29,12 +29,14 @@ from penstock.engine import (
     nested,
     outcomes,
     payload,
+    placement,
     recipes,
     remaking,
     run_context,
     seeds,
     skipping,
     values,
+    venues,
     waiting,
 )
 from penstock.engine.buffer import Buffer
@@ -49,8 +51,12 @@ from penstock.engine.quarantine import Quarantine
 from penstock.engine.results import ResultOptions
 from penstock.engine.states import Position, StateType, advance
 from penstock.runners import worker_runtime
-from penstock.runners.base import UNSENT, Key, Ref, Report, TaskRunner, new_tag
+from penstock.runners.base import UNSENT, Key, Ref, Report, Submission, TaskRunner, new_tag
 from penstock.settings import settings
+
+log = logging.getLogger("penstock.flow_runs")
+PATIENCE = 10.0
+"""Seconds after which is looked whether a task that asks for special workers can run at all."""
 
 
 class Session:
@@ -91,6 +97,8 @@ class Session:
         self.buffer = Buffer(self._pump)
         self.quarantine = Quarantine()
         self.ordinals: seeds.Ordinals | None = None
+        self.venues = venues.Venues()
+        self._crossed: weakref.WeakKeyDictionary[TaskRun, Ref] = weakref.WeakKeyDictionary()
         self.hooks = hook_calls.HookCalls(self)
         self._alarm: Alarm | None = None
         self.bytes_fetched = 0
@@ -198,9 +206,7 @@ class Session:
         run = source.run
         assert run is not None
         if run.session is not self:
-            completed = not run.done or run.completed
-            value = values.results([run])[0] if completed else values.stand_in(run, source.tolerant)
-            source.ref = self.runner.put([value])[0]
+            source.ref = self._crossing(run, source.tolerant)
             return source.ref, None
         if run.done and not run.completed:  # `allow_failure`, `on_skip`
             source.ref = self.runner.put([values.stand_in(run, source.tolerant)])[0]
@@ -216,6 +222,26 @@ class Session:
         if run.ref.handle is UNSENT:  # goes in the same batch: the backend knows it by its key
             return Ref(run.ref.key, None), place
         return run.ref, place
+
+    def _crossing(self, run: TaskRun, tolerant: int) -> Ref:
+        """Bring a value from another session's runner to this one's, once, and say how large it is."""
+        found = self._crossed.get(run)
+        if found is None:
+            completed = not run.done or run.completed
+            value = values.results([run])[0] if completed else values.stand_in(run, tolerant)
+            found = self.runner.put([value])[0]
+            if completed:
+                self._crossed[run] = found
+            here, there = self.runner, run.carrier.runner
+            if here is not there and run.nbytes >= settings().large_argument:
+                text = (
+                    f"the value of {run.name!r}, {run.nbytes} bytes, moves from {there.name} to {here.name} "
+                    "through the driver"
+                )
+                log.warning("%s", text)
+                if run.flow_run is not None:
+                    self.journal.flow_lines(run.flow_run, [[time.time(), "WARNING", text]])
+        return found
 
     def orders(self, source: Source) -> bool:
         """Whether an edge of ``wait_for`` has to be known to the backend."""
@@ -401,6 +427,7 @@ class Session:
                 ]
             )
             return
+        self._watch(submissions)
         unwanted = []
         with self.lock:
             for ref in sent:
@@ -413,6 +440,39 @@ class Session:
                     owner.ref = ref
         if unwanted:
             self.runner.cancel(unwanted)
+
+    def _watch(self, submissions: Sequence[Submission]) -> None:
+        """Look after a while whether what asks for special workers can run at all."""
+        asking = [
+            one
+            for one in submissions
+            if one.options.resources or one.options.workers or one.options.threads > 1
+        ]
+        if asking:
+            clock.call_later(PATIENCE, lambda: self._look(asking))
+
+    def _look(self, asking: Sequence[Submission]) -> None:
+        waiting = [one for one in asking if one.key in self._sent]
+        if not waiting:
+            return
+        reasons: dict[Any, str] = {}
+        for one in waiting:
+            if one.options not in reasons:
+                with contextlib.suppress(Exception):  # the backend may be gone by now
+                    reasons[one.options] = self.runner.unmet(one.options)
+        with self.changing():
+            for one in waiting:
+                reason, unit = reasons.get(one.options, ""), self._sent.get(one.key)
+                if reason and unit is not None:
+                    self._say_unplaced(list(unit.runs) if isinstance(unit, Chunk) else [unit], reason)
+
+    def _say_unplaced(self, runs: Sequence[TaskRun], reason: str) -> None:
+        message = str(placement.Unplaced(runs[0].task.name, reason))
+        log.warning("%s", message)
+        for run in runs:
+            if not run.done and run.type is StateType.PENDING:
+                run.message = message
+                self.journal.task_state(run)
 
     def _take(self) -> list[TaskRun | Chunk]:
         """Take what goes now out of the buffer; where the backend knows dependencies, what hangs on it too."""

@@ -10,12 +10,12 @@ from dataclasses import replace as with_fields
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast, overload
 
 from penstock import errors
-from penstock.engine import ambient, direct, mapping, revision, skipping
+from penstock.engine import ambient, direct, mapping, payload, placement, revision, skipping
 from penstock.engine.annotations import TOLERANCE_OF
 from penstock.engine.caller import Caller, wait_sources
 from penstock.engine.calls import Bound, Call, Source, TaskRun
 from penstock.engine.context import Scope, current_tags
-from penstock.engine.futures import PenstockFuture, PenstockFutureList
+from penstock.engine.futures import PenstockFuture, PenstockFutureList, run_of
 from penstock.engine.hooks import H, Hook, read_hooks
 from penstock.engine.options import (
     NOT_GIVEN,
@@ -28,6 +28,7 @@ from penstock.engine.options import (
     check_callables,
     check_choices,
     check_signature,
+    needs_values,
     retry_policy,
     run_name,
     view,
@@ -38,9 +39,11 @@ from penstock.engine.results import Persistence, Storage, read_options
 from penstock.engine.retry import DelayOption
 from penstock.engine.seeds import next_ordinal
 from penstock.engine.steps import Steps, drive, drive_awaiting, drive_giving, drive_giving_awaiting
+from penstock.engine.venues import check_wish
 
 if TYPE_CHECKING:
     from penstock.engine.states import State
+    from penstock.runners.base import TaskRunner
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -90,7 +93,9 @@ class Task(Generic[P, R]):
     chunk_size : int or "auto"
         Elements of a map in one unit of work.
     resources : mapping, optional
-        What a worker must offer, such as ``{"GPU": 1}``.
+        What one worker must offer: ``{"GPU": 1, "memory": "20GB"}``. GPUs and memory are Ray's own words;
+        on Dask they are resources that workers declare, or the memory limit of a worker. What no worker
+        offers waits for one that does, and says so.
     threads : int
         Cores that one call uses.
     workers : str or iterable of str, optional
@@ -103,6 +108,9 @@ class Task(Generic[P, R]):
     skip_if : callable, optional
         Asked before a run starts, with those of its parameters that it names (or ``parameters``, the dict
         of all): a true answer skips the run, a string is the reason.
+    task_runner : str, type or TaskRunner, optional
+        Where it runs if submitted, instead of the flow's runner: a name in the mapping that the flow has
+        for its `task_runner`, or a runner. Values from other runners come through the driver.
     persist_result : bool or "large", optional
         Whether the worker stores the result where it outlives the run's memory, before the run
         counts as completed; "large" only from ``PENSTOCK_LARGE_ARGUMENT`` bytes. The flow's choice by default.
@@ -142,12 +150,13 @@ class Task(Generic[P, R]):
         log_prints: bool | None = None,
         inputs: Literal["readonly", "copy", "shared"] = "readonly",
         chunk_size: int | Literal["auto"] = "auto",
-        resources: Mapping[str, float] | None = None,
+        resources: Mapping[str, float | str] | None = None,
         threads: int = 1,
         workers: Iterable[str] | str | None = None,
         priority: int = 0,
         on_skip: Literal["skip", "none", "run"] = "skip",
         skip_if: Callable[..., Any] | None = None,
+        task_runner: str | type[TaskRunner] | TaskRunner | None = None,
         persist_result: Persistence = None,
         result_storage: Storage = None,
         result_storage_key: str | None = None,
@@ -167,6 +176,7 @@ class Task(Generic[P, R]):
             raise TypeError(message)
         check_callables(retry_condition_fn, task_run_name, "task_run_name")
         warn_unused(viz_return_value=viz_return_value, asset_deps=asset_deps)
+        check_wish(task_runner)
         check_choices(inputs, chunk_size, timeout_seconds, timeout_action)
         skipping.check(on_skip)
         self.fn = fn
@@ -201,6 +211,7 @@ class Task(Generic[P, R]):
             priority=priority,
             on_skip=on_skip,
             skip_if=skipping.asker(self.signature, skip_if),
+            task_runner=task_runner,
             results=read_options(persist_result, result_storage, result_storage_key, result_serializer),
             hooks=read_hooks(
                 "task",
@@ -327,8 +338,10 @@ class Task(Generic[P, R]):
         call = caller.call(args, kwargs, self._after(wait_for))
         sources.extend(call.sources)
         assert isinstance(call.arguments, Bound)
-        run = self._run(bound, scope)
-        scope.session.journal.task_made(run, bound.arguments, parents_of(bound, call))
+        run = self._run(bound, scope, call, local=True)
+        scope.session.journal.task_made(
+            run, bound.arguments, parents_of(bound, call), call.naming is not None
+        )
         if scope.flow_run is not None and scope.flow_run.memory is not None:
             scope.flow_run.memory.restored(run, scope, bound.arguments)
         return run, call
@@ -375,12 +388,14 @@ class Task(Generic[P, R]):
             If the arguments do not fit, or cannot be sent.
         """
         try:
-            scope = ambient.scope_for_submit(self.name)
+            scope = ambient.sent_elsewhere(ambient.scope_for_submit(self.name), self.options.task_runner)
             bound = self._bound(args, kwargs)
-            call = Caller(scope.session, self, scope).call(bound.args, bound.kwargs, self._after(wait_for))
-            run = self._run(bound, scope)
+            placed = placement.placed(self)
+            call = Caller(scope.session, placed, scope).call(bound.args, bound.kwargs, self._after(wait_for))
+            run = placed._run(bound, scope, call)
             run.call = call
-            scope.session.journal.task_made(run, bound.arguments, parents_of(bound, call))
+            named_later = call.naming is not None
+            scope.session.journal.task_made(run, bound.arguments, parents_of(bound, call), named_later)
             memory = scope.flow_run.memory if scope.flow_run is not None else None
             reason = None
             if self.options.skip_if is not None and not any(source.run for source in call.sources):
@@ -411,11 +426,16 @@ class Task(Generic[P, R]):
     def _after(self, wait_for: Any) -> tuple[Source, ...]:
         return wait_sources(wait_for, TOLERANCE_OF[self.options.on_skip])
 
-    def _run(self, bound: inspect.BoundArguments, scope: Scope) -> TaskRun:
+    def _run(
+        self, bound: inspect.BoundArguments, scope: Scope, call: Call, *, local: bool = False
+    ) -> TaskRun:
         """Make the run of a call."""
         template = self.options.task_run_name
         name = self.name
-        if template is not None:
+        if call.sources and needs_values(template, bound.arguments, _is_there):
+            stays = isinstance(template, str) or local or scope.session.in_process
+            call.naming = template if stays else payload.pack_function(cast("Callable[..., str]", template))
+        elif template is not None:
             name = run_name(template, self.name, mapping.with_defaults(bound))
         run = TaskRun(
             self,
@@ -461,8 +481,9 @@ class Task(Generic[P, R]):
             If there is nothing to map over, or the lengths differ.
         """
         try:
-            scope = ambient.scope_for_submit(self.name)
-            runs = mapping.submit(self, scope, self._bound(args, kwargs), self._after(wait_for))
+            scope = ambient.sent_elsewhere(ambient.scope_for_submit(self.name), self.options.task_runner)
+            placed = placement.placed(self)
+            runs = mapping.submit(placed, scope, self._bound(args, kwargs), self._after(wait_for))
         except BaseException as error:
             errors.hide_frames(error)
             raise
@@ -513,12 +534,13 @@ class Task(Generic[P, R]):
         log_prints: bool | None = NOT_GIVEN,
         inputs: Literal["readonly", "copy", "shared"] = NOT_GIVEN,
         chunk_size: int | Literal["auto"] = NOT_GIVEN,
-        resources: Mapping[str, float] | None = NOT_GIVEN,
+        resources: Mapping[str, float | str] | None = NOT_GIVEN,
         threads: int = NOT_GIVEN,
         workers: Iterable[str] | str | None = NOT_GIVEN,
         priority: int = NOT_GIVEN,
         on_skip: Literal["skip", "none", "run"] = NOT_GIVEN,
         skip_if: Callable[..., Any] | None = NOT_GIVEN,
+        task_runner: str | type[TaskRunner] | TaskRunner | None = NOT_GIVEN,
         persist_result: Persistence = NOT_GIVEN,
         result_storage: Storage = NOT_GIVEN,
         result_storage_key: str | None = NOT_GIVEN,
@@ -533,6 +555,7 @@ class Task(Generic[P, R]):
         """Make a task with other options; what is not given stays as it is. Tags are replaced."""
         old = self.options
         warn_unused(viz_return_value=viz_return_value, asset_deps=asset_deps)
+        check_wish(None if task_runner is NOT_GIVEN else task_runner)
 
         def given(value: Any, present: Any) -> Any:
             return present if value is NOT_GIVEN else value
@@ -573,6 +596,7 @@ class Task(Generic[P, R]):
                 "priority": priority,
                 "on_skip": on_skip,
                 "skip_if": NOT_GIVEN if skip_if is NOT_GIVEN else skipping.asker(self.signature, skip_if),
+                "task_runner": task_runner,
                 "results": changed_results(
                     old.results, persist_result, result_storage, result_storage_key, result_serializer
                 ),
@@ -589,6 +613,10 @@ class Task(Generic[P, R]):
         check_choices(options.inputs, options.chunk_size, options.timeout_seconds, options.timeout_action)
         check_callables(options.retry_condition_fn, options.task_run_name, "task_run_name")
         skipping.check(options.on_skip)
+        return self.with_fields(options)
+
+    def with_fields(self, options: TaskOptions) -> Task[P, R]:
+        """Return a task of the same code with other options."""
         new: Task[P, R] = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         new.options = options
@@ -623,6 +651,19 @@ def parents_of(bound: inspect.BoundArguments, call: Call) -> list[tuple[str, str
         *((name, run.id) for run, name in wanted.items() if run.tracked),
         *(("wait_for", source.run.id) for source in call.after if source.run is not None),
     ]
+
+
+def _is_there(argument: Any) -> bool:
+    """Whether an argument holds no future."""
+    futures: list[Any] = []
+
+    def leaf(value: Any, tolerant: int) -> Any:
+        if run_of(value) is not None:
+            futures.append(value)
+        return value
+
+    replace(argument, leaf)
+    return not futures
 
 
 def _note(wanted: dict[Any, str], name: str, value: Any, tolerant: int) -> Any:
@@ -664,12 +705,13 @@ def task(
     log_prints: bool | None = None,
     inputs: Literal["readonly", "copy", "shared"] = "readonly",
     chunk_size: int | Literal["auto"] = "auto",
-    resources: Mapping[str, float] | None = None,
+    resources: Mapping[str, float | str] | None = None,
     threads: int = 1,
     workers: Iterable[str] | str | None = None,
     priority: int = 0,
     on_skip: Literal["skip", "none", "run"] = "skip",
     skip_if: Callable[..., Any] | None = None,
+    task_runner: str | type[TaskRunner] | TaskRunner | None = None,
     persist_result: Persistence = None,
     result_storage: Storage = None,
     result_storage_key: str | None = None,

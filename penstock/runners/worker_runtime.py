@@ -299,6 +299,8 @@ def _finished(
         if details["status"] == "failed":
             _note_inputs(error, running)
         details["error"] = describe(error)
+    if "naming" in running.order:
+        details["named"] = running.order["name"]
     if running.logs:
         details["logs"] = running.logs
     if running.dropped:
@@ -339,6 +341,8 @@ def _call(
     guard = Guard(order.get("inputs", "readonly"))  # as long as it lives, a frame is copied on write
     args, kwargs = _arguments(arguments, guard.values(map(opened, values)))
     args, kwargs = guard.arguments(args, kwargs, private=isinstance(arguments, bytes))
+    if "naming" in order:
+        order["name"] = name_from(order["naming"], call, args, kwargs)
     if "skip_if" in order:
         ask(order["skip_if"], args, kwargs)
     running.called = (call, args, kwargs)
@@ -358,6 +362,32 @@ def ask(predicate: Any, args: Any, kwargs: Any) -> None:
     reason = _function(predicate)(args, kwargs)
     if reason is not None:
         raise Skipped(reason)
+
+
+def name_from(naming: Any, call: Any, args: Any, kwargs: Any) -> str:
+    """Make the name of a run from its arguments.
+
+    Parameters
+    ----------
+    naming : str, bytes or callable
+        A template, or a function of nothing or of ``parameters``.
+    call : callable
+        The user's function.
+    args, kwargs
+        Its arguments.
+    """
+    bound = inspect.signature(call).bind(*args, **kwargs)
+    bound.apply_defaults()
+    parameters = dict(bound.arguments)
+    if isinstance(naming, str):
+        return naming.format(**parameters)
+    function = _function(naming)
+    name = function(parameters)
+    if not isinstance(name, str):
+        raise TypeError(
+            f"Callable {function} for 'task_run_name' returned type {type(name).__name__} but a string is required."
+        )
+    return name
 
 
 _INERT = frozenset({type(None), bool, int, float, complex, str, bytes})

@@ -108,6 +108,31 @@ def test_names_of_task_runs(in_flow: InFlow, record: Record) -> None:
     assert calls == [1]  # once per run, not per attempt
 
 
+def test_names_that_need_a_value_from_elsewhere(in_flow: InFlow, record: Record) -> None:
+    named = documented.with_options(name="named", task_run_name="x is {x[0]:02}")
+    called = documented.with_options(name="called", task_run_name=lambda parameters: f"x={parameters['x']}")
+    plain = documented.with_options(name="plain", task_run_name="plain")
+
+    def body() -> list[Any]:
+        up = documented.submit([3])
+        futures = [named.submit(up), called.submit(up), plain.submit(up)]
+        direct = named(up)
+        for future in futures:
+            future.wait()
+        names = [future.name for future in futures]
+        return [names, direct]
+
+    assert in_flow(body) == [["x is 03", "x=[3]", "plain"], [3]]
+    assert sorted(row.name for row in record.tasks()) == [
+        "documented",
+        "plain",
+        "x is 03",
+        "x is 03",
+        "x=[3]",
+    ]
+    assert {row.type for row in record.tasks()} == {"COMPLETED"}
+
+
 def test_names_of_elements(in_flow: InFlow, record: Record) -> None:
     named = documented.with_options(task_run_name="x is {x}")
     in_flow(lambda: named.map([3, 4]))
