@@ -108,6 +108,7 @@ class ThreadPoolTaskRunner(TaskRunner):
                     if one.key in self._queued:
                         self._queued.discard(one.key)
                         return one, ref
+                    del one, ref  # it was withdrawn: a thread that waits must not keep it
                 self._idle += 1
                 try:
                     self._work.wait()
