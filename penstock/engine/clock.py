@@ -30,7 +30,7 @@ class Clock:
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Alarm]] = []
         self._order = itertools.count()
-        self._wake = threading.Condition(threading.Lock())
+        self._wake = threading.Condition()  # a signal may strike in here, and its handler calls us
         self._thread: threading.Thread | None = None
 
     def call_later(self, delay: float, call: Callable[[], None]) -> Alarm:

@@ -79,7 +79,7 @@ def test_a_note_tells_the_inputs_and_where(in_flow: InFlow, record: Record, how:
     bodies = {
         "call": lambda: use(image, "secret", extra=[image]),
         "submit": lambda: use.submit(identity.submit(image), "secret", extra=[image]).result(),
-        "map": lambda: use.map([image, image], "secret", extra=unmapped([image])).result(),
+        "map": lambda: use.map([image], "secret", extra=unmapped([image])).result(),
         "async": lambda: use_async.submit(image, "secret", extra=[image]).result(),
     }
     with pytest.raises(ValueError, match="no beam") as caught:

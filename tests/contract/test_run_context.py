@@ -12,6 +12,7 @@ from penstock import (
     TaskRunContext,
     flow,
     get_run_context,
+    get_run_logger,
     runtime,
     tags,
     task,
@@ -193,3 +194,17 @@ def test_what_travels_is_small(runner: TaskRunner, monkeypatch: pytest.MonkeyPat
     night(list(range(100_000)), "x" * 10_000, **{f"parameter_{n}": n for n in range(100)})
     assert sizes
     assert max(sizes) < 1000
+
+
+def test_a_logger_for_a_context(in_flow: InFlow, record: Record) -> None:
+    def body() -> str:
+        here = get_run_context()
+        logger = get_run_logger(here, band="L")
+        assert dict(logger.extra or {}) == {
+            "flow_run_id": runtime.flow_run.id, "flow_run_name": runtime.flow_run.name, "band": "L"
+        }  # fmt: skip
+        logger.info("the sky is clear")
+        return runtime.flow_run.id or ""
+
+    in_flow(body)
+    assert record.flow().logs == ["the sky is clear"]

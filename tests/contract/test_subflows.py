@@ -443,9 +443,20 @@ def test_the_flow_at_the_top_is_cancelled_with_all_in_it(
     assert not cancelling.cancel_flow(record.flow().id)
 
 
-def test_the_first_one_wins(parallel: TaskRunner, in_flow: InFlow, record: Record) -> None:
+def test_the_first_one_wins(
+    parallel: TaskRunner, in_flow: InFlow, record: Record, tmp_path: Path, wait_until: Any
+) -> None:
+    @task
+    def long(started: Path) -> None:
+        started.touch()
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            time.sleep(0.005)  # work: something to stop
+
     def body() -> Any:
-        futures = [nap.submit(60), add.submit(1), fail.submit()]
+        futures: list[Any] = [long.submit(tmp_path / "started")]
+        wait_until((tmp_path / "started").exists)
+        futures += [add.submit(1), fail.submit()]
         first = first_completed(futures, cancel_rest=True)
         futures[0].wait(timeout=20)
         assert futures[0].cancelled()
