@@ -18,10 +18,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from penstock.engine.annotations import allow_failure, quote, unmapped
+    from penstock.engine.cache import (
+        DEFAULT,
+        FLOW_PARAMETERS,
+        INPUTS,
+        NO_CACHE,
+        NONE,
+        RUN_ID,
+        TASK_SOURCE,
+        CachePolicy,
+        IsolationLevel,
+        task_input_hash,
+    )
     from penstock.engine.context import tags
     from penstock.engine.dask_client import get_dask_client
     from penstock.engine.flow import Flow, flow
     from penstock.engine.futures import Future, PenstockFuture, PenstockFutureList, as_completed, wait
+    from penstock.engine.locking import FileSystemLockManager, LockManager, MemoryLockManager
     from penstock.engine.logs import get_run_logger
     from penstock.engine.reference import Reference, put
     from penstock.engine.results import ResultStorage, load_result
@@ -74,6 +87,20 @@ __all__ = [
     "unmapped",
     "allow_failure",
     "quote",
+    # results that are found again
+    "CachePolicy",
+    "INPUTS",
+    "TASK_SOURCE",
+    "RUN_ID",
+    "FLOW_PARAMETERS",
+    "DEFAULT",
+    "NO_CACHE",
+    "NONE",
+    "task_input_hash",
+    "IsolationLevel",
+    "LockManager",
+    "MemoryLockManager",
+    "FileSystemLockManager",
     # results that are stored
     "ResultStorage",
     "load_result",
@@ -123,10 +150,23 @@ __all__ = [
 
 _ENGINE = {
     "annotations": ("unmapped", "allow_failure", "quote"),
+    "cache": (
+        "CachePolicy",
+        "INPUTS",
+        "TASK_SOURCE",
+        "RUN_ID",
+        "FLOW_PARAMETERS",
+        "DEFAULT",
+        "NO_CACHE",
+        "NONE",
+        "task_input_hash",
+        "IsolationLevel",
+    ),
     "context": ("tags",),
     "dask_client": ("get_dask_client",),
     "flow": ("flow", "Flow"),
     "futures": ("PenstockFuture", "Future", "PenstockFutureList", "wait", "as_completed"),
+    "locking": ("LockManager", "MemoryLockManager", "FileSystemLockManager"),
     "logs": ("get_run_logger",),
     "reference": ("put", "Reference"),
     "results": ("ResultStorage", "load_result"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from penstock.engine import invoke, values
+from penstock.engine import invoke, locking, lookups, values
 from penstock.engine.calls import Bound, Call, Source, TaskRun
 from penstock.engine.graph import admits
 from penstock.engine.states import StateType, advance
@@ -39,7 +39,7 @@ def steps(run: TaskRun, scope: Scope, call: Call, return_state: bool) -> Steps:
     if dead is not None:
         session.never_direct(run, dead)
     else:
-        yield from _attempts(run, scope, call, values.of_sources(session, call.sources))
+        yield from _attempts(run, scope, call)
     state = values.state_of(run)
     if return_state:
         return state
@@ -49,8 +49,9 @@ def steps(run: TaskRun, scope: Scope, call: Call, return_state: bool) -> Steps:
     return run.value
 
 
-def _attempts(run: TaskRun, scope: Scope, call: Call, inputs: list[Any]) -> Steps:
+def _attempts(run: TaskRun, scope: Scope, call: Call) -> Steps:
     session = scope.session
+    inputs: list[Any] | None = None
     options = run.task.options
     assert isinstance(call.arguments, Bound)
     while not run.done:
@@ -58,10 +59,18 @@ def _attempts(run: TaskRun, scope: Scope, call: Call, inputs: list[Any]) -> Step
         run.position = advance(run.position, StateType.RUNNING, None, run.next_attempt)
         order = invoke.work_order(run, call, session.prints_of(run))
         attempt = worker_runtime.Attempt(order, None, session.scope_of(run))
+        if (yield from _is_stored(attempt)):
+            session.ended_here(run, *attempt.outcome)
+            continue
+        if inputs is None:
+            inputs = values.of_sources(session, call.sources)
         guard = worker_runtime.Guard(options.inputs)
         args, kwargs = call.arguments(guard.values(inputs))
         if guard.copies:  # else the caller's own arguments are passed as by any call
             args, kwargs = guard.arguments(args, kwargs, private=False)
+        if (yield from _is_stored(attempt, args, kwargs)):
+            session.ended_here(run, *attempt.outcome)
+            continue
         if order["prints"]:
             worker_runtime.route_prints()
         with attempt:
@@ -75,6 +84,34 @@ def _attempts(run: TaskRun, scope: Scope, call: Call, inputs: list[Any]) -> Step
             raise error
         if run.delay:
             yield Sleep(run.delay)
+
+
+def _is_stored(attempt: worker_runtime.Attempt, args: Any = None, kwargs: Any = None) -> Steps:
+    """Answer whether the result of an attempt is stored already; then the attempt has ended with it.
+
+    Before the arguments are there, the key may be known; with them, it can be made.
+    """
+    running = attempt.running
+    commit = running.order.get("commit")
+    if commit is None or ("cache" in commit) is not (args is None):
+        return False
+    try:
+        if args is not None:
+            order = lookups.with_key(commit, running, args, kwargs)
+            if order is None:
+                return False
+            commit = running.order["commit"] = order
+        while not lookups.locked(commit, running):  # nobody may block an event loop
+            yield Sleep(locking.PAUSE)
+        if not worker_runtime.recall(running):
+            return False
+    except Exception as error:
+        with attempt:
+            raise error
+        return True
+    with attempt:
+        attempt.value = running.found
+    return True
 
 
 def _blocks(source: Source) -> bool:

@@ -19,6 +19,7 @@ from penstock.engine.options import (
     check_choices,
     check_signature,
 )
+from penstock.engine.payload import serializer_of
 from penstock.engine.results import Persistence, Storage, read_options
 from penstock.engine.states import State
 from penstock.engine.steps import Invoke, Steps, Wait, drive, drive_awaiting
@@ -111,7 +112,7 @@ class Flow(Generic[P, R]):
             validate_parameters=validate_parameters,
             log_prints=log_prints,
             task_runner=task_runner,
-            results=read_options(persist_result, result_storage, None, result_serializer),
+            results=read_options(persist_result, result_storage, None, serializer_of(result_serializer)),
         )
         self._runner_override: Any = None
 
@@ -259,7 +260,11 @@ class Flow(Generic[P, R]):
                 "log_prints": log_prints,
                 "task_runner": task_runner,
                 "results": changed_results(
-                    self.options.results, persist_result, result_storage, NOT_GIVEN, result_serializer
+                    self.options.results,
+                    persist_result,
+                    result_storage,
+                    NOT_GIVEN,
+                    serializer_of(result_serializer),
                 ),
             },
         )

@@ -6,10 +6,12 @@ import asyncio
 import functools
 import inspect
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast, overload
 
 from penstock import errors
-from penstock.engine import ambient, direct, mapping
+from penstock.engine import ambient, direct, lookups, mapping
+from penstock.engine.cache import CachePolicy, read_cache_options
 from penstock.engine.caller import Caller, wait_sources
 from penstock.engine.calls import Bound, Call, TaskRun
 from penstock.engine.context import Scope, current_tags
@@ -26,6 +28,7 @@ from penstock.engine.options import (
     retry_policy,
     run_name,
 )
+from penstock.engine.payload import serializer_of
 from penstock.engine.refs import replace
 from penstock.engine.results import Persistence, Storage, read_options
 from penstock.engine.retry import DelayOption
@@ -91,10 +94,22 @@ class Task(Generic[P, R]):
         Where: a directory or any URL of fsspec; ``storage`` in ``PENSTOCK_HOME`` by default.
     result_storage_key : str, optional
         Template for the place there, of ``{task_run.id}``, ``{task_run.name}``, ``{flow_run.id}``,
-        ``{flow_run.name}``, ``{task.name}`` and ``{index}``. A later run replaces an earlier one.
-    result_serializer : str, optional
+        ``{flow_run.name}``, ``{task.name}``, ``{index}`` and ``{parameters[x]}``. A later run replaces
+        an earlier one.
+    result_serializer : str or object, optional
         "pickle", "json", "npy", "npz", "arrow", "parquet", "zarr", "compressed/pickle",
-        "compressed/json"; by the value if not given.
+        "compressed/json", or an object with ``dumps`` and ``loads``; by the value if not given.
+    cache_policy : CachePolicy, optional
+        When two calls have one result: `INPUTS`, `TASK_SOURCE`, `RUN_ID`, `FLOW_PARAMETERS`, sums of
+        them, or one of your own. If not given: `DEFAULT`, where results are stored; None is `NO_CACHE`.
+    cache_key_fn : callable, optional
+        ``(context, arguments) -> key``, in the place of a policy.
+    cache_expiration : timedelta or float, optional
+        How long after it was stored a result is taken; a number is seconds.
+    refresh_cache : bool, optional
+        Run, and store the result in the place of the old one.
+    cache_result_in_memory : bool
+        False: a stored result is read from its storage whenever it is needed.
     """
 
     def __init__(
@@ -123,7 +138,12 @@ class Task(Generic[P, R]):
         persist_result: Persistence = None,
         result_storage: Storage = None,
         result_storage_key: str | None = None,
-        result_serializer: str | None = None,
+        result_serializer: Any = None,
+        cache_policy: CachePolicy | None = NOT_GIVEN,
+        cache_key_fn: Callable[..., str | None] | None = None,
+        cache_expiration: timedelta | float | None = None,
+        refresh_cache: bool | None = None,
+        cache_result_in_memory: bool = True,
     ) -> None:
         if not callable(fn):
             message = f"@task needs a function, got {type(fn).__name__}."
@@ -166,7 +186,20 @@ class Task(Generic[P, R]):
             idempotent=idempotent,
             backend=backend_options(resources, threads, workers, once=not idempotent),
             priority=priority,
-            results=read_options(persist_result, result_storage, result_storage_key, result_serializer),
+            results=read_options(
+                persist_result,
+                result_storage,
+                result_storage_key,
+                serializer_of(result_serializer),
+                read_cache_options(
+                    cache_policy,
+                    cache_key_fn,
+                    cache_expiration,
+                    refresh_cache,
+                    cache_result_in_memory,
+                    persist_result,
+                ),
+            ),
         )
 
     # -- what it is -----------------------------------------------------------------------------
@@ -261,6 +294,7 @@ class Task(Generic[P, R]):
         sources.extend(call.sources)
         assert isinstance(call.arguments, Bound)
         run = self._run(bound, scope)
+        lookups.plan(run, bound, in_process=True)
         scope.session.journal.task_made(run, bound.arguments, parents_of(bound, call))
         return run, call
 
@@ -310,6 +344,7 @@ class Task(Generic[P, R]):
             bound = self._bound(args, kwargs)
             call = Caller(scope.session, self, scope).call(bound.args, bound.kwargs, wait_sources(wait_for))
             run = self._run(bound, scope)
+            lookups.plan(run, bound, in_process=scope.session.in_process)
             run.call = call
             scope.session.journal.task_made(run, bound.arguments, parents_of(bound, call))
             scope.session.submit([run], scope)
@@ -407,7 +442,12 @@ class Task(Generic[P, R]):
         persist_result: Persistence = NOT_GIVEN,
         result_storage: Storage = NOT_GIVEN,
         result_storage_key: str | None = NOT_GIVEN,
-        result_serializer: str | None = NOT_GIVEN,
+        result_serializer: Any = NOT_GIVEN,
+        cache_policy: CachePolicy | None = NOT_GIVEN,
+        cache_key_fn: Callable[..., str | None] | None = NOT_GIVEN,
+        cache_expiration: timedelta | float | None = NOT_GIVEN,
+        refresh_cache: bool | None = NOT_GIVEN,
+        cache_result_in_memory: bool = NOT_GIVEN,
     ) -> Task[P, R]:
         """Make a task with other options; what is not given stays as it is. Tags are replaced."""
         old = self.options
@@ -449,7 +489,12 @@ class Task(Generic[P, R]):
                 "backend": placed,
                 "priority": priority,
                 "results": changed_results(
-                    old.results, persist_result, result_storage, result_storage_key, result_serializer
+                    old.results,
+                    persist_result,
+                    result_storage,
+                    result_storage_key,
+                    serializer_of(result_serializer),
+                    (cache_policy, cache_key_fn, cache_expiration, refresh_cache, cache_result_in_memory),
                 ),
             },
         )
@@ -528,7 +573,12 @@ def task(
     persist_result: Persistence = None,
     result_storage: Storage = None,
     result_storage_key: str | None = None,
-    result_serializer: str | None = None,
+    result_serializer: Any = None,
+    cache_policy: CachePolicy | None = NOT_GIVEN,
+    cache_key_fn: Callable[..., str | None] | None = None,
+    cache_expiration: timedelta | float | None = None,
+    refresh_cache: bool | None = None,
+    cache_result_in_memory: bool = True,
 ) -> TaskDecorator: ...
 def task(fn: Any = None, /, **options: Any) -> Any:
     """Turn a function into a task: ``@task`` or ``@task(retries=3, …)``.

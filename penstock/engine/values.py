@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from penstock import errors
+from penstock.engine import lookups
 from penstock.engine import results as stored
 from penstock.engine.calls import Source, TaskRun
 from penstock.engine.failure import Failure
@@ -24,6 +26,8 @@ KEPT = 16 << 20
 def is_at_hand(run: TaskRun) -> bool:
     """Whether the value of a run is in this process already."""
     if run.items is not None and run.completed:
+        return run.value is not None
+    if lookups.is_stored(run):
         return run.value is not None
     return not run.completed or run.value is not None or run.ref is None or run.carrier.in_process
 
@@ -57,8 +61,24 @@ def results(runs: Sequence[TaskRun], *, raise_on_failure: bool = True) -> list[A
         error = exception_of(run)
         if error is not None and raise_on_failure:
             raise error
+        if lookups.is_stored(run) and run.value is None:
+            found.append(_read(run))
+            continue
         found.append(run.value if error is None else error)
     return found
+
+
+_reading = threading.Lock()
+
+
+def _read(run: TaskRun) -> Any:
+    """Read a value that lies in a storage, once for all who ask, if it may be kept here."""
+    if not run.task.options.results.caching.in_memory:
+        return stored.load(run)
+    with _reading:
+        if run.value is None:
+            run.value = stored.load(run)
+        return run.value
 
 
 def _fetch(session: Session, runs: Sequence[TaskRun]) -> None:
