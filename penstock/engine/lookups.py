@@ -136,12 +136,13 @@ class Caching:
         if sharing.lock is not None:
             order["lock"] = sharing.lock if sharing.in_process else payload.dumps(sharing.lock)
         order["named"] = self.place is not None or run.task.options.results.key is not None
+        order["folder"] = None if sharing.lasts else order["key"].rpartition("/")[0]
         if self.key is None:
             order["work"] = {**sharing.work(), "run": _described(run)}
         else:
             order["cache"] = self.key
             if not order["named"]:
-                order["key"] = result_store.cache_place(self.key)
+                order["key"] = result_store.cache_place(self.key, order["folder"])
 
 
 # -- what is in force -----------------------------------------------------------------------------
@@ -558,7 +559,7 @@ def with_key(order: dict[str, Any], running: Any, args: Any, kwargs: Any) -> dic
     key = keyed(order, running, order["work"]["function"], args, kwargs)
     if key is None:
         return None
-    named = {} if order["named"] else {"key": result_store.cache_place(key)}
+    named = {} if order["named"] else {"key": result_store.cache_place(key, order["folder"])}
     return {**order, **named, "cache": key}
 
 

@@ -189,10 +189,18 @@ def peek(order: dict[str, Any], run: str, limit: float) -> dict[str, Any] | None
         return None
 
 
-def cache_place(key: str) -> str:
-    """Return where the result for a cache key lies, if nobody has chosen a place."""
+def cache_place(key: str, folder: str | None) -> str:
+    """Return where the result for a cache key lies, if nobody has chosen a place.
+
+    Parameters
+    ----------
+    key : str
+        The cache key.
+    folder : str or None
+        That of the flow run, for keys that are no good in another.
+    """
     name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-    return f"cache/{name[:2]}/{name}"
+    return f"cache/{name[:2]}/{name}" if folder is None else f"{folder}/{name}"
 
 
 def _answers(header: dict[str, Any], order: dict[str, Any]) -> bool:

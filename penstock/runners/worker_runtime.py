@@ -604,7 +604,7 @@ def stored_under(running: Any, call: Any, args: Any, kwargs: Any) -> bool:
     key = lookups.keyed(order, running, call, args, kwargs)
     if key is None:
         return False
-    named = {} if order["named"] else {"key": _store().cache_place(key)}
+    named = {} if order["named"] else {"key": _store().cache_place(key, order["folder"])}
     order = running.order["commit"] = {**order, **named, "cache": key}
     return _recalled(running, order, running.order["run"])
 
