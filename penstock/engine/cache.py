@@ -8,7 +8,7 @@ them, ``INPUTS - "verbose"``. Everything here is pure: who looks keys up is `pen
 from __future__ import annotations
 
 import copy
-import datetime
+import datetime as dt
 import enum
 import warnings
 from collections.abc import Callable
@@ -242,7 +242,9 @@ class NoCache(CachePolicy):
 
     def __add__(self, other: CachePolicy) -> CachePolicy:
         """Return the other one."""
-        return _configured(copy.copy(other), self, other) if isinstance(other, CachePolicy) else NotImplemented
+        return (
+            _configured(copy.copy(other), self, other) if isinstance(other, CachePolicy) else NotImplemented
+        )
 
 
 class Inputs(CachePolicy):
@@ -339,7 +341,9 @@ class FlowParameters(CachePolicy):
         try:
             return hashing.stable_hash(flow_parameters)
         except ValueError as error:
-            message = f"Unable to create hash - a parameter of the flow cannot be part of a cache key: {error}."
+            message = (
+                f"Unable to create hash - a parameter of the flow cannot be part of a cache key: {error}."
+            )
             raise ValueError(message) from error
 
 
@@ -481,8 +485,10 @@ def read_cache_options(
     if key_fn is not None and not callable(key_fn):
         message = f"'cache_key_fn' must be a function of context and arguments, got {key_fn!r}."
         raise errors.ConfigurationError(message)
-    seconds = expiration.total_seconds() if isinstance(expiration, datetime.timedelta) else expiration
-    if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or seconds < 0):
+    seconds = expiration.total_seconds() if isinstance(expiration, dt.timedelta) else expiration
+    if seconds is not None and (
+        isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or seconds < 0
+    ):
         message = f"'cache_expiration' must be a timedelta or a number of seconds, got {expiration!r}."
         raise errors.ConfigurationError(message)
     policy = NO_CACHE if given is None else None if given is NOT_GIVEN else given

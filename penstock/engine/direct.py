@@ -105,9 +105,9 @@ def _is_stored(attempt: worker_runtime.Attempt, args: Any = None, kwargs: Any = 
             yield Sleep(locking.PAUSE)
         if not worker_runtime.recall(running):
             return False
-    except Exception as error:
+    except Exception:
         with attempt:
-            raise error
+            raise
         return True
     with attempt:
         attempt.value = running.found

@@ -11,7 +11,7 @@ from __future__ import annotations
 import array
 import collections
 import dataclasses
-import datetime
+import datetime as dt
 import decimal
 import enum
 import fractions
@@ -324,7 +324,7 @@ def _moment(hasher: _Hasher, value: Any) -> bytes:
     return hasher.items(type(value).__name__, [value.isoformat(), value.fold, value.tzinfo])
 
 
-def _zone(hasher: _Hasher, value: datetime.tzinfo) -> bytes:
+def _zone(hasher: _Hasher, value: dt.tzinfo) -> bytes:
     key = getattr(value, "key", None)
     return _of("zone", key) if key else hasher._reduced(value, type(value))
 
@@ -347,11 +347,11 @@ _RULES: dict[type, Callable[[_Hasher, Any], bytes]] = {
     memoryview: _view,
     enum.Enum: _enum,
     pathlib.PurePath: lambda _, value: _of("path", value.as_posix()),
-    datetime.datetime: _moment,
-    datetime.time: _moment,
-    datetime.date: lambda _, value: _of("date", value.isoformat()),
-    datetime.timedelta: lambda _, value: _of("delta", value.days, value.seconds, value.microseconds),
-    datetime.tzinfo: _zone,
+    dt.datetime: _moment,
+    dt.time: _moment,
+    dt.date: lambda _, value: _of("date", value.isoformat()),
+    dt.timedelta: lambda _, value: _of("delta", value.days, value.seconds, value.microseconds),
+    dt.tzinfo: _zone,
     decimal.Decimal: lambda _, value: _of("decimal", str(value)),
     fractions.Fraction: _text("fraction"),
     uuid.UUID: _text("uuid"),
@@ -365,7 +365,7 @@ _RULES: dict[type, Callable[[_Hasher, Any], bytes]] = {
     functools.partial: _partial,
     operator.itemgetter: lambda hasher, value: hasher._reduced(value, type(value)),
 }
-_INHERITED = frozenset([enum.Enum, pathlib.PurePath, datetime.tzinfo])
+_INHERITED = frozenset([enum.Enum, pathlib.PurePath, dt.tzinfo])
 """Rules that hold for subclasses, too."""
 
 
@@ -545,7 +545,7 @@ def _arrow(hasher: _Hasher, value: Any) -> bytes | None:
 def _arrow_array(hasher: _Hasher, value: Any) -> bytes:
     """Hash an Arrow array by its values: slices, chunks and what lies under nulls leave no trace."""
     pyarrow = sys.modules["pyarrow"]
-    import pyarrow.compute as compute
+    from pyarrow import compute
 
     kind, types_ = value.type, pyarrow.types
     tag = f"arrow|{kind}|{len(value)}"

@@ -223,7 +223,7 @@ class FileSystemLockManager(LockManager):
 
 def _opened(path: str) -> IO[bytes]:
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    return open(path, "ab")  # noqa: SIM115 - it is open as long as the lock is held
+    return open(path, "ab")
 
 
 def _try(file: IO[bytes]) -> bool:

@@ -210,7 +210,7 @@ def _task_info(task: Task[..., Any]) -> TaskInfo:
 
 def parameters_digest(flow_run: FlowRun) -> str | None:
     """Return the hash of a flow's parameters for nested tasks; None if it would cost much or cannot be made."""
-    parameters = flow_run.parameters
+    parameters: Any = flow_run.parameters
     if type(parameters) is hashing.Digest:
         return parameters.text
     if not parameters or worker_runtime.size(parameters) > SMALL:
@@ -325,7 +325,7 @@ class Item:
 
 
 def _with_defaults(bound: inspect.BoundArguments) -> dict[str, Any]:
-    full = inspect.BoundArguments(bound.signature, bound.arguments.copy())  # type: ignore[arg-type]
+    full = inspect.BoundArguments(bound.signature, bound.arguments.copy())
     full.apply_defaults()
     return dict(full.arguments)
 
@@ -345,15 +345,15 @@ def _known(value: Any, sharing: Sharing) -> tuple[Any, bool]:
 
     def leaf(item: Any, tolerant: bool) -> Any:
         nonlocal known
-        upstream = item if type(item) is Item else _run_of(item)
+        part = isinstance(item, Item)
+        upstream = item.run if part else _run_of(item)
         if upstream is None:
             return item
-        run = upstream.run if type(upstream) is Item else upstream
-        key = None if tolerant or sharing.looks else lineage(run, sharing)
+        key = None if tolerant or sharing.looks else lineage(upstream, sharing)
         if key is None:
             known = False
             return item
-        parts = ("lineage", key, upstream.index) if type(upstream) is Item else ("lineage", key)
+        parts = ("lineage", key, item.index) if part else ("lineage", key)
         return hashing.Digest(hashing.stable_hash(*parts))
 
     return refs.replace(value, leaf), known

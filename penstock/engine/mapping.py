@@ -252,7 +252,10 @@ class Making:
         if not self._keys.needed(runs[0]):
             return
         for number, run in enumerate(runs):
-            given = {place: self._same[place] if place in self._same else parts[place].token(number) for place in self._places}
+            given = {
+                place: self._same[place] if place in self._same else parts[place].token(number)
+                for place in self._places
+            }
             self._keys.element(run, given, self._same)
 
     def _names(self, parts: dict[int | str, Part], start: int, count: int) -> list[str] | None:

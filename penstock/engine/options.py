@@ -191,15 +191,17 @@ def changed_results(
     if any(one is not NOT_GIVEN for one in caching):
         policy, key_fn, expiration, refresh, in_memory = caching
         before_ = (said.expiration, said.refresh, said.in_memory)
-        rest = [w if n is NOT_GIVEN else n for n, w in zip((expiration, refresh, in_memory), before_, strict=True)]
+        rest = [
+            w if n is NOT_GIVEN else n for n, w in zip((expiration, refresh, in_memory), before_, strict=True)
+        ]
         if policy is NOT_GIVEN and key_fn is NOT_GIVEN:
             key_fn, policy = said.key_fn, NOT_GIVEN if said.policy is None or said.key_fn else said.policy
         elif key_fn is NOT_GIVEN:
             key_fn = None
-        said = read_cache_options(policy, key_fn, *rest, merged[0])
+        said = read_cache_options(policy, key_fn, rest[0], rest[1], rest[2], merged[0])
     elif persist is False and said.asks:
         said = read_cache_options(said.policy, None, said.expiration, said.refresh, said.in_memory, persist)
-    return read_options(*merged, said)
+    return read_options(merged[0], merged[1], merged[2], merged[3], said)
 
 
 def changed(options: Any, changes: Mapping[str, Any]) -> Any:

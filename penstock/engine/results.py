@@ -143,11 +143,13 @@ def read_options(
     if persist is not None and not isinstance(persist, bool) and persist != "large":
         message = f"'persist_result' must be True, False, None or 'large', got {persist!r}."
         raise errors.ConfigurationError(message)
-    if serializer is not None and not isinstance(serializer, tuple) and serializer not in result_formats.NAMES:
+    if (
+        serializer is not None
+        and not isinstance(serializer, tuple)
+        and serializer not in result_formats.NAMES
+    ):
         names = ", ".join(repr(name) for name in result_formats.NAMES)
-        message = (
-            f"'result_serializer' must be one of {names}, or an object with 'dumps' and 'loads', got {serializer!r}."
-        )
+        message = f"'result_serializer' must be one of {names}, or an object with 'dumps' and 'loads', got {serializer!r}."
         raise errors.ConfigurationError(message)
     if key is not None:
         _check_key(key)
@@ -250,7 +252,9 @@ def fill_place(run: TaskRun, parameters: Mapping[str, Any]) -> str:
         filled = _PARAMETERS.sub(lambda match: _text_of(match[0], parameters), template)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        message = f"'result_storage_key' {template!r} of {run.task.name!r} does not fit its parameters ({reason})."
+        message = (
+            f"'result_storage_key' {template!r} of {run.task.name!r} does not fit its parameters ({reason})."
+        )
         raise errors.ConfigurationError(message) from error
     flow = run.flow_run
     folder, name = (flow.id, flow.name) if flow is not None else (run.root, "")

@@ -295,9 +295,7 @@ def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def _write(
-    place: Any, key: str, prepared: Any, run: str, attempt: int, order: dict[str, Any]
-) -> _Header:
+def _write(place: Any, key: str, prepared: Any, run: str, attempt: int, order: dict[str, Any]) -> _Header:
     """Write a value, and return the header that makes it a result."""
     extension = formats.EXTENSIONS[prepared.format]
     name = f"{key}-{attempt}-{os.urandom(4).hex()}{extension}"

@@ -599,7 +599,9 @@ def stored_under(running: Any, call: Any, args: Any, kwargs: Any) -> bool:
     try:
         lookups = importlib.import_module("penstock.engine.lookups")
     except ImportError:
-        running.log("WARNING", "caching is off for this run: its worker cannot import penstock to make the key")
+        running.log(
+            "WARNING", "caching is off for this run: its worker cannot import penstock to make the key"
+        )
         return False
     key = lookups.keyed(order, running, call, args, kwargs)
     if key is None:
