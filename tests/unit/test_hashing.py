@@ -88,7 +88,7 @@ def many() -> list[Any]:
         collections.defaultdict(list, a=[1]), collections.Counter("aab"), range(3), slice(1, 2), Ellipsis,
         Colour.RED, Colour.BLUE, Point(1), Point(1, 2), Model(a=1), Model(a=1, b=["x"]), Plain(a=1), Plain(a=2),
         Plain(b=1), Adder(1), Adder(2), Tokenised("a"), Tokenised("b"), pathlib.Path("/a"), pathlib.Path("/b"),
-        stamp, zoned, stamp.date(), stamp.time(), dt.timedelta(1), dt.timedelta(seconds=1), dt.timezone.utc,
+        stamp, zoned, stamp.date(), stamp.time(), dt.timedelta(1), dt.timedelta(seconds=1), dt.UTC,
         decimal.Decimal("1.0"), decimal.Decimal("1.00"), len, max, int, Point, scaled(1.0), scaled(2.0), np.sum,
         functools.partial(pow, 2), functools.partial(pow, 3), Adder(1).__call__, os, str.upper,
         np.float64(1), np.float32(1), np.int64(1), np.arange(6), np.arange(6.0), np.arange(6).reshape(2, 3),
