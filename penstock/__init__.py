@@ -19,6 +19,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from penstock.engine.annotations import allow_failure, allow_skipped, freeze, opaque, quote, unmapped
     from penstock.engine.branching import branch
+    from penstock.engine.cache import (
+        DEFAULT,
+        FLOW_PARAMETERS,
+        INPUTS,
+        NO_CACHE,
+        NONE,
+        RUN_ID,
+        TASK_SOURCE,
+        CachePolicy,
+        IsolationLevel,
+        task_input_hash,
+    )
     from penstock.engine.context import tags
     from penstock.engine.dask_client import get_dask_client
     from penstock.engine.flow import Flow, flow
@@ -32,6 +44,7 @@ if TYPE_CHECKING:
         resolve_futures_to_states,
         wait,
     )
+    from penstock.engine.locking import FileSystemLockManager, LockManager, MemoryLockManager
     from penstock.engine.logs import get_run_logger
     from penstock.engine.placement import remote_options
     from penstock.engine.reference import Reference, put
@@ -110,6 +123,20 @@ __all__ = [
     "quote",
     "opaque",
     "freeze",
+    # results that are found again
+    "CachePolicy",
+    "INPUTS",
+    "TASK_SOURCE",
+    "RUN_ID",
+    "FLOW_PARAMETERS",
+    "DEFAULT",
+    "NO_CACHE",
+    "NONE",
+    "task_input_hash",
+    "IsolationLevel",
+    "LockManager",
+    "MemoryLockManager",
+    "FileSystemLockManager",
     # results that are stored
     "ResultStorage",
     "load_result",
@@ -176,6 +203,18 @@ __all__ = [
 _ENGINE = {
     "annotations": ("unmapped", "allow_failure", "allow_skipped", "quote", "opaque", "freeze"),
     "branching": ("branch",),
+    "cache": (
+        "CachePolicy",
+        "INPUTS",
+        "TASK_SOURCE",
+        "RUN_ID",
+        "FLOW_PARAMETERS",
+        "DEFAULT",
+        "NO_CACHE",
+        "NONE",
+        "task_input_hash",
+        "IsolationLevel",
+    ),
     "context": ("tags",),
     "dask_client": ("get_dask_client",),
     "flow": ("flow", "Flow"),
@@ -189,6 +228,7 @@ _ENGINE = {
         "resolve_futures_to_results",
         "resolve_futures_to_states",
     ),
+    "locking": ("LockManager", "MemoryLockManager", "FileSystemLockManager"),
     "logs": ("get_run_logger",),
     "placement": ("remote_options",),
     "reference": ("put", "Reference"),

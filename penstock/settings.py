@@ -58,6 +58,12 @@ class Settings:
         Where: a directory or a URL of fsspec; empty for ``storage`` in `home`.
     results_default_serializer : str
         In which format, such as "parquet"; "auto" chooses by the value.
+    tasks_refresh_cache : bool
+        Whether tasks that do not say it themselves make cached results again.
+    tasks_disable_caching : bool
+        Whether no stored result is taken in the place of a run.
+    tasks_default_no_cache : bool
+        Whether only tasks with a ``cache_policy`` or ``cache_key_fn`` are cached.
     shared_memory : {"auto", "off"}
         Whether the processes of one host share large values on Dask instead of sending copies.
     tracking : {"on", "off"}
@@ -79,6 +85,9 @@ class Settings:
     results_persist_by_default: Literal["false", "true", "large"] = "false"
     default_result_storage: str = ""
     results_default_serializer: str = "auto"
+    tasks_refresh_cache: bool = False
+    tasks_disable_caching: bool = False
+    tasks_default_no_cache: bool = False
     shared_memory: Literal["auto", "off"] = "auto"
     tracking: Literal["on", "off"] = "on"
     spool_sync: Literal["process", "power"] = "process"
@@ -345,6 +354,9 @@ _CHECKS: Mapping[str, _Check] = {
     "results_persist_by_default": _persistence,
     "default_result_storage": _storage,
     "results_default_serializer": _one_of(*FORMATS),
+    "tasks_refresh_cache": _truth,
+    "tasks_disable_caching": _truth,
+    "tasks_default_no_cache": _truth,
     "shared_memory": _automatic,
     "tracking": _switch,
     "spool_sync": _one_of("process", "power"),

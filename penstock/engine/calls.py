@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from penstock.engine.clock import Alarm
     from penstock.engine.deadline import Deadline
     from penstock.engine.graph import Edge
+    from penstock.engine.lookups import Caching
     from penstock.engine.mapped import Mapped
     from penstock.engine.recipes import Recipe
     from penstock.engine.recollection import Recollection
@@ -110,6 +111,7 @@ class TaskRun:
         "_id",
         "_name",
         "alarm",
+        "caching",
         "call",
         "callbacks",
         "cancelling",
@@ -125,6 +127,7 @@ class TaskRun:
         "excuses",
         "failures",
         "flow_run",
+        "hit",
         "index",
         "inside",
         "items",
@@ -213,6 +216,8 @@ class TaskRun:
         self.ended = 0.0
         self.nbytes = 0
         self.stored: dict[str, Any] | None = None  # where the value was stored, see `results`
+        self.caching: Caching | None = None  # what is looked up or stored under which key, see `lookups`
+        self.hit: dict[str, Any] | None = None  # where the value lies that is in a storage only
         self.worker = ""
         self.alarm: Alarm | None = None
         self.child_flow_run: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from penstock.engine import hook_calls, invoke, values
+from penstock.engine import hook_calls, invoke, locking, lookups, values
 from penstock.engine.calls import Bound, Call, Source, TaskRun
 from penstock.engine.graph import admits
 from penstock.engine.hooks import Hook
@@ -49,8 +49,7 @@ def steps(run: TaskRun, scope: Scope, call: Call, return_state: bool, *, lazily:
     if dead is not None:
         session.never_direct(run, dead)
     else:
-        inputs = values.of_sources(session, call.sources)
-        yield from _attempts(run, scope, call, inputs, lazily=lazily)
+        yield from _attempts(run, scope, call, lazily=lazily)
     state = values.state_of(run)
     yield from _hooks(run, run.task.options.hooks.of_task(run.type), state)
     if return_state:
@@ -61,8 +60,9 @@ def steps(run: TaskRun, scope: Scope, call: Call, return_state: bool, *, lazily:
     return run.value
 
 
-def _attempts(run: TaskRun, scope: Scope, call: Call, inputs: list[Any], *, lazily: bool) -> Steps:
+def _attempts(run: TaskRun, scope: Scope, call: Call, *, lazily: bool) -> Steps:
     session = scope.session
+    inputs: list[Any] | None = None
     options = run.task.options
     assert isinstance(call.arguments, Bound)
     given = 0
@@ -74,13 +74,23 @@ def _attempts(run: TaskRun, scope: Scope, call: Call, inputs: list[Any], *, lazi
         if options.hooks.on_running:
             yield from _hooks(run, options.hooks.on_running, hook_calls.running_state(run))
         order = invoke.work_order(run, call, session.prints_of(run))
+        if lazily:
+            order.pop("commit", None)  # its items are never together in one value
         attempt = worker_runtime.Attempt(order, None, session.scope_of(run))
+        if (yield from _is_stored(attempt)):
+            session.ended_here(run, *attempt.outcome)
+            continue
+        if inputs is None:
+            inputs = values.of_sources(session, call.sources)
         guard = worker_runtime.Guard(options.inputs)
         args, kwargs = call.arguments(guard.values(inputs))
         if guard.copies:  # else the caller's own arguments are passed as by any call
             args, kwargs = guard.arguments(args, kwargs, private=False)
         if call.naming is not None:
             order["name"] = worker_runtime.name_from(call.naming, run.task.fn, args, kwargs)
+        if (yield from _is_stored(attempt, args, kwargs)):
+            session.ended_here(run, *attempt.outcome)
+            continue
         if order["prints"]:
             worker_runtime.route_prints()
         attempt.running.called = (run.task.fn, args, kwargs)
@@ -154,6 +164,34 @@ def _ask(run: TaskRun, asked: hook_calls.Condition) -> Steps:
         run.carrier.hooks.no_answer(run, error)
     with run.carrier.changing():
         asked.decide(again)
+
+
+def _is_stored(attempt: worker_runtime.Attempt, args: Any = None, kwargs: Any = None) -> Steps:
+    """Answer whether the result of an attempt is stored already; then the attempt has ended with it.
+
+    Before the arguments are there, the key may be known; with them, it can be made.
+    """
+    running = attempt.running
+    commit = running.order.get("commit")
+    if commit is None or ("cache" in commit) is not (args is None):
+        return False
+    try:
+        if args is not None:
+            order = lookups.with_key(commit, running, args, kwargs)
+            if order is None:
+                return False
+            commit = running.order["commit"] = order
+        while not lookups.locked(commit, running):  # nobody may block an event loop
+            yield Sleep(locking.PAUSE)
+        if not worker_runtime.recall(running):
+            return False
+    except Exception:
+        with attempt:
+            raise
+        return True
+    with attempt:
+        attempt.value = running.found
+    return True
 
 
 def _blocks(source: Source) -> bool:

@@ -27,6 +27,7 @@ from penstock.engine.options import (
     retry_policy,
     view,
 )
+from penstock.engine.payload import serializer_of
 from penstock.engine.results import Persistence, Storage, read_options
 from penstock.engine.retry import DelayOption
 from penstock.engine.states import State
@@ -154,7 +155,7 @@ class Flow(Generic[P, R]):
             retry=retry_policy(retries, retry_delay_seconds, None, 0, settings().flow_default_retries),
             retry_delay_seconds=retry_delay_seconds,
             on_exit=on_exit,
-            results=read_options(persist_result, result_storage, None, result_serializer),
+            results=read_options(persist_result, result_storage, None, serializer_of(result_serializer)),
             hooks=read_hooks(
                 "flow",
                 on_completion=on_completion,
@@ -442,7 +443,11 @@ class Flow(Generic[P, R]):
                 "retry_delay_seconds": delay,
                 "on_exit": on_exit,
                 "results": changed_results(
-                    self.options.results, persist_result, result_storage, NOT_GIVEN, result_serializer
+                    self.options.results,
+                    persist_result,
+                    result_storage,
+                    NOT_GIVEN,
+                    serializer_of(result_serializer),
                 ),
                 "hooks": changed_hooks(
                     self.options.hooks,

@@ -211,7 +211,7 @@ class FlowRunScope:
                 message = f"Validation of flow parameters failed with error: {error}"
                 raise errors.ParameterTypeError(message) from None
         self.args, self.kwargs = parameters.unbind(self.flow.signature, self.arguments)
-        self.flow_run.parameters = self.arguments
+        self.flow_run.parameters = dict(self.arguments)
 
     def planned_steps(self, wait_for: Any, return_state: bool) -> Steps:
         """Call the function in the plan that surrounds it: no runner is opened, and nothing is waited for."""

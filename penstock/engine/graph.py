@@ -72,7 +72,9 @@ class Graph:
         if upstream.dependants is None:
             upstream.dependants = []
         upstream.dependants.append(edge)
-        if self.native and upstream.released and not tolerant and upstream.items is None:
+        # A run that has its value already (`hit`) waits for the end of its upstreams: it goes nowhere.
+        native = self.native and upstream.items is None and run.hit is None
+        if native and upstream.released and not tolerant:
             edge.satisfied = True
         else:
             run.waiting += 1
@@ -117,7 +119,7 @@ class Graph:
         if not self.native or run.items is not None:
             return
         for edge in run.dependants or ():
-            if not edge.tolerant and not edge.satisfied:
+            if not edge.tolerant and not edge.satisfied and edge.run.hit is None:
                 edge.satisfied = True
                 edge.run.waiting -= 1
                 if edge.run.waiting == 0 and not edge.run.done:

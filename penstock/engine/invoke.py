@@ -73,7 +73,8 @@ def stage_order(runs: Sequence[TaskRun], mapped: Mapped, session: Session) -> di
         order["names"] = [run.name for run in runs]
     commit = results.commit_order(runs[0])
     if commit is not None:  # one for all, unless its place is made of what each is called
-        commits = [results.commit_order(run) for run in runs] if options.results.key else [commit]
+        several = options.results.key or runs[0].caching is not None
+        commits = [results.commit_order(run) for run in runs] if several else [commit]
         order["commits"] = commits if len(commits) > 1 else commit
     if session.in_process:
         order["scopes"] = [session.scope_of(run) for run in runs]

@@ -25,6 +25,7 @@ from penstock.engine.calls import Source, TaskRun
 from penstock.engine.chunks import Packer
 from penstock.engine.context import Scope, current_tags
 from penstock.engine.futures import PenstockFuture, run_of
+from penstock.engine.lookups import Item, MapPlan
 from penstock.engine.mapped import Capture, Column, Mapped
 from penstock.engine.options import TaskOptions, run_name
 from penstock.engine.seeds import next_ordinal
@@ -71,6 +72,10 @@ class Part:
         """Return the argument of one element."""
         item = self.items[index]
         return item if self.wrap is None else self.wrap(item)
+
+    def token(self, index: int) -> Any:
+        """Return the argument of one element, as it counts for its cache key."""
+        return self.at(index) if self.of is None else Item(self.of, self.items[index])
 
 
 def submit(
@@ -227,6 +232,7 @@ class Making:
         self._packer = packing(task.options, session.runner, self.window, count, self._reason)
         self._map_id = events.new_id()
         self._ordinal = next_ordinal(scope, task.name)
+        self._keys = MapPlan(task, scope.flow_run, in_process=session.in_process)
         tags = task.options.tags | current_tags()
         self._tags = tags | (scope.flow_run.tags if scope.flow_run else frozenset())
 
@@ -278,12 +284,24 @@ class Making:
             )
             run.mapped, run.ordinal = mapped, self._ordinal
             runs.append(run)
+        self._plan_keys(runs, parts)
         named = {_parameter(task, place): part for place, part in parts.items()}
         body = {"name": task.name, "start": start, "count": count, **_edges(runs, named, mapped)}
         if names is not None:
             body["names"] = names
         scope.session.journal.map_made(runs[0], body, self._bound.arguments)
         return runs
+
+    def _plan_keys(self, runs: list[TaskRun], parts: dict[int | str, Part]) -> None:
+        """Make the cache keys of elements, if any."""
+        if not self._keys.needed(runs[0]):
+            return
+        for number, run in enumerate(runs):
+            given = {
+                place: self._same[place] if place in self._same else parts[place].token(number)
+                for place in self._places
+            }
+            self._keys.element(run, given, self._same)
 
     def _names(self, parts: dict[int | str, Part], start: int, count: int) -> list[str] | None:
         """Return the names of the elements, None if they are just numbered."""

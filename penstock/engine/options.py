@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
 from penstock import errors
+from penstock.engine import cache
+from penstock.engine.cache import read_cache_options
 from penstock.engine.hooks import NO_HOOKS, Hook, Hooks
 from penstock.engine.results import Persistence, ResultOptions, Storage, read_options
 from penstock.engine.retry import DelayOption, RetryPolicy, read_delays, read_jitter
@@ -19,15 +21,7 @@ from penstock.runners.base import Options
 RunName = str | Callable[..., str] | None
 
 
-class NotGiven:
-    """Stands for an option that was not given, where None is a value."""
-
-    def __repr__(self) -> str:
-        """Show in signatures."""
-        return "NOT_GIVEN"
-
-
-NOT_GIVEN: Final[Any] = NotGiven()
+NOT_GIVEN: Final[Any] = cache.NOT_GIVEN
 RESERVED = ("return_state", "wait_for")
 
 
@@ -280,13 +274,43 @@ def check_signature(function: Callable[..., Any]) -> inspect.Signature:
 
 
 def changed_results(
-    old: ResultOptions, persist: Persistence, storage: Storage, key: str | None, serializer: str | None
+    old: ResultOptions,
+    persist: Persistence,
+    storage: Storage,
+    key: str | None,
+    serializer: Any,
+    caching: tuple[Any, ...] = (),
 ) -> ResultOptions:
-    """Merge what is said of results; None takes something back."""
+    """Merge what is said of results; None takes something back.
+
+    Parameters
+    ----------
+    old : ResultOptions
+        What was said before.
+    persist, storage, key, serializer
+        The options, or `NOT_GIVEN`.
+    caching : tuple
+        Policy, key function, expiration, refresh and whether in memory, likewise; the one of policy and
+        key function that is given takes the other's place.
+    """
     new = (persist, storage, key, serializer)
     before = (old.persist, old.storage, old.key, old.serializer)
     merged: list[Any] = [was if now is NOT_GIVEN else now for now, was in zip(new, before, strict=True)]
-    return read_options(*merged)
+    said = old.caching
+    if any(one is not NOT_GIVEN for one in caching):
+        policy, key_fn, expiration, refresh, in_memory = caching
+        before_ = (said.expiration, said.refresh, said.in_memory)
+        rest = [
+            w if n is NOT_GIVEN else n for n, w in zip((expiration, refresh, in_memory), before_, strict=True)
+        ]
+        if policy is NOT_GIVEN and key_fn is NOT_GIVEN:
+            key_fn, policy = said.key_fn, NOT_GIVEN if said.policy is None or said.key_fn else said.policy
+        elif key_fn is NOT_GIVEN:
+            key_fn = None
+        said = read_cache_options(policy, key_fn, rest[0], rest[1], rest[2], merged[0])
+    elif persist is False and said.asks:
+        said = read_cache_options(said.policy, None, said.expiration, said.refresh, said.in_memory, persist)
+    return read_options(merged[0], merged[1], merged[2], merged[3], said)
 
 
 def changed_hooks(old: Hooks, owner: str, **given: Iterable[Hook] | None) -> Hooks:

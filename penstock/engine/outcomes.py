@@ -158,7 +158,10 @@ def ended(session: Session, run: TaskRun, record: dict[str, Any], nbytes: int, w
         _made_by_hand(session, run, record["state"], details)
         return
     if status == "completed":
-        session.settle(run, StateType.COMPLETED, **details)
+        cached = "stored" in record and record["stored"].get("cached")
+        session.settle(run, StateType.COMPLETED, "Cached" if cached else None, **details)
+        if run.stored is not None and not run.task.options.results.caching.in_memory:
+            session.keep_stored_only(run)
         return
     described = record["error"]
     failure = _failure(run, described, record)

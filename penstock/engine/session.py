@@ -25,6 +25,7 @@ from penstock.engine import (
     hook_calls,
     invoke,
     items,
+    lookups,
     losses,
     nested,
     outcomes,
@@ -32,6 +33,7 @@ from penstock.engine import (
     placement,
     recipes,
     remaking,
+    results,
     run_context,
     seeds,
     skipping,
@@ -89,6 +91,7 @@ class Session:
         self._scopes: dict[FlowRun | None, Scope] = {}
         self._results: dict[FlowRun | None, tuple[Any, ...]] = {}
         self._abouts: dict[FlowRun, tuple[int, bytes]] = {}
+        self._parameters: dict[FlowRun | None, str | None] = {}
         self._functions: dict[
             int, tuple[Any, bytes]
         ] = {}  # the function is kept, so that its id stays its own
@@ -131,6 +134,7 @@ class Session:
             "runner": self.runner.inside(),
             "results": self._results_of(flow),
             "about": self._about(flow),
+            "parameters": self._parameters_of(flow),
         }
 
     def _about(self, flow: FlowRun | None) -> bytes:
@@ -141,6 +145,11 @@ class Session:
         if found is None or found[0] != flow.position.attempt:
             found = self._abouts[flow] = (flow.position.attempt, run_context.pack_flow(flow))
         return found[1]
+
+    def _parameters_of(self, flow: FlowRun | None) -> str | None:
+        if flow not in self._parameters:
+            self._parameters[flow] = lookups.parameters_digest(flow) if flow is not None else None
+        return self._parameters[flow]
 
     def _results_of(self, flow: FlowRun | None) -> tuple[Any, ...]:
         packed = self._results.get(flow)
@@ -260,6 +269,7 @@ class Session:
             If a run would have to wait for the one that submits it.
         """
         self._check_depth(scope, runs[0])
+        lookups.find(self, runs)
         running = worker_runtime.current()
         if running is not None:  # a task ends when its children have ended
             nested.children_of(running, self).runs.update(runs)
@@ -368,6 +378,9 @@ class Session:
             if one.cancelling and not one.done:  # it was asked to stop while it was taken back
                 self.settle(one, StateType.CANCELLED, None, "Cancelled before it started.")
                 continue
+            if one.hit is not None:
+                self._take_hit(one)
+                continue
             if self.quarantine.add(one):
                 continue
             self.buffer.add(one, leading=leading)
@@ -375,6 +388,18 @@ class Session:
                 one.released = True
                 pending.extend(self.graph.released(one))
             # an element is handed out when its packer lets it go (`_take`)
+
+    def _take_hit(self, run: TaskRun) -> None:
+        """A run has a stored result: it ends without having begun, and its value stays where it is."""
+        run.stored = run.hit
+        assert run.stored is not None
+        run.nbytes = run.stored["nbytes"]
+        self.settle(run, StateType.COMPLETED, "Cached", stored=results.location(run.stored))
+
+    @staticmethod
+    def keep_stored_only(run: TaskRun) -> None:
+        """Keep no copy of a stored value in memory."""
+        run.hit, run.ref, run.value, run.place = run.stored, None, None, -1
 
     def flush(self) -> None:
         """Send whatever waits: somebody looks at a future."""

@@ -7,11 +7,13 @@ import functools
 import inspect
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import replace as with_fields
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast, overload
 
 from penstock import errors
-from penstock.engine import ambient, direct, mapping, payload, placement, revision, skipping
+from penstock.engine import ambient, direct, lookups, mapping, payload, placement, revision, skipping
 from penstock.engine.annotations import TOLERANCE_OF
+from penstock.engine.cache import CachePolicy, read_cache_options
 from penstock.engine.caller import Caller, wait_sources
 from penstock.engine.calls import Bound, Call, Source, TaskRun
 from penstock.engine.context import Scope, current_tags
@@ -34,6 +36,7 @@ from penstock.engine.options import (
     view,
     warn_unused,
 )
+from penstock.engine.payload import serializer_of
 from penstock.engine.refs import replace
 from penstock.engine.results import Persistence, Storage, read_options
 from penstock.engine.retry import DelayOption
@@ -118,16 +121,28 @@ class Task(Generic[P, R]):
         Where: a directory or any URL of fsspec; ``storage`` in ``PENSTOCK_HOME`` by default.
     result_storage_key : str, optional
         Template for the place there, of ``{task_run.id}``, ``{task_run.name}``, ``{flow_run.id}``,
-        ``{flow_run.name}``, ``{task.name}`` and ``{index}``. A later run replaces an earlier one.
-    result_serializer : str, optional
+        ``{flow_run.name}``, ``{task.name}``, ``{index}`` and ``{parameters[x]}``. A later run replaces
+        an earlier one.
+    result_serializer : str or object, optional
         "pickle", "json", "npy", "npz", "arrow", "parquet", "zarr", "compressed/pickle",
-        "compressed/json"; by the value if not given.
+        "compressed/json", or an object with ``dumps`` and ``loads``; by the value if not given.
     on_completion, on_failure, on_running, on_skipped : list of callable, optional
         Called in the driver as ``hook(task, task_run, state)``, coroutine functions too: before the
         future counts as done, while dependants go on. `on_failure` when no attempt is left, also after a
         crash; `on_running` at each attempt.
     viz_return_value, asset_deps : object, optional
         Taken for the sake of existing scripts, and ignored with a warning.
+    cache_policy : CachePolicy, optional
+        When two calls have one result: `INPUTS`, `TASK_SOURCE`, `RUN_ID`, `FLOW_PARAMETERS`, sums of
+        them, or one of your own. If not given: `DEFAULT`, where results are stored; None is `NO_CACHE`.
+    cache_key_fn : callable, optional
+        ``(context, arguments) -> key``, in the place of a policy.
+    cache_expiration : timedelta or float, optional
+        How long after it was stored a result is taken; a number is seconds.
+    refresh_cache : bool, optional
+        Run, and store the result in the place of the old one.
+    cache_result_in_memory : bool
+        False: a stored result is read from its storage whenever it is needed.
     """
 
     def __init__(
@@ -160,13 +175,18 @@ class Task(Generic[P, R]):
         persist_result: Persistence = None,
         result_storage: Storage = None,
         result_storage_key: str | None = None,
-        result_serializer: str | None = None,
+        result_serializer: Any = None,
         on_completion: Iterable[Hook] | None = None,
         on_failure: Iterable[Hook] | None = None,
         on_running: Iterable[Hook] | None = None,
         on_skipped: Iterable[Hook] | None = None,
         viz_return_value: Any = None,
         asset_deps: Any = None,
+        cache_policy: CachePolicy | None = NOT_GIVEN,
+        cache_key_fn: Callable[..., str | None] | None = None,
+        cache_expiration: timedelta | float | None = None,
+        refresh_cache: bool | None = None,
+        cache_result_in_memory: bool = True,
     ) -> None:
         self._kind: Any = type(fn)  # of a method: whether it gets the instance, the class, or nothing
         if isinstance(fn, (staticmethod, classmethod)):
@@ -212,13 +232,26 @@ class Task(Generic[P, R]):
             on_skip=on_skip,
             skip_if=skipping.asker(self.signature, skip_if),
             task_runner=task_runner,
-            results=read_options(persist_result, result_storage, result_storage_key, result_serializer),
             hooks=read_hooks(
                 "task",
                 on_completion=on_completion,
                 on_failure=on_failure,
                 on_running=on_running,
                 on_skipped=on_skipped,
+            ),
+            results=read_options(
+                persist_result,
+                result_storage,
+                result_storage_key,
+                serializer_of(result_serializer),
+                read_cache_options(
+                    cache_policy,
+                    cache_key_fn,
+                    cache_expiration,
+                    refresh_cache,
+                    cache_result_in_memory,
+                    persist_result,
+                ),
             ),
         )
 
@@ -339,6 +372,7 @@ class Task(Generic[P, R]):
         sources.extend(call.sources)
         assert isinstance(call.arguments, Bound)
         run = self._run(bound, scope, call, local=True)
+        lookups.plan(run, bound, in_process=True)
         scope.session.journal.task_made(
             run, bound.arguments, parents_of(bound, call), call.naming is not None
         )
@@ -393,6 +427,7 @@ class Task(Generic[P, R]):
             placed = placement.placed(self)
             call = Caller(scope.session, placed, scope).call(bound.args, bound.kwargs, self._after(wait_for))
             run = placed._run(bound, scope, call)
+            lookups.plan(run, bound, in_process=scope.session.in_process)
             run.call = call
             named_later = call.naming is not None
             scope.session.journal.task_made(run, bound.arguments, parents_of(bound, call), named_later)
@@ -544,13 +579,18 @@ class Task(Generic[P, R]):
         persist_result: Persistence = NOT_GIVEN,
         result_storage: Storage = NOT_GIVEN,
         result_storage_key: str | None = NOT_GIVEN,
-        result_serializer: str | None = NOT_GIVEN,
+        result_serializer: Any = NOT_GIVEN,
         on_completion: Iterable[Hook] | None = NOT_GIVEN,
         on_failure: Iterable[Hook] | None = NOT_GIVEN,
         on_running: Iterable[Hook] | None = NOT_GIVEN,
         on_skipped: Iterable[Hook] | None = NOT_GIVEN,
         viz_return_value: Any = NOT_GIVEN,
         asset_deps: Any = NOT_GIVEN,
+        cache_policy: CachePolicy | None = NOT_GIVEN,
+        cache_key_fn: Callable[..., str | None] | None = NOT_GIVEN,
+        cache_expiration: timedelta | float | None = NOT_GIVEN,
+        refresh_cache: bool | None = NOT_GIVEN,
+        cache_result_in_memory: bool = NOT_GIVEN,
     ) -> Task[P, R]:
         """Make a task with other options; what is not given stays as it is. Tags are replaced."""
         old = self.options
@@ -598,7 +638,12 @@ class Task(Generic[P, R]):
                 "skip_if": NOT_GIVEN if skip_if is NOT_GIVEN else skipping.asker(self.signature, skip_if),
                 "task_runner": task_runner,
                 "results": changed_results(
-                    old.results, persist_result, result_storage, result_storage_key, result_serializer
+                    old.results,
+                    persist_result,
+                    result_storage,
+                    result_storage_key,
+                    serializer_of(result_serializer),
+                    (cache_policy, cache_key_fn, cache_expiration, refresh_cache, cache_result_in_memory),
                 ),
                 "hooks": changed_hooks(
                     old.hooks,
@@ -715,13 +760,18 @@ def task(
     persist_result: Persistence = None,
     result_storage: Storage = None,
     result_storage_key: str | None = None,
-    result_serializer: str | None = None,
+    result_serializer: Any = None,
     on_completion: Iterable[Hook] | None = None,
     on_failure: Iterable[Hook] | None = None,
     on_running: Iterable[Hook] | None = None,
     on_skipped: Iterable[Hook] | None = None,
     viz_return_value: Any = None,
     asset_deps: Any = None,
+    cache_policy: CachePolicy | None = NOT_GIVEN,
+    cache_key_fn: Callable[..., str | None] | None = None,
+    cache_expiration: timedelta | float | None = None,
+    refresh_cache: bool | None = None,
+    cache_result_in_memory: bool = True,
 ) -> TaskDecorator: ...
 def task(fn: Any = None, /, **options: Any) -> Any:
     """Turn a function into a task: ``@task`` or ``@task(retries=3, …)``.

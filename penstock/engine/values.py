@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from penstock import errors
+from penstock.engine import lookups
 from penstock.engine import results as stored
 from penstock.engine.annotations import SKIPPED_AS_NONE, SKIPPED_AS_STATE
 from penstock.engine.calls import Source, TaskRun
@@ -29,6 +31,8 @@ def is_at_hand(run: TaskRun) -> bool:
         return run.value is not None
     if isinstance(run.value, Stored):  # of a flow in the background, with references in it
         return False
+    if lookups.is_stored(run):
+        return run.value is not None
     return not run.completed or run.value is not None or run.ref is None or run.carrier.in_process
 
 
@@ -63,8 +67,24 @@ def results(runs: Sequence[TaskRun], *, raise_on_failure: bool = True) -> list[A
         error = exception_of(run)
         if error is not None and raise_on_failure:
             raise error
+        if lookups.is_stored(run) and run.value is None:
+            found.append(_read(run))
+            continue
         found.append(run.value if error is None else error)
     return found
+
+
+_reading = threading.Lock()
+
+
+def _read(run: TaskRun) -> Any:
+    """Read a value that lies in a storage, once for all who ask, if it may be kept here."""
+    if not run.task.options.results.caching.in_memory:
+        return stored.load(run)
+    with _reading:
+        if run.value is None:
+            run.value = stored.load(run)
+        return run.value
 
 
 def _fetch(session: Session, runs: Sequence[TaskRun]) -> None:

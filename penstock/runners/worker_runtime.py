@@ -24,6 +24,8 @@ Work order (a pickled dict of primitives)
     Where to store the value before the record is made, see `result_store`.
 ``skip_if`` (optional)
     A function, or its pickle, of args and kwargs: why the run is to be skipped, or None.
+``loads`` (optional)
+    ``{position: where}``: upstream values that are read from a storage, and not among `values`.
 ``picks`` (optional)
     ``{position: place}``: of that upstream value, which is a chunk's, only the item at the place.
 
@@ -135,7 +137,9 @@ class Running:
         self.over = False
         self.logs: list[tuple[float, str, str]] = []
         self.dropped = 0
-        self.stored: Any = None  # what an earlier attempt has stored: then the function does not run again
+        self.unlock: Any = None  # gives back the lock of a cache key
+        self.stored: Any = None  # what the record says of a stored value that is taken: no function runs
+        self.found: Any = None  # that value
         self.called: Any = None  # function, args and kwargs, once the call is about to be made
         self.nested: Any = None  # set by the engine when the task submits tasks of its own
         self.yielded = -1  # items that were handed on one by one
@@ -202,6 +206,8 @@ def run(
     """
     if isinstance(order, bytes):
         order = pickle.loads(order)
+    if "loads" in order:
+        values = _with_stored(values, order["loads"])
     if "stages" in order:
         return _run_chunk(order, function, arguments, values, key, on_start)
     attempt = Attempt(order, key, scope)
@@ -294,6 +300,8 @@ def _finished(
             details["state"] = state
         if state is None or state["type"] == "COMPLETED":
             value, error = _kept(running, value, details)
+    if running.unlock is not None:
+        running.unlock()
     if error is not None:
         value = None
         if details["status"] == "failed":
@@ -333,10 +341,8 @@ def _call(
     order = running.order
     if running.cancelled:
         raise Cancelled
-    found = stored_before(*_commit_of(order))
-    if found is not None:
-        value, running.stored = found
-        return value
+    if stored_before(running):
+        return running.found
     call = _function(function)
     guard = Guard(order.get("inputs", "readonly"))  # as long as it lives, a frame is copied on write
     args, kwargs = _arguments(arguments, guard.values(map(opened, values)))
@@ -345,6 +351,8 @@ def _call(
         order["name"] = name_from(order["naming"], call, args, kwargs)
     if "skip_if" in order:
         ask(order["skip_if"], args, kwargs)
+    if stored_under(running, call, args, kwargs):
+        return running.found
     running.called = (call, args, kwargs)
     if on_start is not None:
         on_start()
@@ -632,12 +640,85 @@ def commit(value: Any, order: dict[str, Any] | None, run: str, attempt: int) -> 
     return committed
 
 
-def stored_before(order: dict[str, Any] | None, run: str, attempt: int) -> tuple[Any, Any] | None:
-    """Return what `commit` returned in an earlier attempt, whose worker may have died right after."""
-    if order is None or attempt == 1:
-        return None
-    found: tuple[Any, Any] | None = _store().find(order, run)
-    return found
+def stored_before(running: Any) -> bool:
+    """Take the stored value of an earlier attempt, whose worker may have died after `commit`, or of a cache key."""
+    order, run, attempt = _commit_of(running.order)
+    if order is None:
+        return False
+    if "cache" in order:
+        return _recalled(running, order, run)
+    found = _store().find(order, run) if attempt > 1 else None
+    if found is None:
+        return False
+    running.found, running.stored = found
+    return True
+
+
+def stored_under(running: Any, call: Any, args: Any, kwargs: Any) -> bool:
+    """Make the cache key of a run from its values, if nobody could before; take what is stored under it."""
+    order = running.order.get("commit")
+    if order is None or "work" not in order:
+        return False
+    try:
+        lookups = importlib.import_module("penstock.engine.lookups")
+    except ImportError:
+        running.log(
+            "WARNING", "caching is off for this run: its worker cannot import penstock to make the key"
+        )
+        return False
+    key = lookups.keyed(order, running, call, args, kwargs)
+    if key is None:
+        return False
+    named = {} if order["named"] else {"key": _store().cache_place(key, order["folder"])}
+    order = running.order["commit"] = {**order, **named, "cache": key}
+    return _recalled(running, order, running.order["run"])
+
+
+def _recalled(running: Any, order: Any, run: str) -> bool:
+    """Take the value that is stored under a cache key; with a lock, wait for whoever makes it."""
+    lock = order.get("lock")
+    if lock is not None:
+        manager = pickle.loads(lock) if isinstance(lock, bytes) else lock
+        holder = f"{run}-{running.order.get('attempt', 1)}"
+        manager.acquire_lock(order["cache"], holder)
+        running.unlock = functools.partial(manager.release_lock, order["cache"], holder)
+    return recall(running)
+
+
+def recall(running: Any) -> bool:
+    """Take the value that is stored under the cache key of a run; a damaged one is made again."""
+    store = _store()
+    try:
+        found = store.recall(running.order["commit"], running.order["run"])
+    except store.Damaged as error:
+        running.log("WARNING", f"CacheCorrupt: {error}; the value is made again")
+        return False
+    if found is None:
+        return False
+    running.found, running.stored = found
+    return True
+
+
+class Kept:
+    """Stands among upstream values for one that lies in a storage."""
+
+    penstock_kept = True
+
+    def __init__(self, where: Any) -> None:
+        self._where = where
+
+    @property
+    def value(self) -> Any:
+        """Read the value."""
+        where = self._where
+        return where() if callable(where) else _store().load(where, where["run"])
+
+
+def _with_stored(values: Any, loads: dict[int, Any]) -> list[Any]:
+    """Put stored values in their places among the others."""
+    others = iter(values)
+    count = len(loads) + len(values)
+    return [Kept(loads[place]) if place in loads else next(others) for place in range(count)]
 
 
 def _commit_of(order: dict[str, Any]) -> tuple[Any, str, int]:
@@ -751,6 +832,8 @@ class _Stage:
             args, kwargs = Guard(self.mode).arguments(args, kwargs, private=self.private)
         if self.skip_if is not None:
             ask(self.skip_if, args, kwargs)
+        if self.commits is not None and stored_under(running, self.call, args, kwargs):
+            return running.found
         running.called = (self.call, args, kwargs)
         value = self.call(*args, **kwargs)
         return value if type(value) in _SIMPLE else _settled(running, value)
@@ -832,11 +915,10 @@ def _run_element(
         error: BaseException | None = None
         started, clock = time.time(), time.perf_counter()
         try:
-            found = None if stage.commits is None else stored_before(*_commit_of(running.order))
-            if found is None:
-                value = stage.invoke(number, running)
+            if stage.commits is not None and stored_before(running):
+                value = running.found
             else:
-                value, running.stored = found
+                value = stage.invoke(number, running)
         except BaseException as raised:
             error = raised
         if type(value) is Failed:
@@ -1030,8 +1112,11 @@ class _Arguments(pickle.Unpickler):
 
 
 def opened(value: Any) -> Any:
-    """Return the value in an envelope of the engine that nobody has pickled on the way."""
-    return value.value if getattr(type(value), "penstock_envelope", False) else value
+    """Return the value in an envelope of the engine that nobody has pickled on the way, or in a storage."""
+    kind = type(value)
+    if getattr(kind, "penstock_envelope", False) or getattr(kind, "penstock_kept", False):
+        return value.value
+    return value
 
 
 def _arguments(arguments: Any, values: Any) -> Any:
