@@ -28,7 +28,7 @@ from penstock.engine.options import (
 )
 from penstock.engine.refs import replace
 from penstock.engine.results import Persistence, Storage, read_options
-from penstock.engine.retry import DelayOption
+from penstock.engine.retry import CRASH_RETRIES, DelayOption
 from penstock.engine.steps import drive, drive_awaiting
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ class Task(Generic[P, R]):
     retry_condition_fn : callable, optional
         ``(task, task_run, state) -> bool``: whether to try again.
     crash_retries : int
-        Further attempts after the loss of a worker.
+        Further attempts after the loss of a worker: one if not given, and none where the worker
+        ran out of memory, since the same size would not fit again.
     idempotent : bool
         False: never started twice by penstock; a loss is the end.
     timeout_seconds : float, optional
@@ -110,7 +111,7 @@ class Task(Generic[P, R]):
         retry_delay_seconds: DelayOption = None,
         retry_jitter_factor: float | None = None,
         retry_condition_fn: Callable[..., Any] | None = None,
-        crash_retries: int = 1,
+        crash_retries: int = CRASH_RETRIES,
         idempotent: bool = True,
         timeout_seconds: float | None = None,
         log_prints: bool | None = None,
@@ -515,7 +516,7 @@ def task(
     retry_delay_seconds: DelayOption = None,
     retry_jitter_factor: float | None = None,
     retry_condition_fn: Callable[..., Any] | None = None,
-    crash_retries: int = 1,
+    crash_retries: int = CRASH_RETRIES,
     idempotent: bool = True,
     timeout_seconds: float | None = None,
     log_prints: bool | None = None,
