@@ -16,7 +16,7 @@ from penstock import flow, settings
 from penstock.engine.events import bus
 from penstock.engine.tracking import stop_tracking
 from penstock.runners import base, runner_class
-from penstock.runners.base import TaskRunner
+from penstock.runners.base import TaskRunner, shutdown_all
 from tests.record import Record
 
 CLASSES = {
@@ -47,6 +47,7 @@ def clean_environment(
     monkeypatch.setenv("PENSTOCK_HOME", str(home))
     settings.refresh()
     yield home
+    shutdown_all()  # a flow keeps the cluster that it has started, until the process ends
     stop_tracking()
     settings._current = None
 

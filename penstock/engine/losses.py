@@ -80,10 +80,11 @@ def lost(session: Session, run: TaskRun, report: Report) -> None:
     if isinstance(cause, errors.ResultLost) and run.excuses < EXCUSES:
         _without_input(session, run, cause)
         return
+    memory = isinstance(cause, errors.OutOfMemory)
     verdict = judge(
         cause,
         idempotent=options.idempotent,
-        budget=options.retry.crash_retries,
+        budget=options.retry.memory_retries if memory else options.retry.crash_retries,
         crashes=run.crashes,
         suspicions=run.suspicions,
         excuses=run.excuses,

@@ -39,7 +39,7 @@ from penstock.engine.options import (
 from penstock.engine.payload import serializer_of
 from penstock.engine.refs import replace
 from penstock.engine.results import Persistence, Storage, read_options
-from penstock.engine.retry import DelayOption
+from penstock.engine.retry import CRASH_RETRIES, DelayOption
 from penstock.engine.seeds import next_ordinal
 from penstock.engine.steps import Steps, drive, drive_awaiting, drive_giving, drive_giving_awaiting
 from penstock.engine.venues import check_wish
@@ -80,7 +80,8 @@ class Task(Generic[P, R]):
     retry_condition_fn : callable, optional
         ``(task, task_run, state) -> bool``: whether to try again.
     crash_retries : int
-        Further attempts after the loss of a worker.
+        Further attempts after the loss of a worker: one if not given, and none where the worker
+        ran out of memory, since the same size would not fit again.
     idempotent : bool
         False: never started twice by penstock; a loss is the end.
     timeout_seconds : float, optional
@@ -158,7 +159,7 @@ class Task(Generic[P, R]):
         retry_delay_seconds: DelayOption = None,
         retry_jitter_factor: float | None = None,
         retry_condition_fn: Callable[..., Any] | None = None,
-        crash_retries: int = 1,
+        crash_retries: int = CRASH_RETRIES,
         idempotent: bool = True,
         timeout_seconds: float | None = None,
         timeout_action: TimeoutAction = "abandon",
@@ -743,7 +744,7 @@ def task(
     retry_delay_seconds: DelayOption = None,
     retry_jitter_factor: float | None = None,
     retry_condition_fn: Callable[..., Any] | None = None,
-    crash_retries: int = 1,
+    crash_retries: int = CRASH_RETRIES,
     idempotent: bool = True,
     timeout_seconds: float | None = None,
     timeout_action: TimeoutAction = "abandon",

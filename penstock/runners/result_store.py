@@ -507,6 +507,15 @@ def _writer() -> str:
     return f"{host}+{space}"
 
 
+def _to_disk(file: Any) -> None:
+    """Have the bytes on disk before they get a name: after a power cut no name leads to half a result.
+
+    That the name itself outlives it is not waited for; a result without one is made again.
+    """
+    file.flush()
+    getattr(os, "fdatasync", os.fsync)(file.fileno())
+
+
 class Folder:
     """A directory, on this host or shared by many.
 
@@ -539,6 +548,7 @@ class Folder:
 
     def keep(self, file: Any, name: str) -> None:
         """Give a file its name."""
+        _to_disk(file)
         file.close()
         os.rename(file.name, self._path(name))
 
@@ -562,6 +572,7 @@ class Folder:
         file = self.create(key + EXTENSION)
         try:
             file.write(data)
+            _to_disk(file)
             file.close()
             if replace:
                 os.replace(file.name, path)

@@ -6,7 +6,6 @@ with a second horn of 42.7 sigma in channel 14 and about 18.5 sigma between them
 finds the peak of the (deconvolved) cube in the same channel, 90 arc seconds west and 90 north.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from penstock.demo import in_order, visibilities
 from penstock.demo.imaging import FIELD, SIZE
 from penstock.demo.report import Report
 from penstock.demo.visibilities import Visibilities
-from penstock.runners.base import shutdown_all
 
 DATA = Path(visibilities.__file__).parent / "data"
 MEBIBYTE = 2**20
@@ -120,13 +118,6 @@ def test_a_corrupted_calibrator_changes_the_flux(observation: Visibilities, repo
 # ------------------------------------------------------------------------------------- through the engine
 
 
-@pytest.fixture
-def no_kept_runner() -> Iterator[None]:
-    """A cluster that a flow started stays for later flows; here there are none."""
-    yield
-    shutdown_all()
-
-
 @pytest.mark.parametrize(
     "runner",
     [
@@ -135,7 +126,7 @@ def no_kept_runner() -> Iterator[None]:
     ],
 )
 def test_every_runner_makes_the_same_planes(
-    runner: str, report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_kept_runner: None
+    runner: str, report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from penstock.demo.flow import radio
 

@@ -23,6 +23,7 @@ from penstock import PenstockFutureList, allow_failure, errors, put, task
 from penstock.engine import context
 from penstock.runners.base import TaskRunner
 from tests import leftovers
+from tests.conftest import wait_until
 
 InFlow = Callable[..., Any]
 LARGE = 150_000  # numbers of an array that travels by reference, and is shared by the processes of a host
@@ -322,14 +323,17 @@ def lives_and_ends(runner: TaskRunner, in_flow: InFlow, steps: Steps) -> None:
 
 def expect_nothing(left: Callable[[], list[str]], seconds: float = 4.0) -> None:
     """Look again until nothing is left; say what it is."""
-    deadline = time.monotonic() + seconds
-    while True:
+    found: list[str] = []
+
+    def nothing() -> bool:
         gc.collect()
-        found = left()
-        if not found:
-            return
-        assert time.monotonic() < deadline, found
-        time.sleep(0.02)
+        found[:] = left()
+        return not found
+
+    try:
+        wait_until(nothing, seconds)
+    except AssertionError:
+        pytest.fail(f"left behind: {found}")
 
 
 def checked(runner: TaskRunner, in_flow: InFlow, examples: int, seconds: float) -> None:

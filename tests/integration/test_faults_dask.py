@@ -222,7 +222,7 @@ def test_an_argument_that_was_put_is_put_again(
 
 
 def test_a_worker_that_needs_too_much_memory_says_how_much(run: Run, record: Record) -> None:
-    @task(crash_retries=0)
+    @task  # at the same size it would not fit again, so nobody tries unless asked to
     def grows() -> int:
         held = []
         deadline = time.monotonic() + 20
@@ -234,6 +234,7 @@ def test_a_worker_that_needs_too_much_memory_says_how_much(run: Run, record: Rec
     with pytest.raises(errors.OutOfMemory, match=r"it used \d+ MB of the 300 MB"):
         run(lambda: grows.submit().result())
     assert record.task("grows").state["cause"] == "OutOfMemory"
+    assert record.task("grows").attempt == 1
 
 
 def test_a_worker_that_is_retired_takes_nothing_along(record: Record, tmp_path: Path) -> None:
