@@ -39,8 +39,6 @@ def steps(run: TaskRun, scope: Scope, call: Call, return_state: bool, *, lazily:
         The task is a generator: give each item to the caller when it asks for it (`steps.Give`).
     """
     session = scope.session
-    if run.done:  # restored from an earlier attempt of the flow
-        return values.state_of(run) if return_state else values.results([run])[0]
     run.call, run.direct, run.session, run.inside = call, True, session, scope.depth + 1
     session.begin_direct(run, scope)
     upstreams = [source.run for source in (*call.sources, *call.after) if source.run is not None]

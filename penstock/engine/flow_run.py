@@ -550,8 +550,8 @@ class FlowRunScope:
         parent = self.outer.flow_run if self.outer is not None else None
         if parent is None or parent.memory is None or self._problem is not None:
             return None
-        self._recalled_as = parent.memory.flow_key(self.flow.name, self.arguments)
-        found = parent.memory.flow(self._recalled_as)
+        self._recalled_as = parent.memory.key(self.flow.name, self.arguments)
+        found = parent.memory.find(self._recalled_as)
         if found is None:
             return None
         return State(StateType.COMPLETED, "Cached", "Restored from an earlier attempt.", found.data)
@@ -585,7 +585,7 @@ class FlowRunScope:
             and state.is_completed()
             and self.flow_run.results.persist is True
         ):
-            parent.memory.keep_flow(self._recalled_as, state)
+            parent.memory.keep(self._recalled_as, state)
         return state
 
     def lost(self, error: BaseException) -> None:

@@ -106,10 +106,7 @@ def submit(
     if not count:
         return []
     runs = Making(task, scope, bound, after, parts, count).piece(parts, 0, count)
-    memory = scope.flow_run.memory if scope.flow_run is not None else None
-    left = runs if memory is None else memory.restored_elements(runs, scope, bound.arguments)
-    if left:
-        scope.session.submit(left, scope)
+    scope.session.submit(runs, scope)
     return runs
 
 

@@ -377,8 +377,6 @@ class Task(Generic[P, R]):
         scope.session.journal.task_made(
             run, bound.arguments, parents_of(bound, call), call.naming is not None
         )
-        if scope.flow_run is not None and scope.flow_run.memory is not None:
-            scope.flow_run.memory.restored(run, scope, bound.arguments)
         return run, call
 
     # -- submit ---------------------------------------------------------------------------------
@@ -432,13 +430,12 @@ class Task(Generic[P, R]):
             run.call = call
             named_later = call.naming is not None
             scope.session.journal.task_made(run, bound.arguments, parents_of(bound, call), named_later)
-            memory = scope.flow_run.memory if scope.flow_run is not None else None
             reason = None
             if self.options.skip_if is not None and not any(source.run for source in call.sources):
                 reason = skipping.reason_here(self.options.skip_if, bound.args, bound.kwargs)
             if reason is not None:
                 scope.session.skip(run, scope, reason)
-            elif memory is None or not memory.restored(run, scope, bound.arguments):
+            else:
                 scope.session.submit([run], scope)
         except BaseException as error:
             errors.hide_frames(error)

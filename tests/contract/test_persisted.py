@@ -505,7 +505,7 @@ def test_a_place_can_be_named_and_the_latest_run_has_it(
         ({"persist_result": 1}, "'persist_result' must be True, False, None or 'large'"),
         ({"result_serializer": "yaml"}, "'result_serializer' must be one of 'auto', 'pickle'"),
         ({"result_storage": 3}, "'result_storage' must be a directory, a URL or a ResultStorage"),
-        ({"result_storage_key": "{parameters[x]}"}, "'result_storage_key' must be a template of"),
+        ({"result_storage_key": "{task.colour}"}, "'result_storage_key' must be a template of"),
         ({"result_storage_key": "../x"}, "'result_storage_key' must stay in the storage"),
     ],
 )
