@@ -65,8 +65,8 @@ def _cancel(session: Session, runs: list[TaskRun], force: bool) -> None:
 
 
 def cancel_unstarted(runs: Sequence[TaskRun]) -> None:
-    """Cancel what has not been sent; leave the rest alone."""
-    cancel([run for run in runs if run.key is None])
+    """Cancel what has not been sent, or waits for a worker that nobody has; leave the rest alone."""
+    cancel([run for run in runs if run.key is None or run in run.carrier.unplaced])
 
 
 def abandon(runs: Sequence[TaskRun]) -> None:
