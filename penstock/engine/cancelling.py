@@ -115,8 +115,9 @@ def _cancel(session: Session, runs: list[TaskRun], force: bool) -> None:
 
 
 def cancel_unstarted(runs: Sequence[TaskRun]) -> None:
-    """Cancel what has not been sent; leave the rest alone."""
-    cancel([run for run in runs if run.key is None and run.child_flow_run is None])
+    """Cancel what has not been sent, or waits for a worker that nobody has; leave the rest alone."""
+    unsent = [run for run in runs if run.key is None or run in run.carrier.unplaced]
+    cancel([run for run in unsent if run.child_flow_run is None])
 
 
 def abandon(runs: Sequence[TaskRun]) -> None:

@@ -101,6 +101,9 @@ class Session:
         self.quarantine = Quarantine()
         self.ordinals: seeds.Ordinals | None = None
         self.venues = venues.Venues()
+        self.unplaced: weakref.WeakSet[TaskRun] = (
+            weakref.WeakSet()
+        )  # no worker can run them, when last looked at
         self._crossed: weakref.WeakKeyDictionary[TaskRun, Ref] = weakref.WeakKeyDictionary()
         self.hooks = hook_calls.HookCalls(self)
         self._alarm: Alarm | None = None
@@ -497,6 +500,7 @@ class Session:
         for run in runs:
             if not run.done and run.type is StateType.PENDING:
                 run.message = message
+                self.unplaced.add(run)
                 self.journal.task_state(run)
 
     def _take(self) -> list[TaskRun | Chunk]:

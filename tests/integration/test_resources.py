@@ -54,11 +54,24 @@ def test_what_nobody_offers_waits_and_says_why(
             return
         wait_until(lambda: bool(future.state.message))
         assert future.state.type == "PENDING"
-        assert "no worker can run task 'where': it asks for GPU=10000" in future.state.message
+        assert future.state.message.startswith("no worker can run task 'where': it asks for ")
+        assert "GPU=10000" in future.state.message
         assert where.submit(2).result() > 0  # others go on
         future.cancel()
 
     flow(task_runner=runner)(lambda: body())()
+
+
+def test_a_flow_that_fails_does_not_wait_for_what_nobody_offers(runner: TaskRunner, wait_until: Any) -> None:
+    offered = not runner.unmet(Options(resources=tuple(ABSURD.items())))
+
+    def body() -> None:
+        future = asks_in_vain("option")
+        wait_until(lambda: future.done() if offered else bool(future.state.message))
+        raise ValueError("as asked")
+
+    with pytest.raises(ValueError, match="as asked"):
+        flow(task_runner=runner)(lambda: body())()
 
 
 def test_what_somebody_offers_runs(in_flow: InFlow) -> None:

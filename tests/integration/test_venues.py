@@ -1,7 +1,6 @@
 """Several runners in one flow: tasks and subflows that name theirs; values cross through the driver."""
 
 import os
-import threading
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,8 @@ from tests.record import Record
 
 
 @task
-def where(x: Any = 0) -> tuple[int, int]:
-    return os.getpid(), threading.get_ident()
+def where(x: Any = 0) -> int:
+    return os.getpid()
 
 
 @task
@@ -33,10 +32,6 @@ def total(x: Any) -> float:
     return float(np.sum(x))
 
 
-def here() -> tuple[int, int]:
-    return os.getpid(), threading.get_ident()
-
-
 def test_a_task_has_a_runner_of_its_own(runner: TaskRunner, record: Record) -> None:
     at_home = where.with_options(task_runner=SequentialTaskRunner())
 
@@ -45,8 +40,8 @@ def test_a_task_has_a_runner_of_its_own(runner: TaskRunner, record: Record) -> N
         return [at_home.submit(), at_home.map([1, 2]), where.submit()]
 
     first, mapped, other = body()
-    assert [first, *mapped] == [here()] * 3
-    assert (other[0] == os.getpid()) is runner.info.in_process
+    assert [first, *mapped] == [os.getpid()] * 3
+    assert (other == os.getpid()) is runner.info.in_process
     assert record.types() == ["COMPLETED"] * 4
 
 
@@ -65,8 +60,8 @@ def test_names_in_the_mapping_of_a_flow(runner: TaskRunner) -> None:
         return where.with_options(task_runner="quick").submit().result()
 
     first, named, quick, nested = body()
-    assert (first[0] == os.getpid()) is (named[0] == os.getpid()) is runner.info.in_process
-    assert quick == nested == here()
+    assert (first == os.getpid()) is (named == os.getpid()) is runner.info.in_process
+    assert quick == nested == os.getpid()
 
 
 def test_dependants_wait_across_runners(runner: TaskRunner, record: Record) -> None:
@@ -126,7 +121,7 @@ def test_a_subflow_with_a_runner_of_its_own(runner: TaskRunner, record: Record) 
         return [double.submit(future), place, child(made)[0]]
 
     crossed, place, same = parent()
-    assert (crossed, place, same) == (8, here(), 4)
+    assert (crossed, place, same) == (8, os.getpid(), 4)
     assert [row.type for row in record.flows()] == ["COMPLETED"] * 3
 
 
@@ -147,7 +142,7 @@ def test_the_runner_of_a_flow_in_every_form(runner: TaskRunner, wish: str) -> No
     kind = runner_class("ThreadPoolTaskRunner")
     wishes: dict[str, Any] = {"class": kind, "instance": kind(), "name": kind.name}
     for given in (wishes[wish], {"a": wishes[wish]}):
-        assert flow(task_runner=given)(lambda: where.submit().result())()[0] == os.getpid()
+        assert flow(task_runner=given)(lambda: where.submit().result())() == os.getpid()
 
 
 def test_wrong_runners() -> None:
