@@ -8,6 +8,7 @@ something that only a run can give.
 from __future__ import annotations
 
 import asyncio
+import html
 import inspect
 import itertools
 import os
@@ -70,6 +71,18 @@ class Node:
     lifted: tuple[str, ...] = ()
     options: str = ""
 
+    @property
+    def notes(self) -> list[str]:
+        """What there is to say of how it travels, in a user's words."""
+        notes = [
+            self.together,
+            f"fused: travels with {self.fused_with}" if self.fused_with else "",
+            f"not fused: {self.not_fused}" if self.not_fused else "",
+            *(f"lifted: {one}, placed once" for one in self.lifted),
+            self.options,
+        ]
+        return [note for note in notes if note]
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -107,19 +120,31 @@ class Plan:
             kind = f" x {node.count:,}" if node.count is not None else f", {runs:,} times" if runs > 1 else ""
             after = f"  <- {', '.join(node.upstream)}" if node.upstream else ""
             lines.append(f"  {node.task}{kind}{after}")
-            notes = [
-                node.together,
-                f"fused: travels with {node.fused_with}" if node.fused_with else "",
-                f"not fused: {node.not_fused}" if node.not_fused else "",
-                *(f"lifted: {one}, placed once" for one in node.lifted),
-                node.options,
-            ]
-            lines.extend(f"      {note}" for note in notes if note)
+            lines.extend(f"      {note}" for note in node.notes)
         tasks = sum(node.count or 1 for node in self.nodes)
         lines.append(f"{tasks:,} task runs in at least {self.messages:,} units of work")
         if self.end:
             lines.append(f"the plan ends here: {self.end}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Show the plan as a table in a notebook."""
+        rows = []
+        for node, alike in itertools.groupby(self.nodes):
+            runs = len(list(alike)) if node.count is None else node.count
+            cells = [node.task, f"{runs:,}", ", ".join(node.upstream), "\n".join(node.notes)]
+            rows.append("<tr>" + "".join(f"<td>{_as_html(cell)}</td>" for cell in cells) + "</tr>")
+        names = "".join(f"<th>{name}</th>" for name in ("task", "runs", "takes", "how it travels"))
+        first = f"flow {self.flow} on {self.runner}"
+        tasks = sum(node.count or 1 for node in self.nodes)
+        last = f"{tasks:,} task runs in at least {self.messages:,} units of work"
+        ends = f"<p>the plan ends here: {_as_html(self.end)}</p>" if self.end else ""
+        body = "".join(rows)
+        return f"<p><b>{_as_html(first)}</b></p><table><tr>{names}</tr>{body}</table><p>{last}</p>{ends}"
+
+
+def _as_html(text: str) -> str:
+    return html.escape(text).replace("\n", "<br>")
 
 
 class _Ends(BaseException):

@@ -173,3 +173,24 @@ def test_what_the_flow_has_cancelled_is_not_in_the_plan() -> None:
         clean.submit(1)
 
     assert [node.task for node in plan(body).nodes] == ["clean"]
+
+
+def test_a_notebook_shows_a_table() -> None:
+    @task(name="<b>load</b>", chunk_size=4)
+    def load(x: int) -> int:
+        return x
+
+    @task(chunk_size=4)
+    def clean(x: int) -> int:
+        return x
+
+    def body() -> None:
+        clean.map(load.map(range(10))).wait()
+
+    shown = flow(task_runner="processes")(body).explain()._repr_html_()
+    assert shown.count("<tr>") == 3
+    assert "&lt;b&gt;load&lt;/b&gt;" in shown
+    assert "<b>load" not in shown
+    assert "fused: travels with" in shown
+    assert "20 task runs in at least 3 units of work" in shown
+    assert "the plan ends here" in shown
