@@ -402,7 +402,7 @@ class Session:
     @staticmethod
     def keep_stored_only(run: TaskRun) -> None:
         """Keep no copy of a stored value in memory."""
-        run.hit, run.ref, run.value, run.place = run.stored, None, None, -1
+        run.hit, run.key, run.ref, run.value, run.place = run.stored, None, None, None, -1
 
     def flush(self) -> None:
         """Send whatever waits: somebody looks at a future."""

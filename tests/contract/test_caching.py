@@ -1,5 +1,6 @@
 """Cached results: keys, hits that take no slot, and never a wrong value."""
 
+import asyncio
 import datetime as dt
 import os
 import threading
@@ -17,6 +18,7 @@ from penstock import (
     FileSystemLockManager,
     IsolationLevel,
     MemoryLockManager,
+    ResultCorrupt,
     flow,
     task,
     task_input_hash,
@@ -138,8 +140,6 @@ def test_async_tasks_are_cached_too(in_flow: InFlow, runner: TaskRunner, record:
             await square(4),
             [await one for one in square.map([2, 4])],
         )
-
-    import asyncio
 
     assert asyncio.run(body()) == (4, 4, 16, [4, 16])
     assert calls(marks) == 2
@@ -551,6 +551,43 @@ def test_serializable_runs_wait_for_the_one_that_makes_it(
     assert in_flow(lambda: slow.map([1] * 6, range(6)).result()) == [1] * 6
     assert in_flow(lambda: slow(1, 9)) == 1
     assert calls(marks) == 1
+
+
+def test_coroutines_of_one_loop_wait_for_each_other(runner: TaskRunner, marks: Path, tmp_path: Path) -> None:
+    policy = INPUTS.configure(
+        lock_manager=FileSystemLockManager(tmp_path / "locks"), isolation_level=IsolationLevel.SERIALIZABLE
+    )
+
+    @task(cache_policy=policy)
+    async def slow(x: int) -> int:
+        mark(marks)
+        await asyncio.sleep(0.1)  # work: the others arrive meanwhile
+        return x
+
+    @flow(task_runner=runner)
+    async def body() -> list[int]:
+        return list(await asyncio.gather(*(slow(1) for _ in range(4))))
+
+    assert asyncio.run(body()) == [1] * 4
+    assert calls(marks) == 1
+
+
+def test_what_is_found_damaged_where_it_is_needed_is_refused(
+    in_flow: InFlow, apart: TaskRunner, clean_environment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lookups, "READ_THROUGH", 0)  # as if the file were large
+
+    def body() -> float:
+        return halved.submit(ramp.submit(LARGE // 8)).result()
+
+    assert in_flow(body) == SUM / 2
+    (data,) = (clean_environment / "storage" / "cache").rglob("*.npy")
+    content = bytearray(data.read_bytes())
+    content[-9] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(ResultCorrupt, match="set aside as \\*.corrupt"):
+        in_flow(body)
+    assert in_flow(body) == SUM / 2
 
 
 def test_locks_that_would_not_hold_are_refused(in_flow: InFlow, runner: TaskRunner, marks: Path) -> None:
