@@ -69,7 +69,10 @@ def _prepared(
     surrounding = contextvars.copy_context()
 
     def work() -> None:
-        surrounding.run(_work, run, wait_for)
+        try:
+            surrounding.run(_work, run, wait_for)
+        finally:
+            worker_runtime.close_loop()
 
     return future, work
 

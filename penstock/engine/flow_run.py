@@ -42,7 +42,7 @@ from penstock.engine.names import new_name
 from penstock.engine.options import run_name
 from penstock.engine.recollection import Recollection
 from penstock.engine.reservation import reserved, whereabouts
-from penstock.engine.seeds import next_ordinal
+from penstock.engine.seeds import begin_again, next_ordinal
 from penstock.engine.session import Session
 from penstock.engine.states import TRANSITIONS, State, StateType, Stored, advance, failure_of
 from penstock.engine.steps import Invoke, Sleep, Steps, Wait
@@ -272,6 +272,8 @@ class FlowRunScope:
                 self._ends.enter_context(self.interruption.nested())
             if self.flow.options.retry.retries:
                 self.flow_run.memory = Recollection()
+        else:
+            begin_again(self.flow_run)
         if self.flow_run.memory is not None:
             self.flow_run.memory.begin()
         seconds, parent = self.flow.options.timeout_seconds, self.flow_run.parent

@@ -271,7 +271,7 @@ def task_run_here() -> TaskRunView | None:
         order["attempt"],
         _arguments(running.called),
         header.get("flow_run") or None,
-        order.get("seed", header.get("seed")),
+        worker_runtime.seed_of(order),
     )
 
 

@@ -1480,6 +1480,13 @@ class _Loop:
             self.loop.close()
 
 
+def close_loop() -> None:
+    """Close the loop of this thread, which is about to end."""
+    holder = _loops.__dict__.pop("holder", None)
+    if holder is not None:
+        holder.loop.close()
+
+
 async def _draw(generator: Any, take: Any) -> None:
     async for item in generator:
         take(item)

@@ -208,3 +208,27 @@ def test_a_logger_for_a_context(in_flow: InFlow, record: Record) -> None:
 
     in_flow(body)
     assert record.flow().logs == ["the sky is clear"]
+
+
+def test_the_seed_is_the_same_at_every_attempt_of_task_and_flow(runner: TaskRunner) -> None:
+    @task(retries=1)
+    def drawn(x: int = 0) -> int:
+        seed: int = runtime.task_run.seed
+        if runtime.task_run.run_count == 1:
+            raise ValueError(str(seed))
+        return seed
+
+    seen_seeds: list[list[int]] = []
+
+    @flow(task_runner=runner, retries=1)
+    def night() -> Any:
+        futures = [drawn.submit(), drawn.submit(), *drawn.with_options(chunk_size=2).map([1, 2])]
+        seen_seeds.append([*(future.result() for future in futures), drawn()])
+        if len(seen_seeds) == 1:
+            raise ValueError("once")
+        return runtime.task_run.seed
+
+    assert night() is None
+    first, second = seen_seeds
+    assert first == second
+    assert len(set(first)) == 5
