@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from penstock import (
-    NO_CACHE,
     CancelledRun,
     ConfigurationError,
     MappingLengthMismatch,
@@ -236,7 +235,7 @@ def test_a_flow_that_never_succeeds(runner: TaskRunner, record: Record) -> None:
 def test_persisted_tasks_are_restored_and_others_run_again(
     runner: TaskRunner, record: Record, tmp_path: Path
 ) -> None:
-    stored = add.with_options(persist_result=True, result_storage=tmp_path, cache_policy=NO_CACHE)
+    stored = add.with_options(persist_result=True, result_storage=tmp_path)
     kept, elements = stored.with_options(name="kept"), stored.with_options(name="elements")
     tried: list[int] = []
 
