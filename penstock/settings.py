@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from penstock import errors
 from penstock.errors import ConfigurationError
 
 __all__ = ["Settings", "load", "refresh", "settings"]
@@ -41,6 +43,8 @@ class Settings:
         Where tasks run if the code does not say it: "threads", "processes", "dask", "ray" or a URL.
     api_url : str
         Address of a penstock server; empty to record into the store in `home`.
+    ui_url : str
+        Where people look at its pages, if that is not the place of `api_url`: behind a proxy.
     database_url : str
         Database of the store; empty for ``penstock.db`` in `home`.
     tasks_max_nesting : int
@@ -54,6 +58,8 @@ class Settings:
     results_persist_by_default : {"false", "true", "large"}
         Whether results are stored where neither task nor flow say it; "large": from
         `large_argument` bytes.
+    tasks_default_persist_result : {"", "false", "true", "large"}
+        Likewise for tasks that do not say it themselves, whatever their flow says; empty to follow the flow.
     default_result_storage : str
         Where: a directory or a URL of fsspec; empty for ``storage`` in `home`.
     results_default_serializer : str
@@ -71,11 +77,15 @@ class Settings:
     spool_sync : {"process", "power"}
         What a recorded event survives as soon as it is on disk: the end of the process, or a
         power failure.
+    debug_mode : bool
+        For those who look for an error in penstock itself: tracebacks keep its own lines, and its loggers
+        write everything from DEBUG on.
     """
 
     home: Path
     runner: str = ""
     api_url: str = ""
+    ui_url: str = ""
     database_url: str = ""
     tasks_max_nesting: int = 2000
     logging_log_prints: bool = False
@@ -83,6 +93,7 @@ class Settings:
     flow_default_retries: int = 0
     large_argument: int = 1 << 20
     results_persist_by_default: Literal["false", "true", "large"] = "false"
+    tasks_default_persist_result: Literal["", "false", "true", "large"] = ""
     default_result_storage: str = ""
     results_default_serializer: str = "auto"
     tasks_refresh_cache: bool = False
@@ -91,6 +102,7 @@ class Settings:
     shared_memory: Literal["auto", "off"] = "auto"
     tracking: Literal["on", "off"] = "on"
     spool_sync: Literal["process", "power"] = "process"
+    debug_mode: bool = False
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def source(self, name: str) -> str:
@@ -122,15 +134,34 @@ def settings() -> Settings:
     """Return the settings in force; they are read once per process."""
     global _current
     if _current is None:
-        _current = load()
+        _current = _in_force(load())
     return _current
 
 
 def refresh() -> Settings:
     """Read the settings anew, after the environment or a file has changed."""
     global _current
-    _current = load()
+    _current = _in_force(load())
     return _current
+
+
+_log = logging.getLogger("penstock")
+_lines = logging.StreamHandler()
+_lines.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s - %(message)s"))
+
+
+def _in_force(found: Settings) -> Settings:
+    """Do what cannot wait until somebody asks for the value."""
+    if found.debug_mode:
+        errors.hides_frames = False
+        _log.setLevel(logging.DEBUG)
+        if not logging.getLogger().handlers and _lines not in _log.handlers:
+            _log.addHandler(_lines)  # a program that has handlers of its own gets the lines there
+    elif not errors.hides_frames:
+        errors.hides_frames = True
+        _log.setLevel(logging.NOTSET)
+        _log.removeHandler(_lines)
+    return found
 
 
 def load(environment: Mapping[str, str] | None = None, directory: Path | None = None) -> Settings:
@@ -322,6 +353,10 @@ def _persistence(raw: Any, label: str, base: Path) -> str:
     return str(truth).lower()
 
 
+def _task_persistence(raw: Any, label: str, base: Path) -> str:
+    return "" if raw == "" else _persistence(raw, label, base)
+
+
 def _storage(raw: Any, label: str, base: Path) -> str:
     text = _text(raw, label, base)
     return text if "://" in text or not text else str(_path(text, label, base))
@@ -345,6 +380,7 @@ _CHECKS: Mapping[str, _Check] = {
     "home": _path,
     "runner": _text,
     "api_url": _text,
+    "ui_url": _text,
     "database_url": _text,
     "tasks_max_nesting": _whole(1),
     "logging_log_prints": _truth,
@@ -352,6 +388,7 @@ _CHECKS: Mapping[str, _Check] = {
     "flow_default_retries": _whole(0),
     "large_argument": _size,
     "results_persist_by_default": _persistence,
+    "tasks_default_persist_result": _task_persistence,
     "default_result_storage": _storage,
     "results_default_serializer": _one_of(*FORMATS),
     "tasks_refresh_cache": _truth,
@@ -360,4 +397,5 @@ _CHECKS: Mapping[str, _Check] = {
     "shared_memory": _automatic,
     "tracking": _switch,
     "spool_sync": _one_of("process", "power"),
+    "debug_mode": _truth,
 }
