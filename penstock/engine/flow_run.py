@@ -90,6 +90,7 @@ class FlowRunScope:
         self._holds = contextlib.ExitStack()  # runner and session
         self._submitted = False  # runs beside the code that submitted it
         self._made = False
+        self._validated = False
         self._lock = threading.RLock()  # a request to stop comes from any thread
         self._over = self._expired = self._force = False
         self._alarm: Alarm | None = None
@@ -140,9 +141,9 @@ class FlowRunScope:
         try:
             self.arguments = parameters.bind(flow.signature, flow.name, self.args, self.kwargs)
             described = describe_all(self.arguments)
-            self.flow_run.name = run_name(
-                flow.options.flow_run_name, self.flow_run.name, self.arguments, "flow_run_name"
-            )
+            template = flow.options.flow_run_name
+            if template is not None and self._are_fit():
+                self.flow_run.name = run_name(template, self.flow_run.name, self.arguments, "flow_run_name")
         except Exception as error:
             self._problem = error
         self._write_row(described, around)
@@ -160,6 +161,16 @@ class FlowRunScope:
         else:
             self.outer.session.hold([row], self.outer)
         return row
+
+    def _are_fit(self) -> bool:
+        """Coerce the parameters before the run is named after them; with futures among them that is too early."""
+        if self.flow.options.validate_parameters and not self._futures():
+            try:
+                self.arguments = parameters.validate(self.flow.fn, self.flow.signature, self.arguments)
+            except errors.ParameterTypeError:
+                return False  # said when the run begins
+            self._validated = True
+        return True
 
     def _write_row(self, described: dict[str, str], around: TaskRun | None) -> None:
         run = self.flow_run
@@ -204,7 +215,7 @@ class FlowRunScope:
             runs = [] if isinstance(value, (quote, freeze)) else self._wanted(plain, hint, marked)
             yield Wait(runs)
             self.arguments[name] = self._resolved(value, runs) if runs else plain
-        if self.flow.options.validate_parameters:
+        if self.flow.options.validate_parameters and not self._validated:
             try:
                 self.arguments = parameters.validate(self.flow.fn, self.flow.signature, self.arguments)
             except errors.ParameterTypeError as error:
