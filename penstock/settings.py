@@ -72,6 +72,8 @@ class Settings:
         Whether only tasks with a ``cache_policy`` or ``cache_key_fn`` are cached.
     shared_memory : {"auto", "off"}
         Whether the processes of one host share large values on Dask instead of sending copies.
+    progress : {"auto", "off"}
+        Whether a flow shows what it does below the cell of the notebook that calls it.
     tracking : {"on", "off"}
         Whether runs are recorded.
     spool_sync : {"process", "power"}
@@ -100,6 +102,7 @@ class Settings:
     tasks_disable_caching: bool = False
     tasks_default_no_cache: bool = False
     shared_memory: Literal["auto", "off"] = "auto"
+    progress: Literal["auto", "off"] = "auto"
     tracking: Literal["on", "off"] = "on"
     spool_sync: Literal["process", "power"] = "process"
     debug_mode: bool = False
@@ -395,6 +398,7 @@ _CHECKS: Mapping[str, _Check] = {
     "tasks_disable_caching": _truth,
     "tasks_default_no_cache": _truth,
     "shared_memory": _automatic,
+    "progress": _automatic,
     "tracking": _switch,
     "spool_sync": _one_of("process", "power"),
     "debug_mode": _truth,

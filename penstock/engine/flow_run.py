@@ -20,6 +20,7 @@ from penstock.engine import (
     context,
     deadline,
     hook_calls,
+    kernel,
     parameters,
     refs,
     signals,
@@ -111,7 +112,7 @@ class FlowRunScope:
         """Write the run's row, before anything can fail."""
         outer, flow = self.outer, self.flow
         if outer is None:
-            self._interrupts = self._ends.enter_context(signals.watched())
+            self._interrupts = self._ends.enter_context(signals.watched(blocks=not flow.isasync))
         tags = flow.options.tags | current_tags()
         around = None
         if outer is not None:
@@ -137,6 +138,8 @@ class FlowRunScope:
             root=outer.flow_run.root if outer and outer.flow_run else "",
             tags=tags | (outer.flow_run.tags if outer and outer.flow_run else frozenset()),
         )
+        if outer is None:
+            self._ends.enter_context(kernel.shown(self.flow_run.id))
         described: dict[str, str] = {}
         try:
             self.arguments = parameters.bind(flow.signature, flow.name, self.args, self.kwargs)
@@ -688,7 +691,7 @@ class FlowRunScope:
             self._leave_behind(left)
         else:
             self._holds.close()
-        if self._interrupts.received is not None:
+        if self._interrupts.received is not None and not kernel.is_here():
             # Now and not at exit: code that is compiled there makes Python forget the signal,
             # and the exit code of the process would be 1 instead of 130.
             shutdown_all()

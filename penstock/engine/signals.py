@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 from penstock import errors
+from penstock.engine import kernel
 from penstock.engine.clock import clock
 
 AGAIN = 0.5  # seconds after which a signal that nobody heard is raised once more
@@ -37,6 +38,8 @@ class Interrupts:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Interrupt the main thread; a signal while the flow is stopping ends the process at once."""
         del frame
+        if self.heard and kernel.is_here():
+            return  # the flow ends soon, the kernel does not
         if self.heard:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -73,17 +76,25 @@ def _is_asyncios(handler: Any) -> bool:
 
 
 @contextmanager
-def watched() -> Iterator[Interrupts]:
-    """Watch for signals in a block; does nothing outside of the main thread."""
+def watched(*, blocks: bool = True) -> Iterator[Interrupts]:
+    """Watch for signals in a block; does nothing outside of the main thread.
+
+    Parameters
+    ----------
+    blocks : bool
+        The block runs sync code: while it does, no event loop can react to a signal.
+    """
     interrupts = Interrupts()
     before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             present = signal.getsignal(number)
             # A handler that the user installed stays; an ignored signal stays ignored.
-            if present in (signal.default_int_handler, signal.SIG_DFL):
+            of_cell = kernel.is_its_handler(present)
+            if present in (signal.default_int_handler, signal.SIG_DFL) or (of_cell and blocks):
                 before[number] = signal.signal(number, interrupts)
-            elif _is_asyncios(present):  # it cancels the main task; we only take note
+            elif of_cell or _is_asyncios(present):
+                # It cancels the task of the loop; we only take note.
                 before[number] = signal.signal(number, interrupts.noting(present))
     try:
         yield interrupts
