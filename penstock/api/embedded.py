@@ -168,8 +168,12 @@ class EmbeddedStore:
                 self._sweep(None)
         return held
 
-    @contextlib.contextmanager
-    def _locked(self, patience: float) -> Iterator[bool]:
+    def sweep(self) -> None:
+        """Commit what is in all spools for a moment; for a server, which holds the lock all the time."""
+        self._sweep(time.monotonic() + ROUND)
+
+    def take_lock(self, patience: float) -> FileLock | None:
+        """Take the lock of the writer; None if another process holds it all the time."""
         deadline = time.monotonic() + patience
         try:
             while (lock := FileLock.take(self._lock_path, os.O_RDWR | os.O_CREAT)) is None:
@@ -178,6 +182,11 @@ class EmbeddedStore:
                 time.sleep(POLL)
         except OSError as error:
             raise ConfigurationError(f"The store cannot be written to: {error}.") from error
+        return lock
+
+    @contextlib.contextmanager
+    def _locked(self, patience: float) -> Iterator[bool]:
+        lock = self.take_lock(patience)
         try:
             yield lock is not None
         finally:
