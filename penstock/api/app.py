@@ -79,7 +79,7 @@ def create_app(
     app.state.keyring = keyring if keyring is not None else Keyring(service.home)
     app.state.hub = Hub(service)
     for router in ROUTERS:
-        app.include_router(router)
+        app.router.routes += router.routes  # as they are, so that `app.routes` shows each with its scope
     app.add_exception_handler(BadCursor, _bad_cursor)
     app.add_exception_handler(sa.exc.OperationalError, _unavailable)
     app.add_exception_handler(sa.exc.DataError, _unfit)

@@ -75,8 +75,9 @@ class Keyring:
             text = secrets.token_hex(32)
             _write(token_path(home), text + "\n")
         self._scopes[_digest(text.strip())] = Scope.ADMIN
-        for digest, scope in self._stored().items():
-            self._scopes[digest] = Scope[scope]
+        self._own = dict(self._scopes)
+        self._read_at = -1
+        self._refresh()
 
     def _stored(self) -> dict[str, str]:
         text = _private(self._path)
@@ -95,11 +96,23 @@ class Keyring:
         token = secrets.token_hex(32)
         stored = self._stored() | {_digest(token): scope.name}
         _write(self._path, json.dumps(stored, indent=1))
-        self._scopes[_digest(token)] = scope
         return token
+
+    def _refresh(self) -> bool:
+        """Read the file of the hashes if it is another one by now; return whether it is."""
+        try:
+            stamp = self._path.stat().st_mtime_ns
+        except OSError:
+            stamp = 0
+        if stamp == self._read_at:
+            return False
+        self._read_at = stamp
+        self._scopes = self._own | {digest: Scope[scope] for digest, scope in self._stored().items()}
+        return True
 
     def scope(self, token: str) -> Scope | None:
         """Return what a token is good for; None if it is not one of ours."""
+        self._refresh()  # one that was made or withdrawn counts at once
         return _find(self._scopes, token)
 
     # -- browsers ---------------------------------------------------------------------------

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
 import sqlite3
 import threading
 import time
@@ -16,13 +14,13 @@ from typing import Any
 import sqlalchemy as sa
 
 from penstock.api.embedded import EmbeddedStore
+from penstock.api.note import is_alive, read_note
 from penstock.api.writer import Writer
 from penstock.engine.home import network_type
 from penstock.engine.spool import FileLock
 from penstock.errors import ConfigurationError
-from penstock.settings import settings
 
-__all__ = ["Service", "read_note", "running"]
+__all__ = ["Service"]
 
 logger = logging.getLogger("penstock.server")
 
@@ -71,7 +69,7 @@ class Service:
         lock = self.store.take_lock(0)
         if lock is None:
             other = read_note(self.home)
-            if other is not None and _alive(other["pid"]):
+            if other is not None and is_alive(other["pid"]):
                 raise ConfigurationError(
                     f"A penstock server with pid {other['pid']} serves {self.home} at {other['url']} already."
                 )
@@ -119,63 +117,3 @@ class Service:
         self.writer.close()
         self.store.close()
         self._lock.release()
-
-
-# -- the note that a server leaves in its home ----------------------------------------------
-
-
-def _note(home: Path) -> Path:
-    return home / "server.json"
-
-
-def write_note(home: Path, url: str) -> None:
-    """Tell this account where the server is."""
-    fresh = home / f".server.json.{os.getpid()}"
-    handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump({"pid": os.getpid(), "url": url, "started": time.time()}, file)
-    fresh.replace(_note(home))
-
-
-def remove_note(home: Path) -> None:
-    """Take the note away, if it is ours."""
-    note = read_note(home)
-    if note is not None and note["pid"] == os.getpid():
-        _note(home).unlink(missing_ok=True)
-
-
-def read_note(home: Path) -> dict[str, Any] | None:
-    """Return ``{pid, url, started}`` of the server that last held a home; None if there is none."""
-    try:
-        found = json.loads(_note(home).read_text(encoding="utf-8"))
-        return {"pid": int(found["pid"]), "url": str(found["url"]), "started": float(found["started"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def running(home: Path) -> dict[str, Any] | None:
-    """Return the note of the server that holds a home now; None if no server does."""
-    note = read_note(home)
-    if note is None or not _alive(note["pid"]):
-        return None
-    name = settings().database_url or f"sqlite:///{home / 'penstock.db'}"
-    url = sa.make_url(name)
-    database = Path(url.database) if url.get_backend_name() == "sqlite" and url.database else home / "store"
-    try:
-        lock = FileLock.take(database.with_name(f"{database.name}.lock"))
-    except OSError:
-        return None
-    if lock is not None:  # nobody holds the home: the pid is somebody else's by now
-        lock.release()
-        return None
-    return note
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid > 0

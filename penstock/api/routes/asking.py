@@ -47,6 +47,9 @@ async def ask(request: Request, question: Question) -> Any:
 async def tell(request: Request, question: Question) -> Any:
     """Answer a question of a driver that also changes something, such as its sign of life."""
     details = dict(question.model_extra or {})
+    service = service_of(request)
+    if question.what == "sweep":  # commit what drivers beside us have written down
+        return {"answer": await _answered(_called(request, lambda database: service.store.sweep_all()))}
     command = questions.commands().get(question.what)
     if command is None:
         raise HTTPException(400, f"There is no command {question.what!r}.")
@@ -73,7 +76,11 @@ async def _written(request: Request, work: Callable[[sa.Connection], Any]) -> An
         with database.write() as connection:
             return work(connection)
 
-    done = service_of(request).writer.call(write)
+    return await _called(request, write)
+
+
+async def _called(request: Request, work: Callable[[Database], Any]) -> Any:
+    done = service_of(request).writer.call(work)
     return await asyncio.wait_for(asyncio.wrap_future(done), PATIENCE)
 
 

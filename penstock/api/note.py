@@ -1,0 +1,51 @@
+"""The note that a server leaves in its home, so that commands and drivers beside it find it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+__all__ = ["is_alive", "read_note", "remove_note", "write_note"]
+
+
+def _note(home: Path) -> Path:
+    return home / "server.json"
+
+
+def write_note(home: Path, url: str) -> None:
+    """Tell this account where the server is."""
+    fresh = home / f".server.json.{os.getpid()}"
+    handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        json.dump({"pid": os.getpid(), "url": url, "started": time.time()}, file)
+    fresh.replace(_note(home))
+
+
+def remove_note(home: Path) -> None:
+    """Take the note away, if it is ours."""
+    note = read_note(home)
+    if note is not None and note["pid"] == os.getpid():
+        _note(home).unlink(missing_ok=True)
+
+
+def read_note(home: Path) -> dict[str, Any] | None:
+    """Return ``{pid, url, started}`` of the server that last held a home; None if there is none."""
+    try:
+        found = json.loads(_note(home).read_text(encoding="utf-8"))
+        return {"pid": int(found["pid"]), "url": str(found["url"]), "started": float(found["started"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def isis_alive(pid: int) -> bool:
+    """Whether there is a process of this number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid > 0
