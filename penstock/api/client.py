@@ -95,8 +95,20 @@ class Client:
         limit: int | None = 200,
     ) -> list[FlowRunRecord]:
         """List flow runs: of a flow, with a part of a name, in states such as "FAILED", with a tag, in a time."""
-        query = {"flow": flow, "name": name, "state": _states(state), "tag": tag, "root": root, "parent": parent}
-        query |= {"nested": nested, "created_after": created_after, "created_before": created_before, "sort": sort}
+        query: dict[str, Any] = {
+            "flow": flow,
+            "name": name,
+            "state": _states(state),
+            "tag": tag,
+            "root": root,
+            "parent": parent,
+        }
+        query |= {
+            "nested": nested,
+            "created_after": created_after,
+            "created_before": created_before,
+            "sort": sort,
+        }
         return self._list("/flow-runs", FlowRunRecord.read, limit, query)
 
     def task_runs(
@@ -117,7 +129,13 @@ class Client:
         limit: int | None = 200,
     ) -> list[TaskRunRecord]:
         """List task runs: of a flow run, of everything under a root, of a task, of a map, in states."""
-        query = {"flow_run": flow_run, "root": root, "parent": parent, "map_run": map_run, "task": task}
+        query: dict[str, Any] = {
+            "flow_run": flow_run,
+            "root": root,
+            "parent": parent,
+            "map_run": map_run,
+            "task": task,
+        }
         query |= {"name": name, "state": _states(state), "tag": tag, "worker": worker, "sort": sort}
         query |= {"created_after": created_after, "created_before": created_before}
         return self._list("/task-runs", TaskRunRecord.read, limit, query)
@@ -131,11 +149,16 @@ class Client:
         limit: int | None = 200,
     ) -> list[MapRunRecord]:
         """List maps with how many elements are in which state, and which."""
-        query = {"flow_run": flow_run, "task": task, "sort": sort}
+        query: dict[str, Any] = {"flow_run": flow_run, "task": task, "sort": sort}
         return self._list("/map-runs", MapRunRecord.read, limit, query, MAPS_PAGE)
 
     def _list(
-        self, path: str, read: Callable[[Any], _Row], limit: int | None, query: dict[str, Any], page: int = PAGE
+        self,
+        path: str,
+        read: Callable[[Any], _Row],
+        limit: int | None,
+        query: dict[str, Any],
+        page: int = PAGE,
     ) -> list[_Row]:
         found: list[_Row] = []
         cursor: str | None = None
@@ -183,12 +206,14 @@ class Client:
         self, run: str, *, level: str | None = None, search: str | None = None, limit: int = 1000
     ) -> list[LineRecord]:
         """Return the latest log lines of a run, of a flow run with those of everything in it."""
-        query = {"level": level.upper() if level else None, "search": search, "limit": limit}
+        query: dict[str, Any] = {"level": level.upper() if level else None, "search": search, "limit": limit}
         return [LineRecord.read(line) for line in self._get(f"/runs/{_id(run)}/logs", query)["lines"]]
 
-    def follow_logs(self, run: str, *, level: str | None = None, search: str | None = None) -> Iterator[LineRecord]:
+    def follow_logs(
+        self, run: str, *, level: str | None = None, search: str | None = None
+    ) -> Iterator[LineRecord]:
         """Yield the log lines of a run as they come, after the latest ones; over lost connections, too."""
-        query = {"level": level.upper() if level else None, "search": search}
+        query: dict[str, Any] = {"level": level.upper() if level else None, "search": search}
         for kind, data in self._stream(f"/runs/{_id(run)}/logs/stream", query):
             if kind == "line":
                 yield LineRecord.read(data)
@@ -228,7 +253,14 @@ class Client:
         bins: int = 60,
     ) -> dict[str, Any]:
         """Return how many task runs started, ended, failed and were running in equal stretches of time."""
-        query = {"flow_run": flow_run, "root": root, "task": task, "after": after, "before": before, "bins": bins}
+        query: dict[str, Any] = {
+            "flow_run": flow_run,
+            "root": root,
+            "task": task,
+            "after": after,
+            "before": before,
+            "bins": bins,
+        }
         return dict(self._get("/plots/activity", query))
 
     def durations(
@@ -241,7 +273,13 @@ class Client:
         before: float | None = None,
     ) -> list[dict[str, Any]]:
         """Return for each task how long its completed runs took, as a histogram."""
-        query = {"flow_run": flow_run, "root": root, "task": task, "after": after, "before": before}
+        query: dict[str, Any] = {
+            "flow_run": flow_run,
+            "root": root,
+            "task": task,
+            "after": after,
+            "before": before,
+        }
         return list(self._get("/plots/durations", query))
 
     def states(self) -> dict[str, dict[str, int]]:

@@ -129,7 +129,11 @@ class Connection:
                     return self._exchange(method, target, body, sent)
                 except (http.client.HTTPException, OSError) as error:
                     self._drop()
-                    again = idle and not fresh and isinstance(error, (ConnectionError, http.client.RemoteDisconnected))
+                    again = (
+                        idle
+                        and not fresh
+                        and isinstance(error, (ConnectionError, http.client.RemoteDisconnected))
+                    )
                     if not again:
                         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
                         raise Unreachable(f"the server at {self.url} does not answer: {reason}") from error
@@ -161,7 +165,9 @@ class Connection:
             while line := response.readline(LARGEST):
                 yield line.decode("utf-8", "replace").rstrip("\r\n")
         except (http.client.HTTPException, OSError) as error:
-            raise Unreachable(f"the server at {self.url} does not answer: {error or type(error).__name__}") from error
+            raise Unreachable(
+                f"the server at {self.url} does not answer: {str(error) or type(error).__name__}"
+            ) from error
         finally:
             connection.close()
 
@@ -191,10 +197,14 @@ class Connection:
         with contextlib.suppress(ValueError, AttributeError):
             detail = answer.json().get("detail")
         if isinstance(detail, list):  # of the validation: what is wrong with which field
-            detail = "; ".join(f"{'.'.join(map(str, one.get('loc', ())))}: {one.get('msg')}" for one in detail)
+            detail = "; ".join(
+                f"{'.'.join(map(str, one.get('loc', ())))}: {one.get('msg')}" for one in detail
+            )
         if answer.status == 401:
             detail = "it does not accept our token; set PENSTOCK_API_TOKEN, or PENSTOCK_HOME to the home of the server"
-        return ServerError(f"the server at {self.url} refuses ({answer.status}): {detail or 'no reason'}", answer.status)
+        return ServerError(
+            f"the server at {self.url} refuses ({answer.status}): {detail or 'no reason'}", answer.status
+        )
 
     def close(self) -> None:
         """Close the connection."""
@@ -226,7 +236,9 @@ class Connection:
     def _new(self, timeout: float) -> http.client.HTTPConnection:
         host, port = self._parts.hostname or "", self._parts.port
         if self._parts.scheme == "https":
-            return http.client.HTTPSConnection(host, port, timeout=timeout, context=ssl.create_default_context())
+            return http.client.HTTPSConnection(
+                host, port, timeout=timeout, context=ssl.create_default_context()
+            )
         return http.client.HTTPConnection(host, port, timeout=timeout)
 
     def _drop(self) -> None:

@@ -63,7 +63,14 @@ def get_activity(
     for started, ended in zip(at_start, begun, strict=True):
         running += started - ended
         level.append(max(0, running))
-    return {"begin": begin, "width": width, "started": at_start, "ended": at_end, "failed": failed, "running": level}
+    return {
+        "begin": begin,
+        "width": width,
+        "started": at_start,
+        "ended": at_end,
+        "failed": failed,
+        "running": level,
+    }
 
 
 def _chosen(flow_run: str | None, root: str | None, task: str | None) -> list[sa.ColumnElement[bool]]:
@@ -98,19 +105,19 @@ def _binned(
     bins: int,
 ) -> list[int]:
     place = sa.cast(sa.func.floor((moment - begin) / width), sa.Integer).label("place")
-    query = sa.select(place, sa.func.count().label("count")).where(
-        *chosen, moment >= begin, moment <= begin + width * bins
-    )
+    query = sa.select(place, sa.func.count()).where(*chosen, moment >= begin, moment <= begin + width * bins)
     counts = [0] * bins
-    for row in select(connection, query.group_by(place)):
-        counts[max(0, min(bins - 1, int(row["place"])))] += row["count"]
+    for index, count in connection.execute(query.group_by(place)):
+        counts[max(0, min(bins - 1, int(index)))] += count
     return counts
 
 
 def _running_before(connection: sa.Connection, chosen: Sequence[sa.ColumnElement[bool]], begin: float) -> int:
     column = task_runs.c
     open_still = sa.or_(column.state_type.not_in(sorted(FINAL)), column.state_time >= begin)
-    query = sa.select(sa.func.count()).select_from(task_runs).where(*chosen, column.started < begin, open_still)
+    query = (
+        sa.select(sa.func.count()).select_from(task_runs).where(*chosen, column.started < begin, open_still)
+    )
     return int(connection.execute(query).scalar() or 0)
 
 

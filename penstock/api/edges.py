@@ -62,7 +62,9 @@ def _maps(connection: sa.Connection, flow_run: str, limit: int) -> tuple[list[Sh
     found: list[Shown] = []
     cursor: str | None = None
     while len(found) < limit:
-        some, cursor = list_maps(connection, flow_run=flow_run, cursor=cursor, limit=min(200, limit - len(found)))
+        some, cursor = list_maps(
+            connection, flow_run=flow_run, cursor=cursor, limit=min(200, limit - len(found))
+        )
         found += some
         if cursor is None:
             break
@@ -82,7 +84,9 @@ def _to_nodes(connection: sa.Connection, edges: list[Shown], nodes: set[str]) ->
     strange = sorted({edge["source"] for edge in edges} - nodes)
     homes: dict[str, str] = {}
     for start in range(0, len(strange), 500):
-        query = sa.select(task_runs.c.id, task_runs.c.map).where(task_runs.c.id.in_(strange[start : start + 500]))
+        query = sa.select(task_runs.c.id, task_runs.c.map).where(
+            task_runs.c.id.in_(strange[start : start + 500])
+        )
         homes |= {row["id"]: row["map"] for row in select(connection, query) if row["map"] is not None}
     drawn: dict[tuple[Any, ...], Shown] = {}
     for edge in edges:
@@ -99,7 +103,9 @@ def _task_node(run: Shown) -> Shown:
 
 
 def _map_node(one: Shown) -> Shown:
-    node = {name: one[name] for name in ("id", "kind", "name", "task", "parent", "states", "count", "started")}
+    node = {
+        name: one[name] for name in ("id", "kind", "name", "task", "parent", "states", "count", "started")
+    }
     return {**node, "state": None, "child_flow_run": None, "seconds": one["seconds"]}
 
 

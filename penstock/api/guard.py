@@ -82,7 +82,10 @@ class Guard:
     def _refusal(self, scope: Scope, headers: Headers) -> tuple[int, str] | None:
         host = headers.get("host", "")
         if len(headers.getlist("host")) != 1 or _name(host) not in self.hosts:
-            return 421, "This server is not addressed by that name; `penstock server start --allowed-host` adds one."
+            return (
+                421,
+                "This server is not addressed by that name; `penstock server start --allowed-host` adds one.",
+            )
         if scope["method"] not in {"GET", "HEAD"}:
             if not _same_origin(headers, host, scope["scheme"]):
                 return 403, "Requests from other sites change nothing here."

@@ -80,9 +80,7 @@ def read_lines(
     return {"lines": named, "dropped": dropped, "following": _write(seen)}
 
 
-def _events(
-    connection: sa.Connection, root: str, seen: dict[int, int]
-) -> Iterator[tuple[int, int, Event]]:
+def _events(connection: sa.Connection, root: str, seen: dict[int, int]) -> Iterator[tuple[int, int, Event]]:
     column = events.c
     query = sa.select(column.writer, column.seq, column.data).where(
         column.root == root, column.kind == "log", column.verdict != UNREADABLE

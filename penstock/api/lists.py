@@ -130,7 +130,9 @@ def list_flows(
         FlowOrder.LATEST: Order(flows.c.latest, falling=True),
         FlowOrder.RUNS: Order(flows.c.runs, falling=True, empty=0),
     }[order]
-    page = read_page(connection, sa.select(flows), [flows.c.name], by, cursor, limit, lambda row: row[order.value])
+    page = read_page(
+        connection, sa.select(flows), [flows.c.name], by, cursor, limit, lambda row: row[order.value]
+    )
     states = _states_of_flows(connection, [row["name"] for row in page.rows])
     return [{**row, "states": states.get(row["name"], {})} for row in page.rows], page.following
 
@@ -337,7 +339,9 @@ def list_maps(
         together is ``seconds``.
     """
     column = maps.c
-    unique = sa.select(column.id, sa.func.min(column.start).label("first"), sa.func.sum(column["count"]).label("total"))
+    unique = sa.select(
+        column.id, sa.func.min(column.start).label("first"), sa.func.sum(column["count"]).label("total")
+    )
     if ids is not None:
         unique = unique.where(column.id.in_(list(ids)[:MANY]))
     if flow_run is not None:

@@ -40,7 +40,7 @@ def read_note(home: Path) -> dict[str, Any] | None:
         return None
 
 
-def isis_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     """Whether there is a process of this number."""
     try:
         os.kill(pid, 0)

@@ -97,7 +97,9 @@ def read_page(
     rows = rows[:limit]
     end = rows[-1]
     first = value(end)
-    return Page(rows, _write([order.empty if first is None else first, *(end[one.key] for one in key if one.key)]))
+    return Page(
+        rows, _write([order.empty if first is None else first, *(end[one.key] for one in key if one.key)])
+    )
 
 
 def _write(values: Sequence[Any]) -> str:
@@ -107,10 +109,10 @@ def _write(values: Sequence[Any]) -> str:
 def _read(cursor: str, order: Order, keys: int) -> list[Any]:
     try:
         padded = cursor + "=" * (-len(cursor) % 4)
-        values = json.loads(base64.b64decode(padded, altchars=b"-_", validate=True))
+        values: Any = json.loads(base64.b64decode(padded, altchars=b"-_", validate=True))
         sound = isinstance(values, list) and len(values) == keys + 1 and _fits(values[0], order.empty)
         if sound and all(_fits(one, "") for one in values[1:]):
-            return values
+            return list(values)
     except (ValueError, RecursionError):
         pass
     raise BadCursor("The cursor does not belong to this list in this order.")

@@ -21,7 +21,11 @@ class _Record:
             flat |= {"state": state.get("type"), "state_name": state.get("name")}
             flat |= {"message": state.get("message"), "cause": state.get("cause")}
         if isinstance(error, Mapping):
-            flat |= {"error": error.get("type"), "error_message": error.get("message"), "traceback": error.get("text")}
+            flat |= {
+                "error": error.get("type"),
+                "error_message": error.get("message"),
+                "traceback": error.get("text"),
+            }
         return cls(**{one.name: flat[one.name] for one in dataclasses.fields(cls) if one.name in flat})
 
     def to_dict(self) -> dict[str, Any]:

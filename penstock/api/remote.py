@@ -140,7 +140,9 @@ class HttpStore:
                 return min(committed, batch.last)
         except (ValueError, KeyError, TypeError):
             pass
-        raise Unreachable(f"what answers at {self._sending.url} is no penstock server: it acknowledged nothing")
+        raise Unreachable(
+            f"what answers at {self._sending.url} is no penstock server: it acknowledged nothing"
+        )
 
     def _refused(self, batch: Batch, status: int) -> int:
         """Find the event that the server refuses, and set it aside."""
@@ -170,7 +172,9 @@ class HttpStore:
 
     def _put_aside(self, batch: Batch) -> None:
         payload = batch.payloads[0]
-        handle = os.open(self._beside(batch.writer), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        handle = os.open(
+            self._beside(batch.writer), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
+        )
         with os.fdopen(handle, "ab") as file:
             file.write(HEADER.pack(len(payload), _crc(payload, batch.first)) + payload)
             file.flush()
@@ -193,7 +197,9 @@ class HttpStore:
             if reader.foreign:
                 return True
             if mend(path, reader) and reader.damaged:
-                logger.warning("A spool was damaged; what cannot be read is in %s.", path.with_suffix(".rejected"))
+                logger.warning(
+                    "A spool was damaged; what cannot be read is in %s.", path.with_suffix(".rejected")
+                )
             remove(path)
         return True
 

@@ -119,7 +119,9 @@ class FlowRun(_Run):
     penstock: str | None
     backend: dict[str, Any]
     tasks: Counts = Field(description="Its task runs by type of state.")
-    flows: list[str] = Field(default=[], description="Ids of flow runs directly within it; only of a single run.")
+    flows: list[str] = Field(
+        default=[], description="Ids of flow runs directly within it; only of a single run."
+    )
 
 
 class TaskRun(_Run):

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import uvicorn
@@ -28,7 +28,13 @@ DRAIN_SECONDS = 10
 CONNECTIONS = 512
 
 
-def serve(home: Path, host: str = HOST, port: int = PORT, hosts: Sequence[str] = ()) -> None:
+def serve(
+    home: Path,
+    host: str = HOST,
+    port: int = PORT,
+    hosts: Sequence[str] = (),
+    tell: Callable[[str], None] = lambda text: None,
+) -> None:
     """Serve a home until SIGTERM or Ctrl-C; what was taken by then is committed.
 
     Parameters
@@ -41,6 +47,8 @@ def serve(home: Path, host: str = HOST, port: int = PORT, hosts: Sequence[str] =
         0 takes one that is free.
     hosts : sequence of str
         Names by which the server may be addressed besides those of this machine.
+    tell : callable
+        Gets the text that says where the server is and how to log in, once it answers.
 
     Raises
     ------
@@ -73,7 +81,7 @@ def serve(home: Path, host: str = HOST, port: int = PORT, hosts: Sequence[str] =
             ws="none",
         )
         try:
-            _Server(config, service, url, app.state.keyring.link()).run(sockets=[listening])
+            _Server(config, service, url, app.state.keyring.link(), tell).run(sockets=[listening])
         finally:
             remove_note(home)
             service.close()
@@ -82,19 +90,24 @@ def serve(home: Path, host: str = HOST, port: int = PORT, hosts: Sequence[str] =
 class _Server(uvicorn.Server):
     """Ends streams as soon as it is asked to stop: they would go on for ever."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, url: str, key: str) -> None:
+    def __init__(
+        self, config: uvicorn.Config, service: Service, url: str, key: str, tell: Callable[[str], None]
+    ) -> None:
         super().__init__(config)
         self._service = service
         self._url = url
         self._key = key
+        self._tell = tell
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, and say how to get in."""
         await super().startup(sockets=sockets)
         if self.started:
-            print(f"penstock serves {self._service.home} at {self._url} (pid {os.getpid()})")
-            print(f"  drivers and commands:  export PENSTOCK_API_URL={self._url}")
-            print(f"  a browser, once:       {self._url}/login?key={self._key}", flush=True)
+            self._tell(
+                f"penstock serves {self._service.home} at {self._url} (pid {os.getpid()})\n"
+                f"  drivers and commands:  export PENSTOCK_API_URL={self._url}\n"
+                f"  a browser, once:       {self._url}/login?key={self._key}"
+            )
 
     def handle_exit(self, sig: int, frame: types.FrameType | None) -> None:
         """Stop."""
@@ -156,5 +169,3 @@ def log_to_stderr() -> None:
         logger = logging.getLogger(name)
         logger.addHandler(handler)
         logger.setLevel(logging.WARNING)
-
-

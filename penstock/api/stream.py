@@ -91,7 +91,7 @@ def present(connection: sa.Connection) -> Position:
     """Return where everything that is here is seen."""
     rows = _writers(connection)
     highest = connection.execute(sa.select(sa.func.max(writers.c.number))).scalar()
-    return Position(int(highest or 0), {number: committed for number, committed in rows})
+    return Position(int(highest or 0), dict(rows))
 
 
 def _writers(connection: sa.Connection) -> list[tuple[int, int]]:
@@ -149,7 +149,14 @@ def shown(item: Item) -> dict[str, Any]:
         index = sorted(one for one in event.body.get("index") or () if isinstance(one, int))
         body |= {"count": len(index), "ranges": list(_ranges(index))}
     about = {"kind": event.kind, "run": event.run, "root": event.root, "time": event.time}
-    return {"writer": writer, "seq": seq, **about, "epoch": event.epoch, "attempt": event.attempt, "body": body}
+    return {
+        "writer": writer,
+        "seq": seq,
+        **about,
+        "epoch": event.epoch,
+        "attempt": event.attempt,
+        "body": body,
+    }
 
 
 def _short(value: Any) -> Any:

@@ -75,7 +75,7 @@ def start(
     from penstock.api.server import log_to_stderr, serve
 
     log_to_stderr()
-    serve(_home(), host, port, allowed_host or [])
+    serve(_home(), host, port, allowed_host or [], lambda text: print(text, flush=True))
 
 
 def _start_in_background(arguments: list[str], allowed: list[str]) -> None:
@@ -141,7 +141,9 @@ def status(json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = F
     if json:
         print_json(found)
         return
-    print(f"pid {note['pid']} serves {home} at {note['url']}, since {duration(time.time() - note['started'])}")
+    print(
+        f"pid {note['pid']} serves {home} at {note['url']}, since {duration(time.time() - note['started'])}"
+    )
     print(f"  {found['health']}")
 
 
@@ -171,6 +173,7 @@ def token(
 def login() -> None:
     """Print a link that logs a browser in, once."""
     from penstock.api.client import Client
+
     home = _home()
     note = _running(home)
     if note is None:

@@ -40,7 +40,8 @@ MISSING: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description
 
 Run = Annotated[RunId, Path(description="Id: 32 hexadecimal digits.")]
 Cursor = Annotated[
-    str | None, Query(max_length=8192, pattern="^[A-Za-z0-9_.-]+$", description="`following` of the page before.")
+    str | None,
+    Query(max_length=8192, pattern="^[A-Za-z0-9_.-]+$", description="`following` of the page before."),
 ]
 Limit = Annotated[int, Query(ge=1, le=LARGEST_PAGE, description="At most so many.")]
 Moment = Annotated[float | None, Query(ge=0, le=1e11, allow_inf_nan=False, description="Seconds since 1970.")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 from urllib.parse import parse_qs
 
@@ -62,12 +62,16 @@ def get_metrics(request: Request) -> Any:
 def _metrics(request: Request, states: dict[str, dict[str, int]]) -> Iterator[str]:
     service = service_of(request)
     figures = service.writer.figures
-    yield from _metric("events_total", "counter", "Events that were sent and committed.", {"": figures.events})
+    yield from _metric(
+        "events_total", "counter", "Events that were sent and committed.", {"": figures.events}
+    )
     yield from _metric("batches_total", "counter", "Batches that were committed.", {"": figures.batches})
     yield from _metric("commits_total", "counter", "Transactions of batches.", {"": figures.commits})
     yield from _metric("commit_seconds_total", "counter", "Time in these.", {"": figures.seconds})
     yield from _metric("failures_total", "counter", "What the database did not take.", {"": figures.failures})
-    yield from _metric("refused_total", "counter", "Batches refused since too many waited.", {"": figures.refused})
+    yield from _metric(
+        "refused_total", "counter", "Batches refused since too many waited.", {"": figures.refused}
+    )
     yield from _metric("waiting", "gauge", "Batches that wait.", {"": service.writer.waiting})
     yield from _metric("streams", "gauge", "Streams that are open.", {"": service.streams})
     for of, found in states.items():
@@ -75,7 +79,7 @@ def _metrics(request: Request, states: dict[str, dict[str, int]]) -> Iterator[st
         yield from _metric(f"{of}_runs", "gauge", f"{of.title()} runs by type of state.", labels)
 
 
-def _metric(name: str, kind: str, about: str, values: dict[str, float]) -> Iterator[str]:
+def _metric(name: str, kind: str, about: str, values: Mapping[str, float]) -> Iterator[str]:
     yield f"# HELP penstock_{name} {about}\n# TYPE penstock_{name} {kind}\n"
     for labels, value in values.items():
         yield f"penstock_{name}{labels} {value}\n"
@@ -84,7 +88,9 @@ def _metric(name: str, kind: str, about: str, values: dict[str, float]) -> Itera
 # -- browsers -------------------------------------------------------------------------------
 
 
-@router.post("/login-link", status_code=201, responses={403: {"model": Problem}}, dependencies=[needs(Scope.ADMIN)])
+@router.post(
+    "/login-link", status_code=201, responses={403: {"model": Problem}}, dependencies=[needs(Scope.ADMIN)]
+)
 async def make_login_link(request: Request) -> dict[str, str]:
     """Return the path of a link that logs a browser in, once, within ten minutes."""
     return {"path": f"/login?key={request.app.state.keyring.link()}"}
@@ -104,11 +110,18 @@ async def log_in(request: Request) -> RedirectResponse:
     fields = parse_qs((await request.body())[:1000].decode("ascii", "replace"))
     session = request.app.state.keyring.enter(fields.get("key", [""])[0])
     if session is None:
-        raise HTTPException(401, "This link was used already or is too old; `penstock server login` prints a new one.")
+        raise HTTPException(
+            401, "This link was used already or is too old; `penstock server login` prints a new one."
+        )
     answer = RedirectResponse("docs", 303)
     secure = request.url.scheme == "https"
     answer.set_cookie(
-        cookie_name(request), session, max_age=int(SESSION_SECONDS), httponly=True, samesite="strict", secure=secure
+        cookie_name(request),
+        session,
+        max_age=int(SESSION_SECONDS),
+        httponly=True,
+        samesite="strict",
+        secure=secure,
     )
     return answer
 

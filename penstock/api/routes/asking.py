@@ -67,7 +67,9 @@ async def set_state(request: Request, run: Run, wish: Wish) -> Any:
     with service_of(request).read() as connection:
         if not questions.exists(connection, run):
             raise HTTPException(404, f"There is no run {run}.")
-    made = await _answered(_written(request, lambda connection: make(connection, run, wish.action.value, wish.by)))
+    made = await _answered(
+        _written(request, lambda connection: make(connection, run, wish.action.value, wish.by))
+    )
     return {"request": made, "run": run, "action": wish.action}
 
 
@@ -93,5 +95,13 @@ async def _answered(work: Any) -> Any:
         raise HTTPException(409, str(error), {"X-Penstock-Error": type(error).__name__}) from None
     except sa.exc.OperationalError:
         raise
-    except (TypeError, ValueError, AttributeError, KeyError, OverflowError, RecursionError, sa.exc.StatementError):
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+        KeyError,
+        OverflowError,
+        RecursionError,
+        sa.exc.StatementError,
+    ):
         raise HTTPException(400, "The arguments do not fit the question.") from None

@@ -72,7 +72,13 @@ def _expanded(packed: bytes, encoding: str) -> bytes:
 def _read(data: bytes) -> Batch:
     try:
         found = msgpack.unpackb(
-            data, raw=False, max_array_len=EVENTS, max_map_len=16, max_ext_len=0, max_str_len=64, max_bin_len=EXPANDED
+            data,
+            raw=False,
+            max_array_len=EVENTS,
+            max_map_len=16,
+            max_ext_len=0,
+            max_str_len=64,
+            max_bin_len=EXPANDED,
         )
         writer, first, payloads = found["writer"], found["first"], found["payloads"]
         sound = (

@@ -20,10 +20,17 @@ from penstock.api.stream import Hub, Position, shown
 from penstock.engine.events import Event
 
 STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"description": "A stream without an end.", "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    200: {
+        "description": "A stream without an end.",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
 }
 router = APIRouter(
-    prefix=PREFIX, dependencies=[needs(Scope.VIEW)], responses=PROBLEMS, tags=["streams"], default_response_class=StreamingResponse
+    prefix=PREFIX,
+    dependencies=[needs(Scope.VIEW)],
+    responses=PROBLEMS,
+    tags=["streams"],
+    default_response_class=StreamingResponse,
 )
 
 STREAMS = 64
@@ -35,10 +42,9 @@ _HEADERS = {"X-Accel-Buffering": "no"}
 LastId = Annotated[str | None, Header(max_length=16384, description="Of the last event that was seen.")]
 
 
-def _reserve(service: Service) -> None:
+def _refuse_more(service: Service) -> None:
     if service.streams >= STREAMS:
         raise HTTPException(503, f"There are {STREAMS} streams already.", {"Retry-After": "10"})
-    service.streams += 1
 
 
 @router.get("/events", response_class=StreamingResponse, responses=STREAM)
@@ -54,7 +60,7 @@ async def stream_events(
     """
     service, hub = service_of(request), request.app.state.hub
     start = Position.read(last_event_id) if last_event_id is not None else None
-    _reserve(service)
+    _refuse_more(service)
 
     def wanted(event: Event) -> bool:
         return (root is None or event.root == root) and (logs or event.kind != "log")
@@ -64,6 +70,7 @@ async def stream_events(
 
 async def _events(service: Service, hub: Hub, start: Position | None, wanted: Any) -> AsyncIterator[str]:
     quiet = 0
+    service.streams += 1  # here, since a stream that nobody begins to read is never ended
     try:
         yield "retry: 1000\n\n"
         first = True
@@ -88,13 +95,13 @@ async def stream_logs(
     """Stream the log of a run: the latest lines, or those after `Last-Event-ID`, then what comes."""
     service, hub = service_of(request), request.app.state.hub
     known = found(await run_in_threadpool(ask, request, queries.get_run, run), run)
-    details = {"level": level.value if level else None, "search": search, "limit": LINES}
-    await run_in_threadpool(ask, request, read_lines, run, cursor=last_event_id, **details)  # refuses a bad id now
-    _reserve(service)
+    details: dict[str, Any] = {"level": level.value if level else None, "search": search, "limit": LINES}
 
     def read(cursor: str | None) -> dict[str, Any]:
         return ask(request, read_lines, run, cursor=cursor, **details) or {"lines": [], "following": cursor}
 
+    await run_in_threadpool(read, last_event_id)  # refuses a bad id now
+    _refuse_more(service)
     return StreamingResponse(
         _lines(service, hub, known["root"], last_event_id, read), 200, _HEADERS, "text/event-stream"
     )
@@ -102,15 +109,17 @@ async def stream_logs(
 
 async def _lines(service: Service, hub: Hub, root: str, cursor: str | None, read: Any) -> AsyncIterator[str]:
     quiet = 0
+    service.streams += 1  # here, since a stream that nobody begins to read is never ended
     try:
         yield "retry: 1000\n\n"
         first = True
         async for items, _ in hub.watch(None, lambda event: event.root == root and event.kind == "log", IDLE):
             lines: list[Any] = []
-            while first or items:
+            more = first or bool(items)
+            while more:
                 answer = await run_in_threadpool(read, cursor)
                 lines += answer["lines"]
-                items, first, cursor = bool(answer["lines"]), False, answer["following"]
+                more, first, cursor = bool(answer["lines"]), False, answer["following"]
             data = "".join(f"event: line\ndata: {_json(line)}\n\n" for line in lines)
             quiet = 0 if data else quiet + 1
             if data or quiet >= BEATS:

@@ -11,7 +11,9 @@ from penstock.api.auth import Scope, needs
 from penstock.api.routes import PREFIX, PROBLEMS, Moment, ask
 from penstock.api.schemas import Activity, Counts, Durations, RunId, Text
 
-router = APIRouter(prefix=f"{PREFIX}/plots", dependencies=[needs(Scope.VIEW)], responses=PROBLEMS, tags=["plots"])
+router = APIRouter(
+    prefix=f"{PREFIX}/plots", dependencies=[needs(Scope.VIEW)], responses=PROBLEMS, tags=["plots"]
+)
 
 Of = Annotated[RunId | None, Query()]
 Task = Annotated[Text | None, Query(description="Name of a task.")]

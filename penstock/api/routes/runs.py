@@ -174,7 +174,9 @@ def get_logs(
 
 
 @router.get("/find", response_model=list[FlowRun | TaskRun])
-def find_runs(request: Request, text: Annotated[Text, Query()], limit: Annotated[int, Query(ge=1, le=50)] = 20) -> Any:
+def find_runs(
+    request: Request, text: Annotated[Text, Query()], limit: Annotated[int, Query(ge=1, le=50)] = 20
+) -> Any:
     """Find runs by what a person remembers: an id, its first or last digits, a name."""
     rows = ask(request, queries.find_runs, text, limit=limit)
     return [row if row["kind"] == "task" else {"tasks": {}, **row} for row in map(_without_upstream, rows)]
@@ -186,5 +188,3 @@ def _without_upstream(row: dict[str, Any]) -> dict[str, Any]:
 
 def _of_kind(kind: str, run: dict[str, Any] | None) -> dict[str, Any] | None:
     return run if run is not None and run["kind"] == kind else None
-
-
