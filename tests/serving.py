@@ -57,7 +57,8 @@ class Api:
         return answer.json()
 
     def post(self, path: str, body: Any, scope: Scope | None = Scope.ADMIN) -> httpx.Response:
-        return self.request("POST", f"/api/v1{path}", scope, json=body)
+        kind = {"content-type": "application/json"}
+        return self.request("POST", f"/api/v1{path}", scope, content=json.dumps(body), headers=kind)
 
     def send(self, batch: Batch, **headers: str) -> httpx.Response:
         kind = {"content-type": "application/msgpack", **headers}

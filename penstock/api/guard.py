@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -37,10 +38,6 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-
-
-class TooLarge(Exception):
-    """A body goes on beyond its limit."""
 
 
 class Guard:
@@ -102,35 +99,24 @@ class Guard:
         return None
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
-        limit, begun = _limit(scope), False
-        received, deadline, complete = 0, time.monotonic() + BODY_SECONDS, False
+        limit, deadline = _limit(scope), time.monotonic() + BODY_SECONDS
+        received, complete = 0, False
 
         async def limited() -> Message:
             nonlocal received, complete
             if complete:
                 return await receive()  # waits for the client to go away
-            message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
+                raise HTTPException(408, "The body did not arrive in time.") from None
             received += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if received > limit:
-                raise TooLarge
+                raise HTTPException(413, f"The body is larger than {limit} bytes.")
             return message
 
-        async def watched(message: Message) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
-
-        try:
-            await self.app(scope, limited, watched)
-        except TooLarge:
-            if not begun:
-                answer = JSONResponse({"detail": f"The body is larger than {limit} bytes."}, 413)
-                await answer(scope, receive, send)
-        except TimeoutError:
-            if not begun:
-                answer = JSONResponse({"detail": "The body did not arrive in time."}, 408)
-                await answer(scope, receive, send)
+        await self.app(scope, limited, send)
 
 
 def _limit(scope: Scope) -> int:

@@ -12,10 +12,20 @@ import sqlalchemy as sa
 from penstock.api import queries
 from penstock.api.models import flow_runs, maps, task_runs
 
-__all__ = ["READ", "commands", "exists", "request_maker"]
+__all__ = ["READ", "bound", "commands", "exists", "request_maker"]
 
 READ: Mapping[str, Callable[..., Any]] = queries.ANSWERS
 """Questions that change nothing."""
+
+
+LIMITS = {"limit": 1000, "elements": 10_000}
+
+
+def bound(details: dict[str, Any]) -> None:
+    """Lower what a question asks for to what one answer may hold."""
+    for name, most in LIMITS.items():
+        if name in details and (details[name] is None or type(details[name]) is int):
+            details[name] = most if details[name] is None else max(0, min(details[name], most))
 
 
 def commands() -> Mapping[str, Callable[..., Any]]:

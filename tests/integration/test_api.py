@@ -132,7 +132,7 @@ def test_flows_and_their_runs(told: Api) -> None:
     assert [(one["name"], one["runs"]) for one in flows] == [("child", 1), ("hello", 1)]
     [run] = told.get("/flow-runs")["items"]
     assert (run["id"], run["flow"], run["state"]["type"]) == (ROOT, "hello", "COMPLETED")
-    assert run["tasks"] == {"COMPLETED": 6}
+    assert run["tasks"] == {"COMPLETED": 6, "PENDING": 1}
     assert [one["id"] for one in told.get("/flow-runs", nested=True, sort="oldest")["items"]] == [ROOT, CHILD]
     assert [one["id"] for one in told.get("/flow-runs", parent=ROOT)["items"]] == [CHILD]
     assert told.get(f"/flow-runs/{ROOT}")["flows"] == [CHILD]
@@ -301,7 +301,6 @@ def test_questions_by_name(told: Api) -> None:
         {"what": "beat"},
         {"what": "runs", "connection": 1},
         {"what": "runs", "limit": "many"},
-        {"what": "runs", "limit": 1 << 70},
         {"what": "runs", "states": 5},
         {"what": "run", "run": {"a": 1}},
         {"what": "run", "run": "\ud800"},

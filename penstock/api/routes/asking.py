@@ -34,6 +34,7 @@ async def ask(request: Request, question: Question) -> Any:
     details = dict(question.model_extra or {})
     if question.what not in questions.READ:
         raise HTTPException(400, f"There is no question {question.what!r} that only reads.")
+    questions.bound(details)
     service = service_of(request)
 
     def answer() -> Any:
