@@ -44,7 +44,9 @@ class Api:
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False, client=("127.0.0.1", 5))
         self._client = httpx.AsyncClient(transport=transport, base_url=URL)
 
-    def request(self, method: str, path: str, scope: Scope | None = Scope.ADMIN, **details: Any) -> httpx.Response:
+    def request(
+        self, method: str, path: str, scope: Scope | None = Scope.ADMIN, **details: Any
+    ) -> httpx.Response:
         headers = dict(details.pop("headers", {}))
         if scope:
             headers.setdefault("authorization", f"Bearer {self.tokens[scope]}")

@@ -90,7 +90,9 @@ def test_batches_may_be_compressed(api: Api) -> None:
         (b"x" * ((1 << 20) + 1), "identity", 413),
     ],
 )
-def test_what_is_no_batch_is_refused_and_changes_nothing(api: Api, body: bytes, encoding: str, status: int) -> None:
+def test_what_is_no_batch_is_refused_and_changes_nothing(
+    api: Api, body: bytes, encoding: str, status: int
+) -> None:
     headers = {"content-type": "application/msgpack", "content-encoding": encoding}
     answer = api.request("POST", "/api/v1/ingest", content=body, headers=headers)
     assert answer.status_code == status, answer.text
@@ -111,7 +113,9 @@ def test_a_database_that_takes_nothing_acknowledges_nothing(api: Api, clean_envi
     assert api.send(Batch(found.writer, 1, found.payloads[:2])).status_code == 200
     api.service.database.engine.dialect.create_connect_args  # noqa: B018 - the engine is there
     other = sqlite3.connect(clean_environment / "penstock.db", isolation_level=None)
-    other.execute("CREATE TRIGGER full BEFORE INSERT ON events BEGIN SELECT RAISE(ABORT, 'disk is full'); END")
+    other.execute(
+        "CREATE TRIGGER full BEFORE INSERT ON events BEGIN SELECT RAISE(ABORT, 'disk is full'); END"
+    )
     other.close()
     answer = api.send(Batch(found.writer, 3, found.payloads[2:]))
     ready = api.request("GET", "/api/v1/ready", None).status_code
@@ -203,7 +207,13 @@ def test_pages_show_each_run_once_in_every_order(api: Api, sort: str, limit: int
 @pytest.mark.parametrize("cursor", ["x", "W10", "WzEsMl0", "WyJhIiwgImIiLCAiYyJd", "bnVsbA", "." * 100, "-"])
 def test_a_foreign_cursor_is_refused(told: Api, cursor: str) -> None:
     for path in ("/flow-runs", "/task-runs", "/map-runs", "/flows", f"/runs/{ROOT}/logs"):
-        answer = told.request("GET", f"/api/v1{path}", params={"cursor": cursor, "sort": "name"} if "logs" not in path and "map" not in path else {"cursor": cursor})
+        answer = told.request(
+            "GET",
+            f"/api/v1{path}",
+            params={"cursor": cursor, "sort": "name"}
+            if "logs" not in path and "map" not in path
+            else {"cursor": cursor},
+        )
         assert answer.status_code in {400, 422}, (path, answer.text)
 
 
@@ -237,7 +247,17 @@ def test_the_graph_has_one_node_for_a_map(told: Api) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["flow-runs/{}", "flow-runs/{}/graph", "flow-runs/{}/tree", "task-runs/{}", "map-runs/{}", "runs/{}/history", "runs/{}/logs", "runs/{}/logs/stream"]
+    "path",
+    [
+        "flow-runs/{}",
+        "flow-runs/{}/graph",
+        "flow-runs/{}/tree",
+        "task-runs/{}",
+        "map-runs/{}",
+        "runs/{}/history",
+        "runs/{}/logs",
+        "runs/{}/logs/stream",
+    ],
 )
 def test_what_is_not_there_is_not_found(told: Api, path: str) -> None:
     assert told.request("GET", f"/api/v1/{path.format(ABSENT)}").status_code == 404
@@ -251,7 +271,9 @@ def test_history_and_logs(told: Api) -> None:
     logs = told.get(f"/runs/{ROOT}/logs")
     assert [line["text"] for line in logs["lines"]] == ["before", "loading", "from the flow"]
     assert logs["dropped"] == 2
-    assert [line["text"] for line in told.get(f"/runs/{ROOT}/logs", level="ERROR")["lines"]] == ["from the flow"]
+    assert [line["text"] for line in told.get(f"/runs/{ROOT}/logs", level="ERROR")["lines"]] == [
+        "from the flow"
+    ]
     assert [line["text"] for line in told.get(f"/runs/{ROOT}/logs", search="LOAD")["lines"]] == ["loading"]
     assert [line["text"] for line in told.get(f"/runs/{ROOT}/logs", limit=1)["lines"]] == ["from the flow"]
     assert told.get(f"/runs/{LOAD}/logs", cursor=logs["following"])["lines"] == []

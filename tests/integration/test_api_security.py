@@ -46,7 +46,9 @@ def test_every_route_declares_its_scope(api: Api) -> None:
     assert [path for _, path, route in routes(api) if declared(route) is None] == []
     public = {path for _, path, route in routes(api) if declared(route) is Scope.PUBLIC}
     assert public == {"/api/v1/health", "/api/v1/ready", "/login"}
-    changing = {path for method, path, route in routes(api) if method != "GET" and declared(route) == Scope.VIEW}
+    changing = {
+        path for method, path, route in routes(api) if method != "GET" and declared(route) == Scope.VIEW
+    }
     assert changing == {"/api/v1/ask"}  # its questions only read
 
 
@@ -88,13 +90,17 @@ def test_odd_credentials_are_no_credentials(told: Api, header: str) -> None:
     assert answer.headers["www-authenticate"] == "Bearer"
 
 
-def test_the_token_of_the_account_is_private_and_not_stored_in_the_open(api: Api, clean_environment: Path) -> None:
+def test_the_token_of_the_account_is_private_and_not_stored_in_the_open(
+    api: Api, clean_environment: Path
+) -> None:
     for name in ("token", "tokens.json"):
         assert not (clean_environment / name).stat().st_mode & PRIVATE
     assert len(bytes.fromhex(token_path(clean_environment).read_text())) == 32
     stored = (clean_environment / "tokens.json").read_text()
     assert not any(token in stored for token in api.tokens.values())
-    assert api.request("GET", "/api/v1/flows", None, headers={"authorization": f"Bearer {api.admin}"}).is_success
+    assert api.request(
+        "GET", "/api/v1/flows", None, headers={"authorization": f"Bearer {api.admin}"}
+    ).is_success
 
 
 def test_a_token_that_others_can_read_is_refused(clean_environment: Path) -> None:
@@ -159,7 +165,9 @@ def test_requests_of_foreign_pages_change_nothing(told: Api, headers: dict[str, 
     assert "access-control-allow-origin" not in answer.headers
 
 
-@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""]
+)
 def test_what_a_form_can_send_is_refused(told: Api, kind: str) -> None:
     for path in ("/api/v1/ask", "/api/v1/ingest", f"/api/v1/runs/{ROOT}/state"):
         answer = told.request("POST", path, content=b'{"what": "runs"}', headers={"content-type": kind})
@@ -190,10 +198,15 @@ def test_a_browser_logs_in_once(told: Api) -> None:
 
     held = {"cookie": cookie.partition(";")[0]}
     assert told.request("GET", "/api/v1/flows", None, headers=held).status_code == 200
-    assert told.request("GET", "/api/v1/flows", None, headers={"cookie": "penstock-4270=x"}).status_code == 401
+    assert (
+        told.request("GET", "/api/v1/flows", None, headers={"cookie": "penstock-4270=x"}).status_code == 401
+    )
     with_body = {**held, "content-type": "application/json", "origin": "http://evil.example"}
     body = b'{"action": "cancel"}'
-    assert told.request("POST", f"/api/v1/runs/{ROOT}/state", None, content=body, headers=with_body).status_code == 403
+    assert (
+        told.request("POST", f"/api/v1/runs/{ROOT}/state", None, content=body, headers=with_body).status_code
+        == 403
+    )
 
 
 def test_a_session_ends(told: Api, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +260,14 @@ def test_bodies_are_limited(told: Api) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b"[" * 100_000, b'{"what": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", b"1" * 100_000, b'{"what": "runs", "limit": 1e400}', b"\xff"]
+    "body",
+    [
+        b"[" * 100_000,
+        b'{"what": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
+        b"1" * 100_000,
+        b'{"what": "runs", "limit": 1e400}',
+        b"\xff",
+    ],
 )
 def test_deep_and_odd_bodies_are_refused_with_words(told: Api, body: bytes) -> None:
     answer = told.request("POST", "/api/v1/ask", content=body, headers={"content-type": "application/json"})
@@ -303,6 +323,8 @@ def test_the_server_half_of_the_api_names_no_pickle() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not {"pickle", "cloudpickle", "marshal", "shelve", "dill"} & {name.partition(".")[0] for name in names}
+            assert not {"pickle", "cloudpickle", "marshal", "shelve", "dill"} & {
+                name.partition(".")[0] for name in names
+            }
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id not in {"eval", "exec", "compile", "__import__"}, path
