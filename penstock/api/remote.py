@@ -18,7 +18,7 @@ from typing import Any
 
 import msgpack
 
-from penstock.api.connection import Connection, ServerError, Unreachable
+from penstock.api.connection import Answer, Connection, ServerError, Unreachable
 from penstock.engine.events import Event, pack
 from penstock.engine.sender import StoreUnusable
 from penstock.engine.spool import (
@@ -119,19 +119,22 @@ class HttpStore:
         return committed
 
     def _send_piece(self, batch: Batch) -> int:
+        answer = self._post(batch)
+        if answer.status in NEVER:
+            return self._refused(batch, answer.status)
+        return self._acknowledged(batch, answer)
+
+    def _post(self, batch: Batch) -> Answer:
         body = msgpack.packb({"writer": batch.writer, "first": batch.first, "payloads": batch.payloads})
         headers = {"Content-Type": "application/msgpack"}
         if len(body) > 1 << 20:
             body = zlib.compress(body, 1)
             headers["Content-Encoding"] = "deflate"
-        answer = self._sending.request("POST", "/ingest", body, headers)
-        if answer.status == 200:
-            return self._acknowledged(batch, answer)
-        if answer.status in NEVER:
-            return self._refused(batch, answer.status)
-        raise self._sending.refusal(answer)
+        return self._sending.request("POST", "/ingest", body, headers)
 
-    def _acknowledged(self, batch: Batch, answer: Any) -> int:
+    def _acknowledged(self, batch: Batch, answer: Answer) -> int:
+        if answer.status != 200:
+            raise self._sending.refusal(answer)
         try:
             found = answer.json()
             echoed = found["writer"] == batch.writer and found["last"] == batch.last
@@ -152,19 +155,16 @@ class HttpStore:
             if committed < batch.first + middle - 1:
                 return committed
             return self._send_piece(Batch(batch.writer, batch.first + middle, batch.payloads[middle:]))
-        if (batch.writer, batch.first) in self._set_aside:  # what stands for it was refused, too
-            raise Unreachable(f"the server at {self._sending.url} refuses everything ({status})")
-        self._put_aside(batch)
+        news = (batch.writer, batch.first) not in self._set_aside
+        if news:
+            self._put_aside(batch)
         body = {"bytes": len(batch.payloads[0]), "status": status}
-        note = pack(Event("rejected", _NOBODY, _NOBODY, time.time(), body))
-        committed = self._send_piece(Batch(batch.writer, batch.first, [note]))
-        self.rejected += 1
-        logger.warning(
-            "The server at %s can never take one event (%s); it is kept in %s.",
-            self._sending.url,
-            status,
-            self._beside(batch.writer),
-        )
+        note = pack(Event("rejected", _NOBODY, _NOBODY, time.time(), body))  # there must be no gap
+        committed = self._acknowledged(batch, self._post(Batch(batch.writer, batch.first, [note])))
+        if news:
+            self.rejected += 1
+            where = self._beside(batch.writer)
+            logger.warning("The server can never take one event (%s); it is kept in %s.", status, where)
         return committed
 
     def _beside(self, writer: str) -> Path:
