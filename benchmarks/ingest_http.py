@@ -71,7 +71,13 @@ def events(count: int) -> Iterator[Event]:
         yield Event("task_run", run, root, time.time(), body, rseq=number + 2)
         state: dict[str, Any] = {"of": "task", "type": "RUNNING", "name": "Running"}
         yield Event("state", run, root, time.time(), state, 1, 1, 0, number + 3)
-        done = {"of": "task", "type": "COMPLETED", "name": "Completed", "started": time.time(), "seconds": 0.01}
+        done = {
+            "of": "task",
+            "type": "COMPLETED",
+            "name": "Completed",
+            "started": time.time(),
+            "seconds": 0.01,
+        }
         done |= {"worker": "host:1", "nbytes": 8, "peak": 1 << 20}
         yield Event("state", run, root, time.time(), done, 1, 1, 2, number + 4)
         number += 3
@@ -137,20 +143,41 @@ def lag(rate: int, seconds: float) -> dict[str, float]:
         try:
             watcher.start()
             while not ready.wait(0.2):  # until the stream is open and the sender warm
-                tracker.record(Event("flow_run", new_id(), new_id(), time.time(), {"flow": "warm", "name": "up"}))
+                tracker.record(
+                    Event("flow_run", new_id(), new_id(), time.time(), {"flow": "warm", "name": "up"})
+                )
             lags.clear()
             begun = time.perf_counter()
             for number, event in enumerate(events(total)):
                 ahead = begun + number / rate - time.perf_counter()
                 if ahead > 0:
                     time.sleep(ahead)
-                tracker.record(Event(event.kind, event.run, event.root, time.time(), event.body, 1, event.attempt, event.rank, event.rseq))
+                tracker.record(
+                    Event(
+                        event.kind,
+                        event.run,
+                        event.root,
+                        time.time(),
+                        event.body,
+                        1,
+                        event.attempt,
+                        event.rank,
+                        event.rseq,
+                    )
+                )
             watcher.join(30)
             tracker.close()
         finally:
             server.stop()
     cuts = statistics.quantiles(lags, n=100)
-    return {"events": len(lags), "rate": rate, "p50": cuts[49], "p90": cuts[89], "p99": cuts[98], "max": max(lags)}
+    return {
+        "events": len(lags),
+        "rate": rate,
+        "p50": cuts[49],
+        "p90": cuts[89],
+        "p99": cuts[98],
+        "max": max(lags),
+    }
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
+from penstock import errors
 from penstock.engine.home import usable_home
 from penstock.errors import ConfigurationError, PenstockError
 from penstock.settings import settings
@@ -176,8 +177,8 @@ class Connection:
 
         Raises
         ------
-        ServerError
-            If the server refuses.
+        PenstockError
+            If the server refuses: what it says happened there, or a `ServerError`.
         Unreachable
             If it does not answer, or not with JSON.
         """
@@ -191,7 +192,7 @@ class Connection:
         except ValueError:
             raise Unreachable(f"what answers at {self.url} is no penstock server") from None
 
-    def refusal(self, answer: Answer) -> ServerError:
+    def refusal(self, answer: Answer) -> PenstockError:
         """Return the error that an answer stands for."""
         detail: Any = None
         with contextlib.suppress(ValueError, AttributeError):
@@ -200,6 +201,9 @@ class Connection:
             detail = "; ".join(
                 f"{'.'.join(map(str, one.get('loc', ())))}: {one.get('msg')}" for one in detail
             )
+        kind = getattr(errors, answer.headers.get("x-penstock-error", ""), None)
+        if answer.status == 409 and isinstance(kind, type) and issubclass(kind, PenstockError):
+            return kind(detail)  # as the store in this process would have raised it
         if answer.status == 401:
             detail = "it does not accept our token; set PENSTOCK_API_TOKEN, or PENSTOCK_HOME to the home of the server"
         return ServerError(

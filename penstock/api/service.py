@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import logging
 import sqlite3
 import threading
@@ -55,6 +57,7 @@ class Service:
         self._lock = self._take()
         self._chores: list[Callable[[], Any]] = []
         self._chores_done = time.monotonic()
+        self._bind_reaper()
         self.writer = Writer(self.database, self._turn)
 
     def _take(self) -> FileLock:
@@ -80,6 +83,15 @@ class Service:
                 "name it."
             )
         return lock
+
+    def _bind_reaper(self) -> None:
+        """Let the reaper look at all drivers, also those elsewhere, of which only leases tell."""
+        if importlib.util.find_spec("penstock.api.reaper") is not None:
+            reaper = importlib.import_module("penstock.api.reaper").Reaper(
+                self.database, self.home, local=False
+            )
+            self.store._reaper = reaper  # type: ignore[attr-defined]
+            self.chore(reaper.look)
 
     def chore(self, work: Callable[[], Any]) -> None:
         """Do something every five seconds, in the thread that writes."""

@@ -111,7 +111,6 @@ def test_a_database_that_takes_nothing_acknowledges_nothing(api: Api, clean_envi
 
     found = batch(story().events)
     assert api.send(Batch(found.writer, 1, found.payloads[:2])).status_code == 200
-    api.service.database.engine.dialect.create_connect_args  # noqa: B018 - the engine is there
     other = sqlite3.connect(clean_environment / "penstock.db", isolation_level=None)
     other.execute(
         "CREATE TRIGGER full BEFORE INSERT ON events BEGIN SELECT RAISE(ABORT, 'disk is full'); END"
@@ -184,7 +183,7 @@ def test_pages_show_each_run_once_in_every_order(api: Api, sort: str, limit: int
     found: list[Any] = []
     cursor = None
     while True:
-        query = {"cursor": cursor} if cursor else {}
+        query: dict[str, Any] = {"cursor": cursor} if cursor else {}
         page = api.get("/task-runs", sort=sort, limit=limit, **query)
         found += page["items"]
         assert len(page["items"]) <= limit

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -22,9 +21,9 @@ from penstock.api.client import Client, get_client
 from penstock.api.connection import ServerError, Unreachable
 from penstock.api.db import Database
 from penstock.api.note import read_note
-from penstock.engine.events import Event, bus, new_id, pack
+from penstock.engine.events import Event, bus
 from penstock.engine.sender import StoreUnusable
-from penstock.engine.spool import Batch, Spool, spools
+from penstock.engine.spool import Batch, spools
 from penstock.engine.tracking import start_tracking, stop_tracking
 from penstock.errors import ConfigurationError
 from tests.serving import COMMAND, Served, lines_of, packed, served, start
@@ -602,13 +601,13 @@ def test_logs_are_followed(server: Served, elsewhere: Path) -> None:
 def test_the_client_lists_into_frames(
     server: Served, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import pandas
+    import pandas as pd
 
     store = remote.HttpStore(elsewhere, server.url, server.token)
     store.send(batch(story(1500).events))
     store.close()
     client = get_client(server.url, server.token)
-    frame = pandas.DataFrame(client.task_runs(root=ROOT, limit=None))
+    frame = pd.DataFrame(client.task_runs(root=ROOT, limit=None))
     assert len(frame) == 1502
     assert set(frame["state"]) == {"COMPLETED", "PENDING"}
     assert frame.set_index("id").loc[LOAD, "seconds"] == 1.5
