@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from penstock.api.auth import Scope, token_path
 from penstock.api.note import read_note
 from penstock.api.service import Service
 from penstock.engine.spool import Batch
+from tests.conftest import wait_until
 
 URL = "http://127.0.0.1:4270"
 COMMAND = "from penstock.cli import main; main()"
@@ -109,20 +109,22 @@ def start(home: Path, arguments: Sequence[str] = (), code: str = COMMAND, port: 
     )
     log.close()
     found = Served(home, process)
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
+
+    def answers() -> bool:
         note = read_note(home)
         if note is not None and note["pid"] == process.pid:
             found.url = note["url"]
             with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{found.url}/api/v1/health").status_code == 200:
-                    return found
-        if process.poll() is not None:
-            break
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    raise AssertionError((home / "log").read_text())
+                return httpx.get(f"{found.url}/api/v1/health").status_code == 200
+        return process.poll() is not None
+
+    try:
+        wait_until(answers, 30.0)
+        assert process.poll() is None, (home / "log").read_text()
+    except AssertionError:
+        found.kill()
+        raise
+    return found
 
 
 @contextlib.contextmanager
