@@ -164,11 +164,6 @@ class EmbeddedStore:
 
     def drain(self, patience: float = PATIENCE) -> bool:
         """Commit everything in all spools; False if another process did not let us in time."""
-        with self._locked(0) as held:
-            if held:
-                self.database.prepare()
-                self._sweep(None)
-                return True
         note = self.server()
         if note is not None:
             with contextlib.suppress(PenstockError):  # it is starting or stopping

@@ -34,12 +34,9 @@ from penstock.engine.spool import (
 from penstock.errors import ConfigurationError
 from penstock.settings import settings
 
-__all__ = ["READS", "HttpStore"]
+__all__ = ["HttpStore"]
 
 logger = logging.getLogger("penstock.tracking")
-
-READS = frozenset({"runs", "task_runs", "run", "find", "tree", "history", "logs"})
-"""Questions that change nothing; the others need the scope of a driver."""
 
 PIECE = (1 << 20) - (16 << 10)  # bytes of a request, with room for the frame around the events
 FRAME = 9  # bytes that msgpack puts around an event at most
@@ -87,8 +84,7 @@ class HttpStore:
 
     def ask(self, question: Mapping[str, Any]) -> Any:
         """Answer a question about the record."""
-        path = "/ask" if question["what"] in READS else "/tell"
-        return self._asking.ask("POST", path, dict(question))["answer"]
+        return self._asking.ask("POST", "/tell", dict(question))["answer"]
 
     def close(self) -> None:
         """Close the connections."""

@@ -91,7 +91,7 @@ class Service:
                 self.database, self.home, local=False
             )
             self.store._reaper = reaper  # type: ignore[attr-defined]
-            self.chore(reaper.look)
+            self.chore(self.store._reap)  # type: ignore[attr-defined]
 
     def chore(self, work: Callable[[], Any]) -> None:
         """Do something every five seconds, in the thread that writes."""

@@ -31,9 +31,13 @@ _LATER: dict[int | str, dict[str, Any]] = {
 @views.post("/ask", response_model=Answer, responses={409: _LATER[409]})
 async def ask(request: Request, question: Question) -> Any:
     """Answer a question that only reads, such as `{"what": "runs", "limit": 5}`."""
-    details = dict(question.model_extra or {})
     if question.what not in questions.READ:
         raise HTTPException(400, f"There is no question {question.what!r} that only reads.")
+    return {"answer": await _read(request, question)}
+
+
+async def _read(request: Request, question: Question) -> Any:
+    details = dict(question.model_extra or {})
     questions.bound(details)
     service = service_of(request)
 
@@ -41,12 +45,14 @@ async def ask(request: Request, question: Question) -> Any:
         with service.read() as connection:
             return questions.READ[question.what](connection, **details)
 
-    return {"answer": await _answered(run_in_threadpool(answer))}
+    return await _answered(run_in_threadpool(answer))
 
 
 @router.post("/tell", response_model=Answer, responses={409: _LATER[409]})
 async def tell(request: Request, question: Question) -> Any:
-    """Answer a question of a driver that also changes something, such as its sign of life."""
+    """Answer a question of a driver, which may also change something, such as its sign of life."""
+    if question.what in questions.READ:
+        return {"answer": await _read(request, question)}
     details = dict(question.model_extra or {})
     service = service_of(request)
     if question.what == "sweep":  # commit what drivers beside us have written down
