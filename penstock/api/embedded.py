@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from penstock.api import queries
 from penstock.api.db import REVISIONS, Database, schema_version
 from penstock.api.ingest import acknowledged, ingest
-from penstock.api.note import is_alive, read_note
+from penstock.api.note import running
 from penstock.engine.home import usable_home
 from penstock.engine.sender import StoreUnusable
 from penstock.engine.spool import (
@@ -164,10 +164,11 @@ class EmbeddedStore:
 
     def drain(self, patience: float = PATIENCE) -> bool:
         """Commit everything in all spools; False if another process did not let us in time."""
-        note = self.server()
+        note = running(self.home, self._lock_path)
         if note is not None:
+            remote = importlib.import_module("penstock.api.remote")
             with contextlib.suppress(PenstockError):  # it is starting or stopping
-                importlib.import_module("penstock.api.remote").ask_note(self.home, note, {"what": "sweep"})
+                remote.ask_note(self.home, note, {"what": "sweep"})
                 return True
         with self._locked(patience) as held:
             if held:
@@ -175,27 +176,8 @@ class EmbeddedStore:
                 self._sweep(None)
         return held
 
-    def server(self) -> Mapping[str, Any] | None:
-        """Return the note of the server that holds the lock of this home now; None if no server does."""
-        note = read_note(self.home)
-        if note is None or not is_alive(note["pid"]):
-            return None
-        lock = self.take_lock(0)
-        if lock is not None:  # nobody holds the home: the number is somebody else's by now
-            lock.release()
-            return None
-        return note
-
-    def sweep(self) -> None:
-        """Commit what is in all spools for a moment; for a server, which holds the lock all the time."""
-        self._sweep(time.monotonic() + ROUND)
-
-    def sweep_all(self) -> None:
-        """Commit everything that is in all spools now."""
-        self._sweep(None)
-
-    def take_lock(self, patience: float) -> FileLock | None:
-        """Take the lock of the writer; None if another process holds it all the time."""
+    @contextlib.contextmanager
+    def _locked(self, patience: float) -> Iterator[bool]:
         deadline = time.monotonic() + patience
         try:
             while (lock := FileLock.take(self._lock_path, os.O_RDWR | os.O_CREAT)) is None:
@@ -204,11 +186,6 @@ class EmbeddedStore:
                 time.sleep(POLL)
         except OSError as error:
             raise ConfigurationError(f"The store cannot be written to: {error}.") from error
-        return lock
-
-    @contextlib.contextmanager
-    def _locked(self, patience: float) -> Iterator[bool]:
-        lock = self.take_lock(patience)
         try:
             yield lock is not None
         finally:

@@ -8,7 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ["is_alive", "read_note", "remove_note", "write_note"]
+from penstock.engine.spool import FileLock
+
+__all__ = ["is_alive", "read_note", "remove_note", "running", "take_lock", "write_note"]
+
+POLL = 0.01
 
 
 def _note(home: Path) -> Path:
@@ -49,3 +53,28 @@ def is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return pid > 0
+
+
+def running(home: Path, lock: Path) -> dict[str, Any] | None:
+    """Return the note of the server that holds the lock of a home now; None if no server does."""
+    note = read_note(home)
+    if note is None or not is_alive(note["pid"]):
+        return None
+    try:
+        taken = take_lock(lock, 0.0)
+    except OSError:
+        return None
+    if taken is not None:  # nobody holds the home: the number is somebody else's by now
+        taken.release()
+        return None
+    return note
+
+
+def take_lock(path: Path, patience: float) -> FileLock | None:
+    """Take the lock of a store; None if another process held it all the time."""
+    deadline = time.monotonic() + patience
+    while (lock := FileLock.take(path, os.O_RDWR | os.O_CREAT)) is None:
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(POLL)
+    return lock

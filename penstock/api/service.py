@@ -16,7 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from penstock.api.embedded import EmbeddedStore
-from penstock.api.note import is_alive, read_note
+from penstock.api.note import is_alive, read_note, take_lock
 from penstock.api.writer import Writer
 from penstock.engine.home import network_type
 from penstock.engine.spool import FileLock
@@ -29,6 +29,7 @@ logger = logging.getLogger("penstock.server")
 PATIENCE = 5.0  # seconds for drivers, which hold the lock for moments only
 STATEMENT_SECONDS = 5.0
 STEPS = 20_000  # of SQLite's machine between two looks at the clock
+ROUND = 0.5  # seconds for the spools before drivers elsewhere get their turn
 CHORES = 5.0  # seconds between two rounds of the reaper
 
 
@@ -69,20 +70,26 @@ class Service:
             )
         with contextlib.suppress(OSError):
             (self.home / "spool").mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = self.store.take_lock(0)
+        lock = self._take_lock(0.0)
         if lock is None:
             other = read_note(self.home)
             if other is not None and is_alive(other["pid"]):
                 raise ConfigurationError(
                     f"A penstock server with pid {other['pid']} serves {self.home} at {other['url']} already."
                 )
-            lock = self.store.take_lock(PATIENCE)
+            lock = self._take_lock(PATIENCE)
         if lock is None:
             raise ConfigurationError(
                 f"Another process writes to the store in {self.home} all the time; `penstock server status` may "
                 "name it."
             )
         return lock
+
+    def _take_lock(self, patience: float) -> FileLock | None:
+        try:
+            return take_lock(self.store._lock_path, patience)
+        except OSError as error:
+            raise ConfigurationError(f"The store cannot be written to: {error}.") from error
 
     def _bind_reaper(self) -> None:
         """Let the reaper look at all drivers, also those elsewhere, of which only leases tell."""
@@ -97,13 +104,17 @@ class Service:
         """Do something every five seconds, in the thread that writes."""
         self._chores.append(work)
 
+    def sweep(self) -> None:
+        """Commit everything that is in the spools of this home; in the thread that writes."""
+        self.store._sweep(None)
+
     def start(self) -> None:
         """Make the tables and begin to write."""
         self.database.prepare()
         self.writer.start()
 
     def _turn(self) -> None:
-        self.store.sweep()
+        self.store._sweep(time.monotonic() + ROUND)
         self.swept = time.monotonic()
         if time.monotonic() - self._chores_done >= CHORES:
             self._chores_done = time.monotonic()

@@ -35,9 +35,10 @@ def _running(home: Path) -> Any:
     import contextlib
 
     from penstock.api.embedded import EmbeddedStore
+    from penstock.api.note import running
 
     with contextlib.closing(EmbeddedStore(home)) as store:
-        return store.server()
+        return running(home, store._lock_path)
 
 
 def _home() -> Path:

@@ -20,7 +20,7 @@ from penstock.api import embedded, queries, remote
 from penstock.api.client import Client, get_client
 from penstock.api.connection import ServerError, Unreachable
 from penstock.api.db import Database
-from penstock.api.note import read_note
+from penstock.api.note import read_note, take_lock
 from penstock.engine.events import Event, bus
 from penstock.engine.sender import StoreUnusable
 from penstock.engine.spool import Batch, spools
@@ -241,7 +241,7 @@ def test_commands_see_everything_while_a_server_has_the_home(home: Path) -> None
 
 def test_a_driver_that_holds_the_lock_for_a_moment_hands_it_over(home: Path) -> None:
     store = embedded.EmbeddedStore(home)
-    lock = store.take_lock(0)
+    lock = take_lock(store._lock_path, 0.0)
     assert lock is not None
     release = threading.Timer(0.7, lock.release)
     release.start()

@@ -56,7 +56,7 @@ async def tell(request: Request, question: Question) -> Any:
     details = dict(question.model_extra or {})
     service = service_of(request)
     if question.what == "sweep":  # commit what drivers beside us have written down
-        return {"answer": await _answered(_called(request, lambda database: service.store.sweep_all()))}
+        return {"answer": await _answered(_called(request, lambda database: service.sweep()))}
     command = questions.commands().get(question.what)
     if command is None:
         raise HTTPException(400, f"There is no command {question.what!r}.")
