@@ -41,6 +41,8 @@ class Settings:
         Where tasks run if the code does not say it: "threads", "processes", "dask", "ray" or a URL.
     api_url : str
         Address of a penstock server; empty to record into the store in `home`.
+    api_token : str
+        Proves to that server who we are; empty for the one that lies in `home`.
     database_url : str
         Database of the store; empty for ``penstock.db`` in `home`.
     tasks_max_nesting : int
@@ -76,6 +78,7 @@ class Settings:
     home: Path
     runner: str = ""
     api_url: str = ""
+    api_token: str = field(default="", repr=False)
     database_url: str = ""
     tasks_max_nesting: int = 2000
     logging_log_prints: bool = False
@@ -103,6 +106,7 @@ class Settings:
         for name in NAMES:
             value = getattr(self, name)
             text = str(value).lower() if isinstance(value, bool) else str(value)
+            text = "***" if name == "api_token" and text else text
             rows.append((variable(name), re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", text), self.source(name)))
         return rows
 
@@ -345,6 +349,7 @@ _CHECKS: Mapping[str, _Check] = {
     "home": _path,
     "runner": _text,
     "api_url": _text,
+    "api_token": _text,
     "database_url": _text,
     "tasks_max_nesting": _whole(1),
     "logging_log_prints": _truth,

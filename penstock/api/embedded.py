@@ -9,6 +9,7 @@ runs and commands share one database without ever meeting in it, and a stopped p
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import time
@@ -21,6 +22,7 @@ import sqlalchemy as sa
 from penstock.api import queries
 from penstock.api.db import REVISIONS, Database, schema_version
 from penstock.api.ingest import acknowledged, ingest
+from penstock.api.note import running
 from penstock.engine.home import usable_home
 from penstock.engine.sender import StoreUnusable
 from penstock.engine.spool import (
@@ -34,7 +36,7 @@ from penstock.engine.spool import (
     spools,
     take_orphan,
 )
-from penstock.errors import ConfigurationError
+from penstock.errors import ConfigurationError, PenstockError
 from penstock.settings import settings
 
 __all__ = ["EmbeddedStore", "drain", "open_store", "reading"]
@@ -162,6 +164,12 @@ class EmbeddedStore:
 
     def drain(self, patience: float = PATIENCE) -> bool:
         """Commit everything in all spools; False if another process did not let us in time."""
+        note = running(self.home, self._lock_path)
+        if note is not None:
+            remote = importlib.import_module("penstock.api.remote")
+            with contextlib.suppress(PenstockError):  # it is starting or stopping
+                remote.ask_note(self.home, note, {"what": "sweep"})
+                return True
         with self._locked(patience) as held:
             if held:
                 self.database.prepare()

@@ -162,13 +162,15 @@ class Tracker:
             self._ring = kept
         self._ring.append((kind, payload))
 
-    def flush(self, timeout: float) -> bool:
+    def flush(self, timeout: float, *, patient: bool = True) -> bool:
         """Wait until the store has committed everything recorded so far.
 
         Parameters
         ----------
         timeout : float
             Seconds to wait at most.
+        patient : bool
+            Wait for a store that cannot be reached, too.
 
         Returns
         -------
@@ -182,13 +184,14 @@ class Tracker:
             target = spool.last if spool is not None else 0
         if spool is None or sender is None:
             return complete and spool is None
-        return sender.flush(spool, target, timeout) and complete
+        return sender.flush(spool, target, timeout, patient=patient) and complete
 
     def close(self, timeout: float = EXIT_PATIENCE) -> bool:
         """Send what there is and let go of the spool; an event that comes later opens a new one.
 
-        A store that is not loaded yet is not waited for: reading the spool costs the next command
-        less than loading the store would cost this one.
+        A database that is not loaded yet is not waited for: reading the spool costs the next command
+        less than loading it would cost this one. A server has to be told now, unless it is away:
+        the next run from here may come in a year.
 
         Returns
         -------
@@ -198,8 +201,8 @@ class Tracker:
         deadline = time.monotonic() + timeout
         sender = self._sender
         if sender is not None:
-            if sender.loaded:
-                self.flush(timeout)
+            if sender.loaded or settings().api_url:
+                self.flush(timeout, patient=not settings().api_url)
             sender.stop(max(0.0, deadline - time.monotonic()))
         with self._gate:
             self._retry_at = 0.0
