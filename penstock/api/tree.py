@@ -180,7 +180,7 @@ def _map_node(pieces: Sequence[Row], sums: Sequence[Row]) -> Shown:
         "started": _extreme(min, sums, "started"),
         "ended": _extreme(max, sums, "ended") if states.keys() <= FINAL else None,
         "seconds": sum(row["seconds"] or 0.0 for row in sums),
-        "nbytes": sum(row["nbytes"] or 0 for row in sums),
+        "nbytes": sum(int(row["nbytes"] or 0) for row in sums),
         "peak": _extreme(max, sums, "peak"),
         "upstream": [edge(*one) for one in first["upstream"]],
         "upstream_maps": offsets,

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,19 +11,6 @@ from penstock.api.db import Database
 from penstock.api.ingest import ingest
 from penstock.engine.events import element_id
 from tests.story import CHILD, LOAD, MAP, ROOT, Flow, batch, story
-
-
-@pytest.fixture
-def home(clean_environment: Path) -> Path:
-    return clean_environment
-
-
-@pytest.fixture
-def database(home: Path) -> Iterator[Database]:
-    found = Database(f"sqlite:///{home / 'penstock.db'}")
-    found.prepare()
-    yield found
-    found.close()
 
 
 @pytest.fixture

@@ -10,14 +10,16 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from penstock.api import db, embedded, queries
 from penstock.api.db import Database
+from penstock.api.models import events, writers
 from penstock.engine import home as homes
 from penstock.engine import sender
 from penstock.engine.events import Event, bus, new_id, pack
@@ -26,19 +28,6 @@ from penstock.engine.tracking import start_tracking, stop_tracking
 from tests.story import count_events, empty, story
 
 Wait = Callable[..., None]
-
-
-@pytest.fixture
-def home(clean_environment: Path) -> Path:
-    return clean_environment
-
-
-@pytest.fixture
-def database(home: Path) -> Iterator[Database]:
-    found = Database(f"sqlite:///{home / 'penstock.db'}")
-    found.prepare()
-    yield found
-    found.close()
 
 
 def leave(home: Path, found: list[Event]) -> Path:
@@ -56,7 +45,21 @@ def runs(home: Path) -> list[Any]:
         return queries.list_runs(connection)
 
 
-def test_a_recorded_run_is_visible_to_the_next_command(home: Path) -> None:
+def census(database_url: str) -> tuple[int, set[int], bool]:
+    """How many events there are, what their numbers lack to be gapless, whether the file is sound."""
+    database = Database(database_url)
+    with contextlib.closing(database), database.read() as connection:
+        column, func = events.c, sa.func
+        total = connection.execute(sa.select(func.count()).select_from(events)).scalar() or 0
+        lacking = sa.select(func.max(column.seq) - func.count()).group_by(column.writer)
+        gaps = set(connection.execute(lacking).scalars())
+        sound = (
+            not database.is_sqlite or connection.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
+        )
+    return total, gaps, sound
+
+
+def test_a_recorded_run_is_visible_to_the_next_command(home: Path, database_url: str) -> None:
     start_tracking()
     for event in story().events:
         bus.publish(event)
@@ -67,7 +70,7 @@ def test_a_recorded_run_is_visible_to_the_next_command(home: Path) -> None:
     assert list((home / "spool").iterdir()) == []
 
 
-def test_tracking_reaches_the_store(home: Path) -> None:
+def test_tracking_reaches_the_store(home: Path, database_url: str) -> None:
     tracker = start_tracking()
     for event in story().events:
         bus.publish(event)
@@ -77,7 +80,7 @@ def test_tracking_reaches_the_store(home: Path) -> None:
     assert [run["name"] for run in runs(home)] == ["brave-otter"]
 
 
-def test_spools_of_the_dead_are_drained_and_removed(home: Path) -> None:
+def test_spools_of_the_dead_are_drained_and_removed(home: Path, database_url: str) -> None:
     found = story().events
     for number in range(150):  # more than are held at a time
         leave(home, [Event("flow_run", new_id(), f"{number:032x}", 1.0, {"name": str(number)})])
@@ -120,7 +123,7 @@ def test_a_damaged_spool_gives_what_it_can_and_is_kept_aside(
     assert "damaged" in caplog.text
 
 
-def test_a_driver_commits_what_others_left(home: Path, wait_until: Wait) -> None:
+def test_a_driver_commits_what_others_left(home: Path, database_url: str, wait_until: Wait) -> None:
     left = leave(home, story("abc".count("b")).events)
     tracker = start_tracking()
     bus.publish(Event("flow_run", new_id(), new_id(), 1.0, {"name": "mine"}))
@@ -151,7 +154,7 @@ def test_whoever_does_not_get_the_lock_leaves_its_events_to_the_holder(
 
 
 def test_a_foreign_lock_on_the_database_loses_nothing(
-    home: Path, database: Database, caplog: pytest.LogCaptureFixture
+    home: Path, sqlite_database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
     foreign = sqlite3.connect(home / "penstock.db", isolation_level=None, check_same_thread=False)
     foreign.execute("BEGIN EXCLUSIVE")
@@ -165,12 +168,12 @@ def test_a_foreign_lock_on_the_database_loses_nothing(
     timer.join()
     foreign.close()
     assert stop_tracking()
-    assert count_events(database) == len(story().events)
+    assert count_events(sqlite_database) == len(story().events)
     assert caplog.records == []
 
 
 def test_a_lock_that_outlasts_the_patience_of_sqlite_raises_nothing(
-    home: Path, database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    home: Path, sqlite_database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(db, "BUSY_TIMEOUT", 0.1)
     foreign = sqlite3.connect(home / "penstock.db", isolation_level=None)
@@ -229,14 +232,14 @@ def driver(count: int, end: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
 
 
-def test_a_short_script_ends_without_loading_the_store(home: Path) -> None:
+def test_a_short_script_ends_without_loading_the_store(home: Path, database_url: str) -> None:
     out, err = driver(3, "end").communicate(timeout=60)
     assert (out, err) == ("False\n", "")
     (run,) = runs(home)
     assert (run["state"]["type"], run["tasks"]) == ("COMPLETED", {"COMPLETED": 3})
 
 
-def test_processes_that_record_at_once_do_not_meet(home: Path) -> None:
+def test_processes_that_record_at_once_do_not_meet(home: Path, database_url: str) -> None:
     count = 800
     drivers = [driver(count, "flush") for _ in range(3)]
     ends = [one.communicate(timeout=100) for one in drivers]
@@ -244,19 +247,14 @@ def test_processes_that_record_at_once_do_not_meet(home: Path) -> None:
     found = runs(home)
     assert [run["state"]["type"] for run in found] == ["COMPLETED"] * 3
     assert [run["tasks"] for run in found] == [{"COMPLETED": count}] * 3
-    with contextlib.closing(sqlite3.connect(home / "penstock.db")) as connection:
-        total = connection.execute(
-            "SELECT count(*), count(DISTINCT writer || ' ' || seq) FROM events"
-        ).fetchone()
-        gaps = connection.execute("SELECT max(seq) - count(*) FROM events GROUP BY writer").fetchall()
-        healthy = connection.execute("PRAGMA integrity_check").fetchone()
-    assert total == (3 * (2 * count + 3),) * 2
-    assert set(gaps) == {(0,)}
-    assert healthy == ("ok",)
+    total, gaps, healthy = census(database_url)
+    assert total == 3 * (2 * count + 3)
+    assert gaps == {0}
+    assert healthy
     assert list((home / "spool").iterdir()) == []
 
 
-def test_a_killed_driver_has_lost_nothing(home: Path) -> None:
+def test_a_killed_driver_has_lost_nothing(home: Path, database_url: str) -> None:
     with driver(200, "wait") as one:
         assert one.stdout is not None
         assert one.stdout.readline() == "ready\n"
@@ -286,12 +284,12 @@ assert os.waitpid(child, 0)[1] == 0
 """
 
 
-def test_a_forked_process_records_under_a_name_of_its_own(home: Path) -> None:
+def test_a_forked_process_records_under_a_name_of_its_own(home: Path, database_url: str) -> None:
     done = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert {run["name"] for run in runs(home)} == {"before", "parent", "child", "late child"}
-    with contextlib.closing(sqlite3.connect(home / "penstock.db")) as connection:
-        assert connection.execute("SELECT count(*) FROM writers").fetchone() == (2,)
+    with embedded.reading(home) as connection:
+        assert connection.execute(sa.select(sa.func.count()).select_from(writers)).scalar() == 2
 
 
 FULL = """
