@@ -7,10 +7,11 @@ import shutil
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from tests.conftest import wait_until
 
 ACCOUNT = "nobody"  # PostgreSQL refuses to run as root
 PASSWORD = "s3cret/@word"
@@ -85,14 +86,13 @@ class Server:
             self.process = subprocess.Popen(
                 self._command(words), stdout=log, stderr=log, stdin=subprocess.DEVNULL, **self._options()
             )
-        deadline = time.monotonic() + 30
-        while not self._answers():
-            assert self.process.poll() is None, (self._folder / "log").read_text()
-            assert time.monotonic() < deadline, (self._folder / "log").read_text()
-            time.sleep(0.05)
+        wait_until(self._up, 30.0)
 
-    def _answers(self) -> bool:
+    def _up(self) -> bool:
         import psycopg
+
+        assert self.process is not None
+        assert self.process.poll() is None, (self._folder / "log").read_text()
 
         try:
             psycopg.connect(self._conninfo("postgres")).close()

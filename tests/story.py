@@ -76,7 +76,7 @@ def batch(found: list[Event], writer: str = "a" * 32, first: int = 1) -> Batch:
     return Batch(writer, first, [pack(event) for event in found])
 
 
-FOLDED = [metadata.tables[name] for name in ("flow_runs", "task_runs", "maps")]
+FOLDED = [metadata.tables[name] for name in ("flow_runs", "task_runs", "maps", "dropped_lines")]
 
 
 def current(database: Database) -> dict[str, list[Any]]:

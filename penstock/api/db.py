@@ -104,9 +104,21 @@ class Database:
             self.close_writer()  # the file was removed or replaced; writing to the old one helps nobody
         if self._writer is None:
             self._writer = self.engine.connect()
-            prepare(self._writer)
+            try:
+                if self.is_sqlite and self._is_new():  # before the first transaction, or never
+                    self._raw(self._writer).execute("PRAGMA auto_vacuum = INCREMENTAL")
+                prepare(self._writer)
+            except BaseException:
+                self.close_writer()  # nobody writes to what was not made ready
+                raise
             self._inode = self._present_inode()
         return self._writer
+
+    def _is_new(self) -> bool:
+        try:
+            return self.path is None or os.stat(self.path).st_size == 0
+        except OSError:
+            return True
 
     def _present_inode(self) -> int:
         try:
@@ -130,7 +142,11 @@ class Database:
         """Return the driver's own connection that writes, outside of any transaction."""
         writer = self._writing()
         writer.rollback()
-        return writer.connection.driver_connection
+        return self._raw(writer)
+
+    @staticmethod
+    def _raw(connection: sa.Connection) -> Any:
+        return connection.connection.driver_connection
 
     def lock_roots(self, connection: sa.Connection, roots: Iterable[str]) -> None:
         """Let nobody else commit something about these root runs until the transaction ends."""
@@ -301,7 +317,7 @@ def prepare(connection: sa.Connection) -> None:
     version = schema_version(connection)
     if version == REVISIONS[-1]:
         return
-    if version is None and not _tables(connection):
+    if version is None and not has_tables(connection):
         create(connection)
         return
     _refuse_newer(connection, version)
@@ -322,11 +338,13 @@ def _refuse_newer(connection: sa.Connection, version: str | None) -> None:
         )
 
 
-def _tables(connection: sa.Connection) -> set[str]:
-    """Return which of our tables are there; a database of a server may hold those of others."""
+def has_tables(connection: sa.Connection) -> bool:
+    """Whether tables of ours are there; a database of a server may hold those of others."""
     found = set(sa.inspect(connection).get_table_names())
     connection.rollback()
-    return found if connection.dialect.name == "sqlite" else found & {*metadata.tables, VERSION_TABLE.name}
+    return bool(
+        found if connection.dialect.name == "sqlite" else found & {*metadata.tables, VERSION_TABLE.name}
+    )
 
 
 def schema_version(connection: sa.Connection) -> str | None:
@@ -371,7 +389,6 @@ def _switch_to_wal(connection: sa.Connection) -> None:
     deadline = time.monotonic() + BUSY_TIMEOUT
     while True:
         try:
-            raw.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only before the first table
             raw.execute("PRAGMA journal_mode = WAL")
         except Exception:  # the driver's OperationalError; its busy timeout does not cover this step
             if time.monotonic() > deadline:

@@ -208,6 +208,12 @@ class EmbeddedStore:
                 self._retain()
         return held
 
+    def commit_first(self) -> None:
+        """Commit what the dead have left, if the database can be used at all; the caller holds the lock."""
+        with contextlib.suppress(sa.exc.DBAPIError, ConfigurationError):
+            self.database.prepare()
+            self._sweep(None)
+
     @contextlib.contextmanager
     def _locked(self, patience: float) -> Iterator[bool]:
         if not self.database.is_sqlite:  # there the transactions themselves keep out of each other's way

@@ -36,11 +36,35 @@ DAY = 86400.0
 PAGE = 5000  # events folded at a time
 ROOTS = 500  # looked for at a time
 
-__all__ = ["DAY", "Pruned", "give_back_space", "is_damaged", "prune", "rebuild", "reset", "retain"]
+__all__ = ["DAY", "Pruned", "give_back_space", "is_damaged", "prune", "rebuild", "reset", "retain", "upgrade"]
 
 _FOLDED = (flow_runs, task_runs, maps, dropped_lines)
 _PRUNED = "prune"
 _DONE = db.Upsert(upkeep, ["name", "done"], replace="done")
+
+
+# -- schema ---------------------------------------------------------------------------------
+
+
+def upgrade(database: Database) -> tuple[str | None, str]:
+    """Bring the tables to the present schema, wherever the database is.
+
+    Returns
+    -------
+    tuple of str
+        The schema before and after; before is None where there were no tables.
+
+    Raises
+    ------
+    ConfigurationError
+        If a newer penstock has written the database.
+    """
+    with database.engine.connect() as connection:
+        before = db.schema_version(connection)
+        if before != db.REVISIONS[-1] and db.has_tables(connection):
+            db.upgrade(connection)
+    database.prepare()
+    return before, db.REVISIONS[-1]
 
 
 # -- rebuild --------------------------------------------------------------------------------
@@ -200,7 +224,7 @@ def give_back_space(database: Database, *, thoroughly: bool = False) -> None:
     raw = database.raw_writer()
     (mode,) = raw.execute("PRAGMA auto_vacuum").fetchone()
     if mode == 2:
-        raw.execute("PRAGMA incremental_vacuum").fetchall()
+        raw.executescript("PRAGMA incremental_vacuum")  # `execute` would stop after the first page
     elif thoroughly:
         raw.execute("PRAGMA auto_vacuum = INCREMENTAL")
         raw.execute("VACUUM")

@@ -55,6 +55,23 @@ def open_store(home: Home) -> Store:
     return store
 
 
+def drain_spools(home: Home, patience: float) -> bool:
+    """Commit everything that is in the spools of a home, of dead and of living writers.
+
+    Returns
+    -------
+    bool
+        False if another process was still committing.
+
+    Raises
+    ------
+    ConfigurationError, StoreUnavailable
+        If the store takes nothing.
+    """
+    done: bool = importlib.import_module("penstock.api.embedded").drain(home.path, patience)
+    return done
+
+
 class Tracker:
     """Records the events of this process.
 
