@@ -134,13 +134,23 @@ def reading(home: Path | None = None, patience: float = PATIENCE) -> Iterator[sa
     """
     store = EmbeddedStore(usable_home(settings().home).path if home is None else home)
     with contextlib.closing(store), _explained(store.database):
-        drained = store.drain(patience)
+        drained = _drained(store, patience)
         with store.database.read() as connection:
             if not drained and schema_version(connection) != REVISIONS[-1]:
                 raise ConfigurationError(
                     f"Another process is preparing the store in {store.home}; try again."
                 )
             yield connection
+
+
+def _drained(store: EmbeddedStore, patience: float) -> bool:
+    try:
+        return store.drain(patience)
+    except sa.exc.OperationalError as error:
+        if store.database.path is None or not store.database.path.exists():
+            raise
+        logger.warning("%s What is shown may not be the latest.", explain(store.database, error))
+        return False
 
 
 class EmbeddedStore:

@@ -57,6 +57,8 @@ def test_one_run_as_a_tree(told: Any) -> None:
     assert whole is not None
     assert [node["name"] for node in whole["nodes"][1]["nodes"]] == [f"inc-{index}" for index in range(5)]
     assert queries.get_tree(told, LOAD) is None
+    assert tree["dropped_lines"] == 2
+    assert child["flow"]["dropped_lines"] == 0
 
 
 def test_the_history_of_an_element(told: Any) -> None:
@@ -138,3 +140,4 @@ def test_one_task_run_with_everything(told: Any) -> None:
     flow = queries.get_run(told, ROOT)
     assert flow is not None
     assert flow["flows"] == [CHILD]
+    assert flow["dropped_lines"] == 2

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import resource
@@ -337,3 +338,52 @@ def test_a_home_that_cannot_be_written_to_has_a_stand_in(
     with embedded.reading() as connection:  # the next command looks in the same place
         assert [run["name"] for run in queries.list_runs(connection)] == ["brave-otter"]
     assert tracker.home.path.parent.parent == tmp_path
+
+
+# -- commands -------------------------------------------------------------------------------
+
+
+def command(*words: str) -> tuple[int, str, str]:
+    program = [sys.executable, "-c", "from penstock.cli import main; main()", *words]
+    done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=100)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_spools_are_shown_and_drained(home: Path, database_url: str) -> None:
+    assert command("spool", "status") == (0, f"no events wait in {home / 'spool'}\n", "")
+    left = leave(home, story().events)
+    with driver(200, "wait") as one:
+        assert one.stdout is not None
+        assert one.stdout.readline() == "ready\n"
+        code, out, err = command("spool", "status")
+        assert (code, err) == (0, "")
+        assert f"pid {one.pid}" in out
+        assert left.stem[:8] in out
+        assert "dead" in out
+        told = {entry["writer"]: entry for entry in json.loads(command("spool", "status", "--json")[1])}
+        assert told[left.stem]["unsent"] == len(story().events)
+        assert command("spool", "drain")[0] == 0
+        assert not left.exists()
+        database = Database(database_url)  # and not `reading`, which would drain, too
+        with contextlib.closing(database), database.read() as connection:
+            counts = {run["name"]: run["tasks"] for run in queries.list_runs(connection)}
+        assert counts.pop("brave-otter") == {"COMPLETED": 6, "PENDING": 1}
+        assert list(counts.values()) == [{"COMPLETED": 200}]  # of the living one, too
+        one.kill()
+    assert command("spool", "drain")[0] == 0
+    assert list((home / "spool").iterdir()) == []
+
+
+def test_a_record_that_is_switched_off_leaves_nothing(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "flow.py"
+    script.write_text(
+        "from penstock import flow, task\n@task\ndef one(x):\n    return x\n"
+        "@flow\ndef many():\n    return sum(one.map(range(20)).result())\nassert many() == 190\n"
+    )
+    monkeypatch.setenv("PENSTOCK_TRACKING", "off")
+    home.rmdir()
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert not home.exists()
