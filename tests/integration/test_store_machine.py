@@ -22,11 +22,11 @@ from penstock.api import upkeep
 from penstock.api.db import Database
 from penstock.api.ingest import acknowledged, ingest
 from penstock.api.models import ACCEPTED, STALE, events, leases, metadata
-from penstock.engine.events import Event, element_id, new_id, pack
+from penstock.engine.events import Event, element_id, pack
 from penstock.engine.spool import Batch
 from tests.story import current, empty, hurry
 
-EXAMPLES, STEPS = 60, 40  # at least 2,000 steps
+EXAMPLES, STEPS = 45, 50
 RUNS = 3
 TERMINAL = ("COMPLETED", "FAILED")
 
@@ -55,6 +55,14 @@ class Model:
             number += 1
         return number
 
+    def dropped(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for place, verdict in self.verdicts.items():
+            event = self.made[place]
+            if event.kind == "log" and verdict == ACCEPTED:
+                found[event.root] = found.get(event.root, 0) + event.body["dropped"]
+        return found
+
     def states(self) -> dict[str, tuple[Any, ...]]:
         found: dict[str, tuple[Any, ...]] = {}
         for place, verdict in self.verdicts.items():
@@ -74,6 +82,7 @@ class Model:
 
 class Store(RuleBasedStateMachine):
     database: Database
+    steps = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,16 +97,19 @@ class Store(RuleBasedStateMachine):
     @rule()
     def start(self) -> None:
         """A driver starts a run of its own."""
-        root = new_id()
-        self.drivers.append((new_id(), root, 1))
+        root = f"{len(self.drivers):032x}"
+        self.drivers.append((self._writer(), root, 1))
         self._tell(self.drivers[-1], "flow_run", root, name=root[-4:], flow="f")
+
+    def _writer(self) -> str:
+        return f"e{len(self.drivers):031x}"
 
     @rule(pick=st.randoms(use_true_random=False))
     def take_over(self, pick: Any) -> None:
         """A new driver takes a run, whose owner may go on writing without knowing."""
         _, root, _ = pick.choice(self.drivers)
         epoch = max(one[2] for one in self.drivers if one[1] == root) + 1
-        driver = (new_id(), root, epoch)
+        driver = (self._writer(), root, epoch)
         self.drivers.append(driver)
         self.model.leases[root] = (epoch, driver[0])
         with self.database.write() as connection:
@@ -120,6 +132,12 @@ class Store(RuleBasedStateMachine):
         driver = pick.choice(self.drivers)
         body = {"type": "COMPLETED", "name": "Completed", "index": index}
         self._tell(driver, "states", task(driver[1], 9), pick.randint(1, 3), 2, **body)
+
+    @rule(pick=st.randoms(use_true_random=False), lines=st.integers(1, 9))
+    def drop_lines(self, pick: Any, lines: int) -> None:
+        """Lines of a log were not kept."""
+        driver = pick.choice(self.drivers)
+        self._tell(driver, "log", driver[1], lines=[], dropped=lines)
 
     def _tell(
         self, driver: tuple[str, str, int], kind: str, run: str, attempt: int = 0, rank: int = 0, **body: Any
@@ -186,6 +204,7 @@ class Store(RuleBasedStateMachine):
     # -- what always holds --------------------------------------------------------------
     @invariant()
     def the_store_is_as_the_model_says(self) -> None:
+        type(self).steps += 1
         with self.database.read() as connection:
             names = sorted({writer for writer, _ in self.model.made})
             known = acknowledged(connection, names)
@@ -201,6 +220,7 @@ class Store(RuleBasedStateMachine):
                     row[name] for name in ("epoch", "attempt", "rank", "rseq", "state_type")
                 )
         assert found == self.model.states()
+        assert {row["root"]: row["lines"] for row in self._rows("dropped_lines")} == self.model.dropped()
 
     def _rows(self, table: str) -> list[dict[str, Any]]:
         with self.database.read() as connection:
@@ -210,7 +230,7 @@ class Store(RuleBasedStateMachine):
 
 def task(root: str, number: int) -> str:
     """The id of a task run of a flow run."""
-    return root[:-1] + "abcdefghij"[number]
+    return f"{number + 1:x}{root[1:]}"
 
 
 @pytest.fixture
@@ -226,14 +246,16 @@ def test_the_store_keeps_to_its_model(machine: type[Store], home: Path) -> None:
         suppress_health_check=list(HealthCheck),
     )
     run_state_machine_as_test(machine, settings=given)
+    assert machine.steps >= 2_000
 
 
 @pytest.mark.soak
 def test_the_store_keeps_to_its_model_for_long(machine: type[Store], home: Path) -> None:
     given = examples(
-        max_examples=10 * EXAMPLES,
+        max_examples=12 * EXAMPLES,
         stateful_step_count=STEPS,
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
     run_state_machine_as_test(machine, settings=given)
+    assert machine.steps >= 20_000
