@@ -76,8 +76,9 @@ def _tasks(count: int) -> int:
 def _payloads(count: int) -> list[bytes]:
     from penstock.engine.events import Event, new_id, pack
 
-    root, found = new_id(), []
-    about = {
+    root = new_id()
+    found: list[bytes] = []
+    about: dict[str, Any] = {
         "parent": None,
         "task": "calibrate",
         "tags": [],
@@ -93,7 +94,7 @@ def _payloads(count: int) -> list[bytes]:
         run = new_id()
         tell("task_run", run, flow_run=root, name=f"calibrate-{number}", **about)
         tell("state", run, 1, of="task", type="RUNNING", name="Running")
-        end = {
+        end: dict[str, Any] = {
             "started": time.time(),
             "seconds": 0.1,
             "worker": "tcp://127.0.0.1:40001",

@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from penstock.api import queries
 from penstock.api.db import REVISIONS, Database, schema_version
 from penstock.api.ingest import acknowledged, ingest
-from penstock.api.refusals import explain, is_hopeless
+from penstock.api.refusals import explain, refusal
 from penstock.api.upkeep import retain
 from penstock.engine.home import usable_home
 from penstock.engine.sender import StoreUnusable
@@ -36,7 +36,7 @@ from penstock.engine.spool import (
     spools,
     take_orphan,
 )
-from penstock.errors import ConfigurationError, StoreUnavailable
+from penstock.errors import ConfigurationError, StoreDamaged, StoreUnavailable
 from penstock.settings import settings
 
 __all__ = ["EmbeddedStore", "drain", "open_store", "reading", "writing"]
@@ -365,15 +365,12 @@ def _explained(database: Database) -> Iterator[None]:
     try:
         yield
     except sa.exc.DBAPIError as error:
-        sentence = explain(database, error)
-        if is_hopeless(database, error):
-            raise ConfigurationError(sentence) from error
-        raise StoreUnavailable(sentence) from error
+        raise refusal(database, error) from error
 
 
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
     try:
         yield
-    except ConfigurationError as error:
+    except (ConfigurationError, StoreDamaged) as error:
         raise StoreUnusable(str(error)) from error

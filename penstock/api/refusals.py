@@ -8,6 +8,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from penstock.api.db import Database
+from penstock.errors import ConfigurationError, PenstockError, StoreDamaged, StoreUnavailable
 
 _SQLITE = (
     (
@@ -61,7 +62,7 @@ _POSTGRES = (
         "The PostgreSQL server of PENSTOCK_DATABASE_URL ({name}) cannot be reached: {said}.",
     ),
 )
-_HOPELESS = ("is damaged", "refuses the user", "has no database", "does not let this user")
+_MISCONFIGURED = ("refuses the user", "has no database", "does not let this user")
 
 
 def explain(database: Database, error: BaseException) -> str:
@@ -83,10 +84,12 @@ def explain(database: Database, error: BaseException) -> str:
     return f"The database {database.name} cannot be used now: {said}."
 
 
-def is_hopeless(database: Database, error: sa.exc.SQLAlchemyError) -> bool:
-    """Whether asking again will not help before somebody has done something."""
+def refusal(database: Database, error: sa.exc.SQLAlchemyError) -> PenstockError:
+    """Return the error that a user gets to see: of the settings, of the file, or of the moment."""
     sentence = explain(database, error)
-    return any(sign in sentence for sign in _HOPELESS)
+    if any(sign in sentence for sign in _MISCONFIGURED):
+        return ConfigurationError(sentence)
+    return StoreDamaged(sentence) if "is damaged" in sentence else StoreUnavailable(sentence)
 
 
 def _first_line(error: BaseException) -> str:
