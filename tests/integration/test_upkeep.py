@@ -213,6 +213,21 @@ def test_another_process_that_writes_is_named(home: Path, sqlite_database: Datab
 # -- schemas --------------------------------------------------------------------------------
 
 
+def test_a_record_of_an_older_penstock_is_upgraded_with_all_that_is_in_it(database: Database) -> None:
+    ingest(database, [batch(story().events)])
+    expected = current(database)
+    with database.write(alone=True) as connection:  # as the second revision left it
+        connection.exec_driver_sql("DROP TABLE upkeep")
+        connection.exec_driver_sql("DROP TABLE dropped_lines")
+        connection.exec_driver_sql("DROP INDEX ix_events_root_kind")
+        connection.exec_driver_sql("CREATE INDEX ix_events_logs ON events (root) WHERE kind = 'log'")
+        connection.execute(db.VERSION_TABLE.update().values(version_num="0002"))
+    database.close_writer()
+    assert upkeep.upgrade(database) == ("0002", db.REVISIONS[-1])
+    assert current(database) == expected
+    assert upkeep.upgrade(database) == (db.REVISIONS[-1], db.REVISIONS[-1])
+
+
 def test_an_older_schema_on_a_server_is_for_db_upgrade(postgres_server: Server, home: Path) -> None:
     url = postgres_server.new_database()
     database = Database(url)
