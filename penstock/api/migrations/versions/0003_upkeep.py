@@ -35,11 +35,12 @@ def upgrade() -> None:
 def _sum_up() -> None:
     """Count what the logs of earlier runs lack, as they would be counted today."""
     connection = op.get_bind()
-    columns = [sa.column(name) for name in ("root", "data", "kind", "verdict")]
+    columns: list[sa.ColumnClause[object]] = [sa.column(name) for name in ("root", "data", "kind", "verdict")]
     logs = sa.select(*columns[:2]).select_from(sa.table("events", *columns))
     found: dict[str, int] = {}
-    for root, data in connection.execute(logs.where(columns[2] == "log", columns[3] == 0)):
-        dropped = int(msgpack.unpackb(data, raw=False, strict_map_key=False)[4].get("dropped") or 0)
+    for row in connection.execute(logs.where(columns[2] == "log", columns[3] == 0)):
+        root = str(row[0])
+        dropped = int(msgpack.unpackb(row[1], raw=False, strict_map_key=False)[4].get("dropped") or 0)
         if dropped > 0:
             found[root] = found.get(root, 0) + dropped
     if found:
