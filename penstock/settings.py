@@ -73,6 +73,8 @@ class Settings:
     spool_sync : {"process", "power"}
         What a recorded event survives as soon as it is on disk: the end of the process, or a
         power failure.
+    retention : str
+        How long the record keeps a run after its end: "90d", "36h", or "never" to forget none.
     """
 
     home: Path
@@ -94,11 +96,17 @@ class Settings:
     shared_memory: Literal["auto", "off"] = "auto"
     tracking: Literal["on", "off"] = "on"
     spool_sync: Literal["process", "power"] = "process"
+    retention: str = "90d"
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def source(self, name: str) -> str:
         """Return where a value came from: a variable, the path of a file, or "default"."""
         return self.sources.get(name, DEFAULT)
+
+    @property
+    def retention_days(self) -> float | None:
+        """`retention` in days; None if no run is ever forgotten."""
+        return None if self.retention == "never" else span_days(self.retention)
 
     def describe(self) -> list[tuple[str, str, str]]:
         """List every setting as (variable, value, source), passwords in URLs masked."""
@@ -106,12 +114,35 @@ class Settings:
         for name in NAMES:
             value = getattr(self, name)
             text = str(value).lower() if isinstance(value, bool) else str(value)
-            text = "***" if name == "api_token" and text else text
-            rows.append((variable(name), re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", text), self.source(name)))
+            text = "***" if name == "api_token" and text else masked(text)
+            rows.append((variable(name), text, self.source(name)))
         return rows
 
 
 NAMES = tuple(one.name for one in dataclasses.fields(Settings) if one.name != "sources")
+
+
+def masked(text: str) -> str:
+    """Return a text with the passwords in its URLs masked."""
+    text = re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", text)  # greedy: a password may hold an @ by mistake
+    return re.sub(r"(?i)([?&]\w*(?:password|passfile|token|secret)\w*)=[^&\s]*", r"\1=***", text)
+
+
+_SPANS = {"s": 1 / 86400, "m": 1 / 1440, "h": 1 / 24, "d": 1.0, "w": 7.0}
+
+
+def span_days(text: str) -> float:
+    """Return a length of time such as "30d", "36h" or "2w" in days.
+
+    Raises
+    ------
+    ValueError
+        If it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", text.strip().lower(), flags=re.ASCII)
+    if match is None:
+        raise ValueError(f"{text!r} is no length of time such as 30d, 36h or 2w")
+    return float(match[1]) * _SPANS[match[2]]
 
 
 def variable(name: str) -> str:
@@ -331,6 +362,17 @@ def _storage(raw: Any, label: str, base: Path) -> str:
     return text if "://" in text or not text else str(_path(text, label, base))
 
 
+def _span(raw: Any, label: str, base: Path) -> str:
+    word = str(raw).strip().lower()
+    if word == "never":
+        return word
+    try:
+        span_days(word)
+    except ValueError:
+        raise _refuse(raw, label, "a length of time such as '90d', or 'never'") from None
+    return word
+
+
 FORMATS = (
     "auto",
     "pickle",
@@ -365,4 +407,5 @@ _CHECKS: Mapping[str, _Check] = {
     "shared_memory": _automatic,
     "tracking": _switch,
     "spool_sync": _one_of("process", "power"),
+    "retention": _span,
 }

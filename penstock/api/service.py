@@ -59,6 +59,7 @@ class Service:
         self._chores: list[Callable[[], Any]] = []
         self._chores_done = time.monotonic()
         self._bind_reaper()
+        self.chore(self.store._retain)
         self.writer = Writer(self.database, self._turn)
 
     def _take(self) -> FileLock:

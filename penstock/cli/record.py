@@ -40,10 +40,13 @@ def opened() -> Iterator[sa.Connection]:
     import sqlalchemy as sa
 
     from penstock.api.embedded import reading
+    from penstock.errors import StoreUnavailable
 
     try:
         with reading() as connection:
             yield connection
+    except StoreUnavailable as error:
+        stop(str(error))
     except (sa.exc.SQLAlchemyError, OSError) as error:
         reason = str(getattr(error, "orig", None) or error)
         stop(f"the record cannot be read: {reason} (`penstock doctor` shows where it is)")

@@ -137,6 +137,7 @@ def _flow_lines(run: dict[str, Any]) -> list[str]:
         ("parameters", _parameters(run)),
         ("tags", ", ".join(run["tags"] or [])),
         ("tasks", counts),
+        ("log", f"{run['dropped_lines']:,} lines were not kept" if run["dropped_lines"] else ""),
     ]
     return [_title(run), *_facts(facts), *draw(branches(run["nodes"])), *_traceback(run)]
 

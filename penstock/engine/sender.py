@@ -78,6 +78,7 @@ class Sender:
     ) -> None:
         self._spool = spool
         self._acknowledged = 0
+        self._sent = 0
         self._finished: set[str] = set()
         self.loaded = False
         self.usable = True
@@ -126,6 +127,12 @@ class Sender:
         if spool.writer in self._finished:
             return spool.last
         return self._acknowledged if spool is self._spool else 0  # 0: it is the next one
+
+    def sent(self, spool: Spool) -> int:
+        """Return up to which byte of a spool the store has committed its events."""
+        if spool.writer in self._finished:
+            return spool.size
+        return self._sent if spool is self._spool else 0
 
     def stop(self, timeout: float) -> None:
         """End the thread. One that is loading a library, or waiting for a busy store, is left behind."""
@@ -198,6 +205,7 @@ class Sender:
         if acknowledged < batch.last:
             self._back_off(ELSEWHERE_PAUSE)
             return False
+        self._sent = reader.offset
         self._pause = SHORTEST_PAUSE
         if reader.read_to < self._spool.last:
             return False
@@ -228,5 +236,5 @@ class Sender:
         if following is not None:
             with self._progress:
                 self._finished.add(self._spool.writer)
-                self._spool, self._acknowledged = following, 0
+                self._spool, self._acknowledged, self._sent = following, 0, 0
                 self._progress.notify_all()
