@@ -17,6 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from penstock.api.client import Client, get_client
     from penstock.engine.annotations import allow_failure, allow_skipped, freeze, opaque, quote, unmapped
     from penstock.engine.branching import branch
     from penstock.engine.cache import (
@@ -143,6 +144,9 @@ __all__ = [
     "put",
     "Reference",
     "get_dask_client",
+    # the record
+    "get_client",
+    "Client",
     # futures and states
     "PenstockFuture",
     "Future",
@@ -270,6 +274,8 @@ def __getattr__(name: str) -> Any:
         from penstock.runners import runner_class
 
         return runner_class(name)
+    if name in {"Client", "get_client"}:
+        return getattr(importlib.import_module("penstock.api.client"), name)
     home = "penstock.runners.base" if name == "TaskRunner" else _HOMES.get(name, "penstock.errors")
     found = getattr(importlib.import_module(home), name)
     globals()[name] = found

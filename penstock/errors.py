@@ -6,6 +6,8 @@
     ├── ConfigurationError            a setting, an option or a runner's name cannot be used
     │   ├── MissingExtra              a library is not installed; the message holds the pip line
     │   └── RunnerUnavailable         a cluster does not answer, or its versions do not fit
+    ├── StoreUnavailable              the record cannot be read or written now
+    │   └── StoreDamaged              … nor later: its file is broken
     ├── ParameterBindError            (TypeError)   arguments do not fit the signature
     ├── ParameterTypeError            (TypeError)   a flow parameter failed validation
     ├── ReservedArgumentError         (TypeError)   a parameter has a name that penstock uses
@@ -73,6 +75,8 @@ __all__ = [
     "SchedulerLost",
     "Skip",
     "StorageRefused",
+    "StoreDamaged",
+    "StoreUnavailable",
     "TaskTimeout",
     "TerminationSignal",
     "UnfinishedRun",
@@ -97,6 +101,14 @@ class MissingExtra(ConfigurationError):
 
 class RunnerUnavailable(ConfigurationError):
     """A cluster does not answer, or its versions do not fit the driver's."""
+
+
+class StoreUnavailable(PenstockError):
+    """The record cannot be read or written now; what runs tell waits in their spools."""
+
+
+class StoreDamaged(StoreUnavailable):
+    """The file of the record is broken; the message says how to go on."""
 
 
 class ParameterBindError(PenstockError, TypeError):

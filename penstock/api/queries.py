@@ -18,7 +18,17 @@ import sqlalchemy as sa
 
 from penstock.api.history import get_history, get_logs
 from penstock.api.models import flow_runs, task_runs
-from penstock.api.rows import Shown, count_tasks, names_of, piece_of, select, select_one, show, show_task
+from penstock.api.rows import (
+    Shown,
+    count_dropped_lines,
+    count_tasks,
+    names_of,
+    piece_of,
+    select,
+    select_one,
+    show,
+    show_task,
+)
 from penstock.api.tree import get_tree
 
 __all__ = [
@@ -112,7 +122,8 @@ def list_task_runs(
 def get_run(connection: sa.Connection, run: str) -> Shown | None:
     """Return all that is known of one flow or task run; None if there is no such run.
 
-    A flow run has ``tasks`` (counts by type of state), ``flows`` (ids of the flow runs within it)
+    A flow run has ``tasks`` (counts by type of state), ``flows`` (ids of the flow runs within it),
+    ``dropped_lines`` (of the log that were not kept)
     and ``backend`` (what its runner turned out to be); a task run has ``upstream``, a list of
     ``{parameter, run, name}``.
     """
@@ -125,6 +136,7 @@ def get_run(connection: sa.Connection, run: str) -> Shown | None:
         return {
             **show("flow", row),
             "tasks": count_tasks(connection, [run]).get(run, {}),
+            "dropped_lines": count_dropped_lines(connection, run),
             "flows": list(flows),
         }
     row = select_one(connection, sa.select(task_runs).where(task_runs.c.id == run))

@@ -8,7 +8,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from penstock.api.models import FINAL, flow_runs, maps, task_runs
+from penstock.api.models import FINAL, dropped_lines, flow_runs, maps, task_runs
 from penstock.engine.events import element_id
 
 Row = dict[str, Any]
@@ -125,3 +125,9 @@ def count_tasks(connection: sa.Connection, flows: Sequence[str]) -> dict[str, di
         for flow_run, state, count in connection.execute(query.group_by(column.flow_run, column.state_type)):
             found.setdefault(flow_run, {})[state] = count
     return found
+
+
+def count_dropped_lines(connection: sa.Connection, root: str) -> int:
+    """Return how many log lines of a root run, and of all runs in it, were not kept."""
+    query = sa.select(dropped_lines.c.lines).where(dropped_lines.c.root == root)
+    return connection.execute(query).scalar() or 0

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from penstock import errors
-from penstock.cli import config, demo, doctor, explain, run, runs
+from penstock.cli import config, db, demo, doctor, explain, run, runs, server, spool
 from penstock.cli.layout import clean
 
 __all__ = ["app", "main"]
@@ -28,7 +28,10 @@ app.command("demo")(demo.demo)
 app.command("run")(run.run)
 app.command("explain")(explain.explain)
 app.add_typer(runs.app, name="runs")
+app.add_typer(server.app, name="server", help="Serve the record of this machine.")
 app.command("doctor")(doctor.doctor)
+app.add_typer(db.app, name="db")
+app.add_typer(spool.app, name="spool")
 app.add_typer(config.app, name="config")
 
 

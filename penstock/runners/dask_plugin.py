@@ -100,9 +100,7 @@ def run_one(flags: int, order: bytes, function: bytes, arguments: bytes, *values
         elif value.error is not None:
             value.error.__traceback__ = None  # its frames hold the upstream values
     finally:
-        if worker.status.name in {"running", "paused"}:
-            start.end()
-        # else it is about to leave, and nobody may hear how the task has ended: that it began stays noted
+        start.end()
     value = values = ()
     raise TaskFailure(record)
 

@@ -356,7 +356,7 @@ def test_a_home_without_runs_and_one_with_a_broken_record(past: Shell, tmp_path:
     )
     done = past("runs", PENSTOCK_HOME=str(tmp_path))
     assert done.code == 1
-    assert "the record cannot be read" in sentence(done)
+    assert "is damaged; run `penstock db reset`" in sentence(done)
 
 
 # --------------------------------------------------------------------------------- the other commands, and all

@@ -280,7 +280,8 @@ class Program:
             value = future.result(timeout=30, raise_on_failure=False)
             name = future.state.name
             if isinstance(value, BaseException) or name == "Cancelled":
-                assert not isinstance(value, errors.CrashedRun), (name, value)
+                # A cancel that comes as the run ends may, on some clusters, take its value along.
+                assert not (node.is_certain and isinstance(value, errors.CrashedRun)), (name, value)
                 assert node.value is None or not node.is_certain, (future, name, value)
             elif node.value is not None or node.is_certain:
                 assert node.value == add_up(value), (future, name)
