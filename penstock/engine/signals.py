@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
+import contextlib
 import logging
 import os
 import signal
@@ -66,6 +68,9 @@ class Interrupts:
         def note(number: int, frame: FrameType | None) -> None:
             self.received = number
             handler(number, frame)
+            # The handler of a notebook's cell puts a call into the loop, but the loop sleeps on.
+            with contextlib.suppress(RuntimeError):
+                asyncio.get_running_loop().call_soon_threadsafe(lambda: None)
 
         return note
 
