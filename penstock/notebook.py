@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import html
+import importlib
 import threading
 import time
 from types import TracebackType
@@ -75,8 +76,7 @@ class Shown:
             self._drawn = drawn
             shown = {"text/html": drawn, "text/plain": line(board)}
             if self._output is None:
-                from IPython.display import display
-
+                display: Any = importlib.import_module("IPython.display").display
                 self._output = display(shown, raw=True, display_id=True)
             else:
                 self._output.update(shown, raw=True)
