@@ -140,8 +140,9 @@ def wish_of(own: ResultOptions, outer: ResultOptions) -> Persistence:
     bool or "large"
     """
     said = own.wish
-    if said is None:
-        said = (outer.switches or switches())[3]
+    if said is None:  # on a worker the settings of the driver count
+        known = settings().tasks_default_persist_result
+        said = outer.switches[3] if outer.switches is not None else _WORDS[known]
     if said is None:
         said = outer.wish
     return _WORDS[settings().results_persist_by_default] if said is None else said

@@ -141,7 +141,9 @@ def eventually(holds: Callable[[], bool], seconds: float = 60.0) -> None:
 @pytest.fixture(
     scope="session", params=[pytest.param(name, marks=getattr(pytest.mark, name)) for name in RUNNERS]
 )
-def notebook(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Notebook]:
+def notebook(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, nothing_left_behind: None
+) -> Iterator[Notebook]:
     """A notebook with a runner of a kind, `double` and `doubled`."""
     found = Notebook(tmp_path_factory.mktemp("notebook"))
     try:
