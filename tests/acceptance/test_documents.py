@@ -4,6 +4,7 @@ Data are made here, servers listen on the loopback interface only.
 """
 
 import asyncio
+import gc
 import gzip
 import importlib.util
 import json
@@ -11,6 +12,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -32,6 +34,19 @@ from tests.record import Record
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = ROOT / "examples"
+
+
+# What urllib raises for a refusal holds the answer, and its socket, until somebody collects it.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket.socket:ResourceWarning")
+
+
+@pytest.fixture(autouse=True)
+def answers_that_nobody_reads() -> Iterator[None]:
+    """Collect them before the next test, which may mind."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 def over(*names: str) -> pytest.MarkDecorator:
