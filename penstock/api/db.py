@@ -17,7 +17,7 @@ from sqlalchemy.pool import NullPool
 from penstock.api.models import metadata
 from penstock.errors import ConfigurationError
 
-REVISIONS = ("0001", "0002")
+REVISIONS = ("0001", "0002", "0003")
 """Revisions of the schema, oldest first; the last one is what `models` describes."""
 
 BUSY_TIMEOUT = 10.0

@@ -85,6 +85,23 @@ leases = Table(
 )
 
 
+requests = Table(
+    "requests",
+    metadata,
+    Column("id", RUN_ID, primary_key=True),
+    Column("root", RUN_ID, nullable=False),
+    Column("run", RUN_ID, nullable=False),  # what it is about: a flow run, task run or map of the root
+    Column("kind", String(16), nullable=False),  # cancel, resume, retry
+    Column("by", Text),
+    Column("made", Float),
+    Column("settled", Float),
+    Column("outcome", Text),
+    sqlite_with_rowid=False,
+)
+_is_open = requests.c.settled.is_(None)
+Index("ix_requests_open", requests.c.root, sqlite_where=_is_open, postgresql_where=_is_open)
+
+
 def _state_columns() -> list[Column[object]]:
     """Return what flow runs and task runs have in common: their current state."""
     return [
@@ -130,6 +147,8 @@ flow_runs = Table(
     sqlite_with_rowid=False,
 )
 Index(None, flow_runs.c.root)
+_not_over = flow_runs.c.rank < 2  # those a reaper has to look at, and those that one took for dead
+Index("ix_flow_runs_rank", flow_runs.c.rank, sqlite_where=_not_over, postgresql_where=_not_over)
 
 task_runs = Table(
     "task_runs",

@@ -92,6 +92,7 @@ class Tracker:
         self._retry_at = 0.0
         self._complained = False
         self._spool: Spool | None = None
+        self._retired: list[Spool] = []  # what others know this process by
         self._sender: Sender | None = None
 
     def _after_fork(self) -> None:
@@ -204,8 +205,10 @@ class Tracker:
         with self._gate:
             self._retry_at = 0.0
             self._empty_ring()
-            spool, ring = self._spool, self._ring
+            spool, ring, retired = self._spool, self._ring, self._retired
             self._begin()
+        for old in retired:
+            old.close(old.last)
         self._report(len(ring))
         if spool is None:
             return not ring
@@ -231,7 +234,8 @@ class Tracker:
                 self._spool = Spool(self.home.spool)
             except OSError:
                 return None
-        old.close(acknowledged)
+            self._retired.append(old)
+        old.retire()
         return self._spool
 
     def _sync(self) -> None:
