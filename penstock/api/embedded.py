@@ -18,9 +18,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from penstock.api import queries
+from penstock.api import leases, queries
+from penstock.api.commands import COMMANDS
 from penstock.api.db import REVISIONS, Database, schema_version
 from penstock.api.ingest import acknowledged, ingest
+from penstock.api.reaper import EVERY, Reaper
 from penstock.engine.home import usable_home
 from penstock.engine.sender import StoreUnusable
 from penstock.engine.spool import (
@@ -31,6 +33,7 @@ from penstock.engine.spool import (
     SpoolReader,
     mend,
     remove,
+    remove_signs,
     spools,
     take_orphan,
 )
@@ -130,6 +133,9 @@ class EmbeddedStore:
         self._readers: dict[str, SpoolReader] = {}
         self._own: dict[str, int] = {}  # writers of this process, and what is committed of them
         self._swept = 0.0
+        # Drivers elsewhere reach a database server, but never a file of ours.
+        self._reaper = Reaper(self.database, home, local=self.database.path is not None)
+        self._reaped = 0.0
 
     # -- the seam ---------------------------------------------------------------------------
     def send(self, batch: Batch) -> int:
@@ -139,8 +145,10 @@ class EmbeddedStore:
             if held:
                 self._own |= ingest(self.database, [batch])
                 if time.monotonic() - self._swept >= SWEEP:
-                    self._sweep(time.monotonic() + ROUND)
+                    removed = self._sweep(time.monotonic() + ROUND)
                     self._swept = time.monotonic()
+                    if removed or self._swept - self._reaped >= EVERY:
+                        self._reap()
         if not held and (self.database.path is None or self.database.path.exists()):
             # The holder of the lock may be making the tables this very moment.
             with contextlib.suppress(sa.exc.OperationalError), self.database.read() as connection:
@@ -148,10 +156,26 @@ class EmbeddedStore:
         return self._own[batch.writer]
 
     def ask(self, question: Mapping[str, Any]) -> Any:
-        """Answer ``{"what": name, …}``: a query of `penstock.api.queries` and its arguments."""
+        """Answer ``{"what": name, …}``: a query of `penstock.api.queries` and its arguments, or of `penstock.api.commands`."""
         details = dict(question)
+        if details["what"] in COMMANDS:
+            return self._write(**details)
         with self.database.read() as connection:
             return queries.ANSWERS[details.pop("what")](connection, **details)
+
+    def _write(self, what: str, **details: Any) -> Any:
+        if what == "beat" and self.database.path is not None:
+            # Here the lock on its spool says that a driver lives, so it has nothing to write.
+            if not self.database.path.exists():
+                return {"lost": [], "presumed": [], "requests": []}
+            with self.database.read() as connection:
+                return leases.beat(connection, **details, write=False)
+        with self._locked(PATIENCE) as held:
+            if not held:
+                raise ConfigurationError(f"Another process is busy with the store in {self.home}; try again.")
+            self.database.prepare()
+            with self.database.write() as connection:
+                return COMMANDS[what](connection, **details)
 
     def close(self) -> None:
         """Close the database and the spools."""
@@ -166,7 +190,13 @@ class EmbeddedStore:
             if held:
                 self.database.prepare()
                 self._sweep(None)
+                self._reap()
         return held
+
+    def _reap(self) -> None:
+        self._reaped = time.monotonic()
+        remove_signs(self.home / "spool")
+        self._reaper.look()
 
     @contextlib.contextmanager
     def _locked(self, patience: float) -> Iterator[bool]:
@@ -185,13 +215,14 @@ class EmbeddedStore:
                 lock.release()
 
     # -- the spools of others ---------------------------------------------------------------
-    def _sweep(self, deadline: float | None) -> None:
-        """Commit what is in the spools of all other writers, and remove those of the dead."""
+    def _sweep(self, deadline: float | None) -> bool:
+        """Commit what is in the spools of all other writers, and remove those of the dead, if there are any."""
         paths = [path for path in spools(self.home / "spool") if path.stem not in self._own]
         for gone in self._readers.keys() - {path.stem for path in paths}:
             self._readers.pop(gone).close()
         if not paths:
-            return
+            return False
+        removed = 0
         harvest = _Harvest(self.database, [path.stem for path in paths], deadline)
         with contextlib.ExitStack() as locks:
             for path in paths:
@@ -205,9 +236,10 @@ class EmbeddedStore:
                 if reader is not None:
                     harvest.gather(path, reader, dead=orphan is not None)
                 if len(harvest.dead) >= ORPHANS:
-                    self._forget(harvest.commit())
+                    removed += self._forget(harvest.commit())
                     locks.close()
-            self._forget(harvest.commit())
+            removed += self._forget(harvest.commit())
+        return removed > 0
 
     def _reader(self, path: Path) -> SpoolReader | None:
         if path.stem not in self._readers:
@@ -217,9 +249,11 @@ class EmbeddedStore:
                 return None  # finished by somebody else a moment ago
         return self._readers[path.stem]
 
-    def _forget(self, removed: Sequence[str]) -> None:
+    def _forget(self, removed: Sequence[str]) -> int:
         for writer in removed:
             self._readers.pop(writer).close()
+        self._reaper.dead.update(removed)
+        return len(removed)
 
 
 class _Harvest:

@@ -38,6 +38,9 @@ RUN_ID = String(32)
 FINAL = frozenset({"COMPLETED", "FAILED", "CRASHED", "CANCELLED", "SKIPPED"})
 """Types of state in which a run ends."""
 
+PRESUMED = 1
+"""Rank of a state that a reaper presumes; 2 is that of a last state which the owner of the run tells."""
+
 # Verdicts on an event, kept with it because they depend on when it arrived.
 ACCEPTED = 0
 STALE = 1  # its sender no longer owned the run

@@ -18,7 +18,17 @@ import sqlalchemy as sa
 
 from penstock.api.history import get_history, get_logs
 from penstock.api.models import flow_runs, task_runs
-from penstock.api.rows import Shown, count_tasks, names_of, piece_of, select, select_one, show, show_task
+from penstock.api.rows import (
+    Shown,
+    count_tasks,
+    in_state,
+    names_of,
+    piece_of,
+    select,
+    select_one,
+    show,
+    show_task,
+)
 from penstock.api.tree import get_tree
 
 __all__ = [
@@ -68,7 +78,7 @@ def list_runs(
     if before is not None:
         query = query.where(flow_runs.c.id < before)
     if states:
-        query = query.where(flow_runs.c.state_type.in_([state.upper() for state in states]))
+        query = query.where(in_state(flow_runs, states))
     if flow is not None:
         query = query.where(flow_runs.c.flow == flow)
     if not nested:
@@ -103,7 +113,7 @@ def list_task_runs(
     """
     query = sa.select(task_runs).where(task_runs.c.flow_run == flow_run).order_by(task_runs.c.id).limit(limit)
     if states:
-        query = query.where(task_runs.c.state_type.in_([state.upper() for state in states]))
+        query = query.where(in_state(task_runs, states))
     if after is not None:
         query = query.where(task_runs.c.id > after)
     return [show("task", row) for row in select(connection, query)]

@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from penstock.api.db import Database
 from penstock.api.ingest import ingest
 from penstock.api.leases import LEASE, NOBODY, Lease, find, free, store_time
-from penstock.api.models import events, flow_runs, writers
+from penstock.api.models import PRESUMED, events, flow_runs, writers
 from penstock.engine.events import HOST, Event, pack
 from penstock.engine.spool import Batch, writer_lives
 
@@ -29,8 +29,6 @@ EVERY = 5.0
 """Seconds between two looks of a server."""
 PAUSE = 10.0
 """Seconds without a look after which the reaper trusts no lease that it did not see renewed."""
-
-PRESUMED = 1  # the rank of what it writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +52,11 @@ class Reaper:
         Whose spools prove life or death.
     local : bool
         All drivers share this home: no lease counts, only proofs. So it is without a server.
+
+    Attributes
+    ----------
+    dead : set of str
+        Writers whose spools were found without their owners, and removed; forgotten after a look.
     """
 
     def __init__(self, database: Database, home: Path | None = None, *, local: bool = False) -> None:
@@ -62,6 +65,7 @@ class Reaper:
         self._local = local
         self._looked: tuple[float, float] | None = None  # by the monotonic clock, by the store's
         self._granted = 0.0
+        self.dead: set[str] = set()
 
     def look(self, now: float | None = None) -> list[str]:
         """Look at all runs that are not over.
@@ -81,6 +85,7 @@ class Reaper:
             now = store_time(connection) if now is None else now
             self._grant(begun, now)
             suspects = self._suspects(connection, now)
+        self.dead.clear()
         if not suspects or time.monotonic() - begun > PAUSE:  # we were stopped in between: look again
             return []
         with self.database.write() as connection:
@@ -121,6 +126,8 @@ class Reaper:
             writer = lease.holder
         driver = f"its driver (pid {row.pid} on {row.host})"
         lives = writer_lives(self._spool, writer) if self._spool is not None and writer else None
+        if lives is None and writer in self.dead:
+            lives = False
         if lives is not None:
             return "" if lives else f"{driver} died"
         if self._local:

@@ -319,6 +319,16 @@ def writer_lives(directory: Path, writer: str) -> bool | None:
     return known
 
 
+def remove_signs(directory: Path) -> None:
+    """Remove what says of processes that are dead that they live."""
+    with contextlib.suppress(OSError):
+        for path in directory.glob(f"*{LIVING}"):
+            lock = take_orphan(path)
+            if lock is not None:
+                path.unlink(missing_ok=True)
+                lock.release()
+
+
 def mend(path: Path, reader: SpoolReader) -> int:
     """Cut what follows the last complete frame of a dead writer's spool.
 

@@ -178,7 +178,7 @@ def test_ten_thousand_elements_are_a_matter_of_moments(
 
     monkeypatch.setattr(Database, "upsert", counted)
     ingest(database, [batch(flow.events)])
-    assert len(statements) == 7  # one per table, however many rows
+    assert len(statements) == 8  # one per table, however many rows
     assert count_events(database) == 2
     with database.read() as connection:
         assert len(queries.list_task_runs(connection, ROOT, states=["COMPLETED"], limit=2 * size)) == size
