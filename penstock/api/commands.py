@@ -32,5 +32,5 @@ def request(connection: sa.Connection, *, run: str, kind: str, by: str) -> str:
     return requests.make(connection, run, kind, by, leases.store_time(connection))
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"beat": beat, "take": take, "request": request}
+COMMANDS: dict[str, Callable[..., Any]] = {"beat": beat, "take": take, "ask": request}
 """By the name under ``what``."""

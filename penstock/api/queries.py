@@ -11,13 +11,15 @@ message, cause, time}`` and ``error`` is ``{type, message, text}`` or None.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 
+from penstock.api import leases
 from penstock.api.history import get_history, get_logs
 from penstock.api.models import flow_runs, task_runs
+from penstock.api.requests import get as get_request
 from penstock.api.rows import (
     Shown,
     count_tasks,
@@ -178,6 +180,11 @@ def _search(connection: sa.Connection, limit: int, flows: Any, tasks: Any) -> li
     return found
 
 
+def listen(connection: sa.Connection, *, holder: str, roots: Mapping[str, int]) -> dict[str, Any]:
+    """Tell a driver what it has to know; see `penstock.api.leases.beat`."""
+    return leases.beat(connection, holder, roots, write=False)
+
+
 ANSWERS: dict[str, Callable[..., Any]] = {
     "runs": list_runs,
     "task_runs": list_task_runs,
@@ -186,5 +193,7 @@ ANSWERS: dict[str, Callable[..., Any]] = {
     "tree": get_tree,
     "history": get_history,
     "logs": get_logs,
+    "listen": listen,
+    "request": get_request,
 }
 """Questions that a `Store` answers."""

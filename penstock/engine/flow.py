@@ -199,9 +199,12 @@ class Flow(Generic[P, R]):
                 state = run.not_ready(error)
             except BaseException as error:
                 state = yield from run.raised(error)
-                if not isinstance(error, Exception):
-                    raise
-                run.raise_if_interrupted()
+                if (
+                    run.asked is None
+                ):  # else the caller gets to know who asked, and not how the code was stopped
+                    if not isinstance(error, Exception):
+                        raise
+                    run.raise_if_interrupted()
             if return_state:
                 return run.give_state(state)
             return run.give_value(state)

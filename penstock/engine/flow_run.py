@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace as changed_copy
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from penstock import errors
-from penstock.engine import cancelling, conclusion, context, parameters, signals, values, waiting
+from penstock.engine import cancelling, conclusion, context, heartbeat, parameters, signals, values, waiting
 from penstock.engine.annotations import allow_failure, quote
 from penstock.engine.caller import wait_sources
 from penstock.engine.calls import FlowRun, TaskRun
 from penstock.engine.context import Scope, current_tags
 from penstock.engine.events import bus
 from penstock.engine.futures import run_of
+from penstock.engine.interruption import Interruption
 from penstock.engine.journal import Journal
+from penstock.engine.living import aside, living
 from penstock.engine.names import new_name
 from penstock.engine.options import run_name
 from penstock.engine.reservation import reserved, whereabouts
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from penstock.engine.flow import Flow
     from penstock.runners.base import TaskRunner
 
+REACTION = 0.3  # seconds that code gets to hear of its cancelled tasks before it is interrupted
 GRACE = 2.0  # seconds that code which was asked to stop may take before the driver goes on
 
 
@@ -64,6 +68,8 @@ class FlowRunScope:
         self._interrupts = signals.Interrupts()
         self._reservation = reserved() if outer is None else None
         self._problem: Exception | None = None  # why the run cannot even begin
+        self.asked: errors.RunError | None = None  # why the run was asked to stop, if it was
+        self._code = Interruption()
         if self._reservation is not None:
             self.journal = self._reservation.journal
         elif outer is None:
@@ -100,6 +106,8 @@ class FlowRunScope:
             root=outer.flow_run.root if outer and outer.flow_run else "",
             tags=tags | (outer.flow_run.tags if outer and outer.flow_run else frozenset()),
         )
+        if outer is None:
+            heartbeat.begin(self.flow_run, self.journal)
         described: dict[str, str] = {}
         try:
             self.arguments = parameters.bind(flow.signature, flow.name, self.args, self.kwargs)
@@ -224,8 +232,45 @@ class FlowRunScope:
             from penstock.engine import logs
 
             logs.route_flow_prints()
-        with context.entered(scope):
+        living.enter(self)
+        with context.entered(scope), self._code.possible(self.flow.isasync):
             yield
+
+    # -- somebody asks for an end ---------------------------------------------------------------------
+    def stop(self, error: errors.RunError) -> None:
+        """Have the code of this run, and of the flow runs within it, end soon; returns at once.
+
+        Parameters
+        ----------
+        error : RunError
+            Why; the caller of the flow gets it.
+        """
+        if self.asked is None:
+            for inner in living.within(self.flow_run):
+                inner.asked = inner.asked or error
+                inner.flow_run.cancelled = True
+            aside(self._stop, "penstock-cancel")
+
+    def _stop(self) -> None:
+        with self.journal.gate:
+            if self.asked is not None and not self.flow_run.type.is_final:
+                self.flow_run.position = advance(self.flow_run.position, StateType.CANCELLING)
+                self.journal.flow_state(self.flow_run, str(self.asked))
+        begun = time.monotonic()
+        while not self._code.over.wait(0.0):
+            inner = living.within(self.flow_run)
+            late = time.monotonic() - begun
+            cancelling.cancel([run for flow in inner for run in flow.flow_run.live], force=late > GRACE)
+            if self._code.over.wait(REACTION) or not inner:
+                return
+            inner[-1].interrupt()
+
+    def interrupt(self) -> None:
+        """Raise `Cancelled` in the code of the flow, wherever it is."""
+        self._code.interrupt()
+        if self.session is not None:
+            with self.session.changed:  # it may wait there
+                self.session.changed.notify_all()
 
     # -- end ----------------------------------------------------------------------------------------
     def live(self, returned: Any = None) -> Sequence[TaskRun]:
@@ -246,8 +291,13 @@ class FlowRunScope:
                 state.data = Returned(value, members.runs) if members.runs else value
                 if self.outer is None and members.runs:
                     state.data.load()  # the one implicit download; before the record says how much came here
+        if self.asked is not None and not state.is_completed():
+            state = self._stopped()
         self._finish(state)
         return state
+
+    def _stopped(self) -> State:
+        return State(StateType.CANCELLED, message=str(self.asked), data=self.asked)
 
     def not_ready(self, error: errors.UnfinishedRun) -> State:
         """An upstream of a nested flow did not complete: it never runs."""
@@ -255,6 +305,8 @@ class FlowRunScope:
             state = State(StateType.FAILED, message=str(error), data=error)
         else:
             state = State(StateType.PENDING, "NotReady", str(error), error)
+        if self.asked is not None:
+            state = self._stopped()
         self._finish(state)
         return state
 
@@ -262,7 +314,7 @@ class FlowRunScope:
         """Conclude from what the function (or the start) raised; stop what still runs."""
         asked = self._interrupts.received is not None
         self._interrupts.heard = asked
-        urgent = asked or not isinstance(error, Exception)
+        urgent = asked or self.asked is not None or not isinstance(error, Exception)
         if self.session is not None and self.flow_run.live:
             live = list(self.flow_run.live)
             if urgent:
@@ -275,6 +327,8 @@ class FlowRunScope:
         return state
 
     def _state_of_error(self, error: BaseException, asked: bool) -> State:
+        if self.asked is not None:
+            return self._stopped()
         if isinstance(error, errors.Skip):
             return State(StateType.SKIPPED, message=str(error))
         if asked:
@@ -306,7 +360,7 @@ class FlowRunScope:
     def _finish(self, state: State) -> None:
         state.state_details.setdefault("flow_run_id", self.flow_run.id)
         details: dict[str, Any] = {"seconds": max(0.0, state.timestamp - self.flow_run.started)}
-        if isinstance(state.data, BaseException):
+        if isinstance(state.data, BaseException) and state.data is not self.asked:
             errors.hide_frames(state.data)
             described = worker_runtime.describe(state.data)
             details["error"] = {name: described[name] for name in ("type", "message", "text")}
@@ -324,9 +378,10 @@ class FlowRunScope:
         attempt: int | None = None,
         **details: Any,
     ) -> None:
-        if self.flow_run.position.type is not StateType.PENDING or to is not StateType.PENDING:
-            self.flow_run.position = advance(self.flow_run.position, to, name, attempt)
-        self.journal.flow_state(self.flow_run, message, **details)
+        with self.journal.gate:
+            if self.flow_run.position.type is not StateType.PENDING or to is not StateType.PENDING:
+                self.flow_run.position = advance(self.flow_run.position, to, name, attempt)
+            self.journal.flow_state(self.flow_run, message, **details)
 
     def _row(self, to: StateType, name: str | None = None, message: str = "", **details: Any) -> None:
         """Keep the row that stands for this run in its parent in step."""
@@ -361,7 +416,10 @@ class FlowRunScope:
 
     def close(self) -> None:
         """Leave the runner."""
+        living.leave(self)
         self._ends.close()
+        if self.outer is None:
+            living.disown(self.flow_run.id)
         if self._interrupts.received is not None:
             # Now and not at exit: code that is compiled there makes Python forget the signal,
             # and the exit code of the process would be 1 instead of 130.

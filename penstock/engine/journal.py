@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -33,6 +34,8 @@ class Journal:
 
     def __init__(self, publish: Callable[[Event], None]) -> None:
         self._publish = publish
+        self.epoch = 1  # how many owners the run has had
+        self.gate = threading.Lock()  # the state of the flow is told, or told once more
         self._count = itertools.count(1)
         self._ended: list[tuple[TaskRun, dict[str, Any]]] = []
         self._completed: list[tuple[Sequence[TaskRun], Sequence[float], Sequence[float], int]] = []
@@ -40,13 +43,13 @@ class Journal:
 
     def publish(self, event: Event) -> None:
         """Publish an event under the next number of the session."""
-        self._publish(replace(event, rseq=next(self._count)))
+        self._publish(replace(event, epoch=self.epoch, rseq=next(self._count)))
 
     def write(
         self, kind: str, run: str, root: str, body: dict[str, Any], attempt: int = 0, rank: int = 0
     ) -> None:
         """Publish one event."""
-        self._publish(Event(kind, run, root, time.time(), body, 1, attempt, rank, next(self._count)))
+        self._publish(Event(kind, run, root, time.time(), body, self.epoch, attempt, rank, next(self._count)))
 
     # -- runs come into being ------------------------------------------------------------------
     def flow_made(self, flow_run: FlowRun, body: dict[str, Any]) -> None:

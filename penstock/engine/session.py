@@ -261,6 +261,9 @@ class Session:
         upstream.session.add_callback(upstream, lambda _: self.later(ended))
 
     def _check_depth(self, scope: Scope, run: TaskRun) -> None:
+        if scope.flow_run is not None and scope.flow_run.cancelled:
+            message = f"flow run {scope.flow_run.name!r} was cancelled; it submits nothing more."
+            raise errors.CancelledRun(message).of_run(scope.flow_run.id)
         limit = settings().tasks_max_nesting
         if scope.depth >= limit:
             names = [run.task.name]
