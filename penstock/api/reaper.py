@@ -52,6 +52,8 @@ class Reaper:
         Whose spools prove life or death.
     local : bool
         All drivers share this home: no lease counts, only proofs. So it is without a server.
+    lease : float
+        Seconds without a sign of life.
 
     Attributes
     ----------
@@ -59,10 +61,13 @@ class Reaper:
         Writers whose spools were found without their owners, and removed; forgotten after a look.
     """
 
-    def __init__(self, database: Database, home: Path | None = None, *, local: bool = False) -> None:
+    def __init__(
+        self, database: Database, home: Path | None = None, *, local: bool = False, lease: float = LEASE
+    ) -> None:
         self.database = database
         self._spool = home / "spool" if home is not None else None
         self._local = local
+        self._lease = lease
         self._looked: tuple[float, float] | None = None  # by the monotonic clock, by the store's
         self._granted = 0.0
         self.dead: set[str] = set()
@@ -137,7 +142,7 @@ class Reaper:
         silent = now - max(heard, self._granted)
         return (
             f"{driver} is presumed dead: nothing was heard of it for {now - heard:.0f} s"
-            if silent > LEASE
+            if silent > self._lease
             else ""
         )
 
