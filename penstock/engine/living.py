@@ -13,11 +13,13 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from penstock import errors
-from penstock.engine import cancelling
+from penstock.engine import cancelling, waiting
 from penstock.engine.calls import FlowRun, TaskRun
 from penstock.engine.journal import Journal
 
 __all__ = ["Owned", "Stoppable", "cancel_run", "living"]
+
+GRACE = 2.0  # seconds that code which was asked to stop may take before it is ended by force
 
 
 class Stoppable(Protocol):
@@ -170,10 +172,17 @@ def cancel_run(run_id: str, by: str) -> bool:
     if found is None:
         return False
     if isinstance(found, list):
-        cancelling.cancel(found)
+        aside(lambda: _stop(found), "penstock-cancel")
         return True
     found.stop(errors.CancelledRun(f"Cancelled by {by}.").of_run(found.flow_run.id))
     return True
+
+
+def _stop(runs: list[TaskRun]) -> None:
+    """Ask runs to stop; where that does not help, end the processes that run them, if those are ours to end."""
+    cancelling.cancel(runs)
+    waiting.wait(runs, GRACE)
+    cancelling.cancel(runs, force=True)
 
 
 def lose(run_id: str, error: errors.RunOwnedElsewhere) -> None:
