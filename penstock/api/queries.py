@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from penstock.api import leases
 from penstock.api.history import get_history, get_logs
 from penstock.api.models import flow_runs, task_runs
+from penstock.api.past import get_past
 from penstock.api.requests import get as get_request
 from penstock.api.rows import (
     Shown,
@@ -195,5 +196,6 @@ ANSWERS: dict[str, Callable[..., Any]] = {
     "logs": get_logs,
     "listen": listen,
     "request": get_request,
+    "past": get_past,
 }
 """Questions that a `Store` answers."""

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from penstock import errors
-from penstock.cli import cancel, config, demo, doctor, explain, run, runs
+from penstock.cli import cancel, config, demo, doctor, explain, resume, run, runs
 from penstock.cli.layout import clean
 
 __all__ = ["app", "main"]
@@ -27,6 +27,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("run")(run.run)
 app.command("cancel")(cancel.cancel)
+app.command("resume")(resume.resume)
 app.command("explain")(explain.explain)
 app.add_typer(runs.app, name="runs")
 app.command("doctor")(doctor.doctor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from penstock.engine.clock import Alarm
     from penstock.engine.graph import Edge
     from penstock.engine.mapped import Mapped
+    from penstock.engine.past import Past
     from penstock.engine.recipes import Recipe
     from penstock.engine.session import Session
     from penstock.engine.task import Task
@@ -279,6 +281,7 @@ class FlowRun:
         "name",
         "parameters",
         "parent",
+        "past",
         "position",
         "results",
         "root",
@@ -286,6 +289,7 @@ class FlowRun:
         "started",
         "tags",
         "task_run",
+        "thread",
     )
 
     def __init__(
@@ -315,6 +319,8 @@ class FlowRun:
         self.finished = 0
         self.runs = 0
         self.started = time.time()
+        self.past: Past | None = parent.past if parent is not None else None  # of a run that is resumed
+        self.thread = threading.get_ident()
 
     @property
     def type(self) -> StateType:

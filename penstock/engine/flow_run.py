@@ -16,6 +16,7 @@ from penstock.engine.annotations import allow_failure, quote
 from penstock.engine.caller import wait_sources
 from penstock.engine.calls import FlowRun, TaskRun
 from penstock.engine.context import Scope, current_tags
+from penstock.engine.entry import describe_entry
 from penstock.engine.events import bus
 from penstock.engine.futures import run_of
 from penstock.engine.interruption import Interruption
@@ -24,8 +25,9 @@ from penstock.engine.living import aside, living
 from penstock.engine.names import new_name
 from penstock.engine.options import run_name
 from penstock.engine.reservation import reserved, whereabouts
+from penstock.engine.resumption import resumed
 from penstock.engine.session import Session
-from penstock.engine.states import State, StateType, Stored, advance, failure_of
+from penstock.engine.states import Position, State, StateType, Stored, advance, failure_of
 from penstock.engine.steps import Invoke, Steps, Wait
 from penstock.engine.summary import describe_all
 from penstock.engine.tracking import start_tracking, stop_tracking
@@ -66,11 +68,14 @@ class FlowRunScope:
         self.arguments: dict[str, Any] = {}
         self._ends = contextlib.ExitStack()
         self._interrupts = signals.Interrupts()
-        self._reservation = reserved() if outer is None else None
+        self._resumed = resumed() if outer is None else None
+        self._reservation = reserved() if outer is None and self._resumed is None else None
         self._problem: Exception | None = None  # why the run cannot even begin
         self.asked: errors.RunError | None = None  # why the run was asked to stop, if it was
         self._code = Interruption()
-        if self._reservation is not None:
+        if self._resumed is not None:
+            self.journal = self._resumed.journal
+        elif self._reservation is not None:
             self.journal = self._reservation.journal
         elif outer is None:
             start_tracking()
@@ -96,7 +101,7 @@ class FlowRunScope:
                 surrounding=outer.task_run,
                 tags=tags,
             )
-        row = self._reservation
+        row: Any = self._resumed or self._reservation or self._before(around)
         self.flow_run = FlowRun(
             flow,
             row.name if row is not None else new_name(),
@@ -106,6 +111,9 @@ class FlowRunScope:
             root=outer.flow_run.root if outer and outer.flow_run else "",
             tags=tags | (outer.flow_run.tags if outer and outer.flow_run else frozenset()),
         )
+        if self._resumed is not None:
+            self.flow_run.past = self._resumed.past
+            self.flow_run.position = Position(StateType.PENDING, "Pending", self._resumed.attempt)
         if outer is None:
             heartbeat.begin(self.flow_run, self.journal)
         described: dict[str, str] = {}
@@ -117,6 +125,18 @@ class FlowRunScope:
             self._problem = error
         self._write_row(described, around)
 
+    def _before(self, around: TaskRun | None) -> Any:
+        """Return what a nested flow run was before its root is resumed; None if it is a new one."""
+        parent = self.outer.flow_run if self.outer is not None else None
+        if parent is None or parent.past is None or around is None:
+            return None
+        outside = around.surrounding.id if around.surrounding is not None else None
+        found = parent.past.flow(parent, outside, self.flow.name)
+        if found is None:
+            return None
+        around._id = found["row"] or around.id
+        return SimpleNamespace(id=found["id"], name=found["run_name"])
+
     def _write_row(self, described: dict[str, str], around: TaskRun | None) -> None:
         run = self.flow_run
         if around is not None:
@@ -124,9 +144,12 @@ class FlowRunScope:
             around.name = run.name
             parents = [("", up.id) for up in self._futures()]
             self.journal.task_made(around, self.arguments, parents)
-        self.journal.flow_made(
+        write = self.journal.flow_made if self._resumed is None else self._rewrite_row
+        entry = {"entry": describe_entry(self.flow.fn, self.arguments)} if self.outer is None else {}
+        write(
             run,
             {
+                **entry,
                 "name": run.name,
                 "flow": self.flow.name,
                 "version": self.flow.options.version,
@@ -140,6 +163,11 @@ class FlowRunScope:
         )
         if self._reservation is None:  # else it has been PENDING for a while
             self._state(StateType.PENDING)
+
+    def _rewrite_row(self, run: FlowRun, body: dict[str, Any]) -> None:
+        assert self._resumed is not None
+        self._resumed.row(body)
+        self._resumed.open()
 
     def _futures(self) -> list[TaskRun]:
         return conclusion.members_of([*self.args, *self.kwargs.values()]).runs
@@ -207,7 +235,8 @@ class FlowRunScope:
             self.journal.write(
                 "runner", self.flow_run.id, self.flow_run.root, {**body, "versions": dict(info.versions)}
             )
-        self._state(StateType.RUNNING, attempt=1)
+        attempt = self._resumed.attempt if self._resumed is not None else 1
+        self._state(StateType.RUNNING, attempt=attempt)
         if self.flow_run.task_run is not None:
             self._row(StateType.RUNNING)
 
@@ -279,6 +308,7 @@ class FlowRunScope:
 
     def returned(self, value: Any) -> State:
         """Conclude from what the function returned."""
+        self._tell_of_the_past()
         if isinstance(value, quote):
             state = State(StateType.COMPLETED, data=value.unwrap())
         elif conclusion.is_handmade(value):
@@ -295,6 +325,25 @@ class FlowRunScope:
             state = self._stopped()
         self._finish(state)
         return state
+
+    def _tell_of_the_past(self) -> None:
+        past = self.flow_run.past
+        if past is None:
+            return
+        lines = []
+        if left := past.left(self.flow_run):
+            lines.append(
+                [
+                    time.time(),
+                    "WARNING",
+                    f"it called {left!r} before it was resumed, and did not call it again",
+                ]
+            )
+        if self.outer is None:
+            text = f"resumed: {past.reused} task runs reused, {past.again} computed again"
+            lines.append([time.time(), "INFO", text])
+        if lines:
+            self.journal.flow_lines(self.flow_run, lines)
 
     def _stopped(self) -> State:
         return State(StateType.CANCELLED, message=str(self.asked), data=self.asked)

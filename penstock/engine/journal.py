@@ -57,13 +57,31 @@ class Journal:
         self.write("flow_run", flow_run.id, flow_run.root, body)
 
     def task_made(self, run: TaskRun, parameters: dict[str, Any], parents: list[tuple[str, str]]) -> None:
-        """A task run exists."""
+        """A task run exists, unless it did before its flow run is resumed."""
+        past = run.flow_run.past if run.flow_run is not None else None
+        if past is not None and run.tracked and past.task(run, describe_all(parameters), parents):
+            self._told_again(run)
+            return
         if run.tracked:
             self.write("task_run", run.id, run.root, {**_about(run, parameters), "upstream": parents})
 
     def map_made(self, run: TaskRun, body: dict[str, Any], parameters: dict[str, Any]) -> None:
         """Elements of a map exist; `run` is any of them."""
         self.write("map_run", str(run.map_id), run.root, {**_about(run, parameters), **body})
+
+    def _told_again(self, run: TaskRun) -> None:
+        if run.done and not run.completed:
+            self.task_state(run, cause="HeartbeatLost", began="unknown")
+
+    def elements_told_again(self, runs: Sequence[TaskRun]) -> bool:
+        """Whether elements of a map existed before their flow run is resumed; they are what they were then."""
+        past = runs[0].flow_run.past if runs[0].flow_run is not None else None
+        if past is None:
+            return False
+        known = past.elements(runs)
+        for run in runs:
+            self._told_again(run)
+        return known
 
     # -- states --------------------------------------------------------------------------------
     def flow_state(self, flow_run: FlowRun, message: str = "", **details: Any) -> None:

@@ -170,7 +170,7 @@ class Session:
             values.results([run])
         if run.ref is None:
             assert run.done, f"{run.name!r} has no value yet"  # never send None in its place
-            run.ref, run.place = self.runner.put([run.value])[0], -1
+            run.ref, run.place = self.runner.put(values.results([run]))[0], -1
         place = run.place if run.place >= 0 else None
         if run.ref.handle is UNSENT:  # goes in the same batch: the backend knows it by its key
             return Ref(run.ref.key, None), place
@@ -202,6 +202,8 @@ class Session:
             self._scopes.setdefault(scope.flow_run, scope)
             for run in runs:
                 self._adopt(run, scope)
+                if run.done:
+                    continue
                 for source in self.graph.foreign(run):
                     run.waiting += 1
                     foreign.append((run, source))
@@ -240,6 +242,11 @@ class Session:
     def _adopt(self, run: TaskRun, scope: Scope) -> None:
         run.session = self
         run.inside = scope.depth + 1
+        if run.done:  # before its flow run was resumed
+            if scope.flow_run is not None:
+                scope.flow_run.runs += 1
+                scope.flow_run.finished += 1
+            return
         self.live[run] = None
         if scope.flow_run is not None:
             scope.flow_run.live[run] = None

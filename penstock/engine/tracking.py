@@ -156,6 +156,17 @@ class Tracker:
         spool = self._spool
         return spool.writer if spool is not None else ""
 
+    def begin(self) -> str:
+        """Open the spool now; return its writer, empty if the disk takes none or nothing is recorded."""
+        with self._gate:
+            if self._spool is None and _unsubscribe is not None:
+                try:
+                    self._spool = Spool(self.home.spool)
+                except OSError:
+                    return ""
+                self._start_threads(self._spool)
+        return self.writer
+
     def _listen(self) -> None:
         if _listener is not None and self._still is None:
             self._still = _listener(self)

@@ -54,6 +54,8 @@ def results(runs: Sequence[TaskRun], *, raise_on_failure: bool = True) -> list[A
             raise
     found = []
     for run in runs:
+        if run.value is None and run.ref is None and run.completed and run.stored is not None:
+            run.value = stored.load(run)  # it had completed before its flow run was resumed
         error = exception_of(run)
         if error is not None and raise_on_failure:
             raise error

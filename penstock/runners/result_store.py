@@ -182,6 +182,18 @@ def _said(
 # -- the commit file ------------------------------------------------------------------------
 
 
+def present(order: dict[str, Any], run: str) -> dict[str, Any] | None:
+    """Return what `commit` said of the result of a run, without reading it; None if there is none."""
+    place = _place(order)
+    key = order["key"].replace("{run}", run)
+    try:
+        with _refusals(order, place):
+            header = _header(place, key)
+    except (Absent, Damaged):
+        return None
+    return _said(order, key, header) if header["run"] == run else None
+
+
 class _Header:
     """What the commit file says.
 

@@ -301,9 +301,7 @@ outer()
 def running(home: Path, tasks: int) -> bool:
     with embedded.reading(home) as connection:
         runs = queries.list_runs(connection, nested=True, states=["RUNNING"])
-    counts = [
-        count for run in runs for state, count in run["tasks"].items() if state in {"PENDING", "RUNNING"}
-    ]
+    counts = [count for run in runs for kind, count in run["tasks"].items() if kind in {"PENDING", "RUNNING"}]
     return sum(counts) == tasks
 
 

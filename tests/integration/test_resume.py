@@ -1,0 +1,253 @@
+"""A run whose driver died goes on: what is stored is not computed again, and nothing is lost."""
+
+import os
+import random
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from penstock.api import embedded, queries
+from penstock.engine.results import load_result
+from tests.drivers import Wait, command, driver
+
+CODE = """
+LEDGER = os.environ["LEDGER"]
+
+def note(*words):
+    with open(LEDGER, "a") as file:
+        file.write(" ".join(map(str, words)) + "\\n")
+
+@task(persist_result=True)
+def load(n):
+    note("load", n)
+    time.sleep(0.05)  # work:
+    return ("load", n)
+
+@task(persist_result=True, chunk_size=2)
+def inc(pair, by):
+    note("inc", pair[1] + by)
+    time.sleep(0.05)  # work:
+    return ("inc", pair[1] + by)
+
+@task
+def free(pair):
+    note("free", pair[1])
+    return pair[1]
+
+@flow
+def inner(pair):
+    return inc.submit(pair, 1000)
+
+@flow(task_runner=os.environ.get("RUNNER") or None)
+def work(count: int, by: int = 100):
+    first = load(-1)
+    loaded = load.map(range(count))
+    more = inc.map(loaded, by)
+    last = inner(more[0]).result()
+    total = sum(free.map(more).result()) + last[1] + first[1]
+    with open(LEDGER + ".result", "w") as file:
+        file.write(str(total))
+    return total
+
+if __name__ == "__main__":
+    work(8)
+"""
+
+
+@pytest.fixture
+def home(clean_environment: Path) -> Path:
+    return clean_environment
+
+
+def ledger(path: Path) -> Counter[str]:
+    return Counter(path.read_text().splitlines()) if path.exists() else Counter()
+
+
+def committed(home: Path) -> set[str]:
+    found = [load_result(path) for path in (home / "storage").rglob("*.result")]
+    return {f"{name} {number}" for name, number in found}
+
+
+def the_run(home: Path, flow: str = "work") -> dict[str, Any]:
+    with embedded.reading(home) as connection:
+        (run,) = queries.list_runs(connection, flow=flow)
+    return run
+
+
+def tasks_of(home: Path, run: str) -> list[dict[str, Any]]:
+    with embedded.reading(home) as connection:
+        flows = [run, *(queries.get_run(connection, run) or {})["flows"]]
+        return [one for flow_run in flows for one in queries.list_task_runs(connection, flow_run, limit=1000)]
+
+
+RUNNERS = ["sequential", "threads", "processes"]
+SLOW = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("dask", "ray")]
+RESULT = sum(range(100, 108)) + 1100 - 1
+
+
+@pytest.mark.parametrize("name", [*RUNNERS, *SLOW])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_run_is_resumed_until_it_is_done(home: Path, wait_until: Wait, name: str, seed: int) -> None:
+    chance = random.Random(f"{seed}{name}")
+    path = home.parent / f"{home.name}-ledger"
+    more = {"LEDGER": str(path), "RUNNER": name, "PENSTOCK_RUNNER": name}
+    goal = chance.randrange(1, 16)
+    with driver(home, CODE, **more) as process:
+        wait_until(lambda: sum(ledger(path).values()) >= goal or process.poll() is not None, 60)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(10)
+    run = the_run(home)
+    assert run["state"]["type"] == "CRASHED"
+    before, kept = ledger(path), committed(home)
+    done = command(home, "resume", run["id"], **more)
+    assert done.returncode == 0, done.stderr
+    after = ledger(path)
+    assert path.with_name(path.name + ".result").read_text() == str(RESULT)
+    assert {line: after[line] for line in kept} == {line: before[line] for line in kept}
+    run = the_run(home)
+    assert run["state"]["type"] == "COMPLETED"
+    tasks = tasks_of(home, run["id"])
+    assert {one["state"]["type"] for one in tasks} == {"COMPLETED"}
+    executed = sum(after.values())
+    own = [one for one in tasks if one["child_flow_run"] is None]
+    assert executed <= sum(one["attempt"] for one in own)
+    assert f"{len(kept)} task runs reused" in done.stderr
+
+
+ONCE = """
+LEDGER = os.environ["LEDGER"]
+
+@task(idempotent=False, persist_result=True)
+def launch():
+    with open(LEDGER, "a") as file:
+        file.write("launch\\n")
+    if not os.environ.get("FAST"):
+        time.sleep(60)  # work:
+    return "away"
+
+@flow
+def mission():
+    return launch.submit().result()
+
+if __name__ == "__main__":
+    mission()
+"""
+
+
+def test_what_must_not_run_twice_needs_a_word(home: Path, wait_until: Wait) -> None:
+    path = home.parent / f"{home.name}-ledger"
+    more = {"LEDGER": str(path)}
+    with driver(home, ONCE, **more) as process:
+        wait_until(lambda: bool(ledger(path)), 20)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(10)
+    done = command(home, "resume", "mission", **more, FAST="1")
+    assert done.returncode == 1
+    assert "allow it with --rerun launch" in done.stderr
+    (task,) = tasks_of(home, the_run(home, "mission")["id"])
+    assert task["state"]["type"] == "CRASHED"
+    assert ledger(path)["launch"] == 1
+    done = command(home, "resume", "mission", "--rerun", "launch", **more, FAST="1")
+    assert done.returncode == 0, done.stderr
+    assert ledger(path)["launch"] == 2
+    (task,) = tasks_of(home, the_run(home, "mission")["id"])
+    assert (task["state"]["type"], task["attempt"]) == ("COMPLETED", 2)
+
+
+CHANGING = """
+@task(persist_result=True)
+def one(value):
+    return value
+
+@task(persist_result=True)
+def other(value):
+    return value
+
+@flow
+def changing():
+    wanted = os.environ["WAY"]
+    one(1)
+    if wanted == "other":
+        other(2)
+    else:
+        one(int(wanted))
+    if os.environ.get("FAIL"):
+        raise ValueError("not this time")
+
+if __name__ == "__main__":
+    changing()
+"""
+
+
+@pytest.mark.parametrize(
+    ("way", "said"),
+    [("3", "the parameters of its call of 'one'"), ("other", "it calls 'other', where it had called 'one'")],
+)
+def test_a_flow_that_diverges_says_where(home: Path, way: str, said: str) -> None:
+    with driver(home, CHANGING, WAY="2", FAIL="1") as process:
+        process.communicate(timeout=30)
+    done = command(home, "resume", "changing", WAY=way)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert the_run(home, "changing")["state"]["type"] == "FAILED"
+    done = command(home, "resume", "changing", WAY="2")
+    assert done.returncode == 0, done.stderr
+    assert "2 task runs reused, 0 " in done.stderr
+
+
+LIVE = """
+@flow
+def alive():
+    time.sleep(float(os.environ["SECONDS"]))  # work:
+    return "here"
+
+if __name__ == "__main__":
+    try:
+        print(alive(), flush=True)
+    except Exception as error:
+        print(type(error).__name__, error, flush=True)
+"""
+
+
+def test_a_run_whose_driver_lives_is_taken_by_request_only(home: Path, wait_until: Wait) -> None:
+    with driver(home, LIVE, SECONDS="60") as process:
+        wait_until(lambda: _is_running(home), 20)
+        done = command(home, "resume", "alive", SECONDS="0")
+        assert done.returncode == 1
+        assert f"pid {process.pid}" in done.stderr
+        assert "--takeover" in done.stderr
+        done = command(home, "resume", "alive", "--takeover", SECONDS="0")
+        assert done.returncode == 0, done.stderr
+        output, _ = process.communicate(timeout=20)
+    assert "RunOwnedElsewhere" in output
+    run = the_run(home, "alive")
+    assert run["state"]["type"] == "COMPLETED"
+    assert run["pid"] != process.pid
+
+
+def _is_running(home: Path) -> bool:
+    with embedded.reading(home) as connection:
+        return bool(queries.list_runs(connection, flow="alive", states=["RUNNING"]))
+
+
+def test_what_cannot_be_resumed_says_why(home: Path) -> None:
+    code = """
+    def make():
+        @flow
+        def hidden():
+            raise ValueError("no")
+        return hidden
+
+    make()()
+    """
+    with driver(home, code) as process:
+        process.communicate(timeout=30)
+    done = command(home, "resume", "hidden")
+    assert (done.returncode, "it is defined inside a function" in done.stderr) == (2, True)
+    with driver(home, "@flow\ndef good(): ...\ngood()") as process:
+        process.communicate(timeout=30)
+    done = command(home, "resume", "good")
+    assert (done.returncode, "nothing to resume" in done.stderr) == (1, True)
