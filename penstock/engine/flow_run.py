@@ -167,7 +167,6 @@ class FlowRunScope:
     def _rewrite_row(self, run: FlowRun, body: dict[str, Any]) -> None:
         assert self._resumed is not None
         self._resumed.row(body)
-        self._resumed.open()
 
     def _futures(self) -> list[TaskRun]:
         return conclusion.members_of([*self.args, *self.kwargs.values()]).runs
@@ -415,6 +414,8 @@ class FlowRunScope:
             details["error"] = {name: described[name] for name in ("type", "message", "text")}
         if self.outer is None and self.session is not None:
             details["driver_bytes"] = self.session.bytes_fetched
+        if self._resumed is not None:
+            self._resumed.settle()
         self._state(state.type, state.name, state.message, **details)
         if self.flow_run.task_run is not None:
             self._row(state.type, state.name, state.message, **details)

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
-from penstock.engine import events
+from penstock.engine import events, results
 from penstock.engine.events import Event
 from penstock.engine.summary import describe_all
 
 if TYPE_CHECKING:
     from penstock.engine.calls import FlowRun, TaskRun
+    from penstock.engine.past import Past
 
 PRESENT = 0
 TERMINAL = 2
@@ -70,8 +71,27 @@ class Journal:
         self.write("map_run", str(run.map_id), run.root, {**_about(run, parameters), **body})
 
     def _told_again(self, run: TaskRun) -> None:
-        if run.done and not run.completed:
-            self.task_state(run, cause="HeartbeatLost", began="unknown")
+        assert run.flow_run is not None and run.flow_run.past is not None  # noqa: PT018 - it was asked
+        if not run.completed:
+            self.attempt_lost(run.flow_run.past, run.id, run.root, run.message)
+        elif run.message:
+            run.flow_run.past.settle(run.id)
+            self.task_state(run, stored=results.location(run.stored or {}))
+
+    def attempt_lost(self, past: Past, run: str, root: str, message: str = "") -> None:
+        """The attempt of a run that was under way has died with the driver."""
+        known = past.settle(run)
+        if known is not None:
+            attempt, began = known
+            body = {
+                "of": "task",
+                "type": "CRASHED",
+                "name": "Crashed",
+                "cause": "HeartbeatLost",
+                "began": began,
+            }
+            body["message"] = message or f"its driver died (attempt {attempt})"
+            self.write("state", run, root, body, attempt, TERMINAL)
 
     def elements_told_again(self, runs: Sequence[TaskRun]) -> bool:
         """Whether elements of a map existed before their flow run is resumed; they are what they were then."""

@@ -41,16 +41,14 @@ class Past:
 
     Attributes
     ----------
-    lost : list of tuple
-        Task runs that were under way: id, attempt, and whether it had begun ("yes", "unknown").
     reused, again : int
         Task runs whose stored results were taken, and those that had begun and are computed again.
     """
 
     def __init__(self, told: Mapping[str, Any], rerun: Sequence[str] = ()) -> None:
         self.reused = self.again = 0
-        self.lost = lost(told)
-        self._attempts = {run: attempt for run, attempt, _ in self.lost}
+        self._lost = {run: (attempt, began) for run, attempt, began in lost(told)}
+        self._rows = {one["row"] for one in told["flows"]}
         self._rerun = frozenset(rerun)
         self._gate = threading.Lock()
         self._calls: dict[tuple[str, str, str | None, str], deque[Found]] = {}
@@ -76,6 +74,8 @@ class Past:
         flow_run = run.flow_run
         if flow_run is None:
             return False
+        if run.child_flow_run is not None:  # stands for a flow run, which was found already
+            return run.id in self._rows
         around = run.surrounding.id if run.surrounding is not None else None
         found = self._next("task", flow_run, around, run.task.name)
         if found is None:
@@ -131,13 +131,17 @@ class Past:
     # -- what becomes of them ---------------------------------------------------------------
     def _revive(self, run: TaskRun, found: Mapping[str, Any]) -> None:
         attempt, kind, name = found["attempt"], found["type"], found["name"]
-        if run.id in self._attempts:
-            attempt, kind = self._attempts[run.id], "CRASHED"
+        under_way = self._lost.get(run.id)
+        if under_way is not None:
+            attempt, kind = under_way[0], "CRASHED"
         untouched = attempt == 0 and kind in {"PENDING", "CANCELLED", "SKIPPED"}
         stored = None if untouched or kind == "SKIPPED" else _stored(run)
         if stored is not None:
             self.reused += 1
             run.stored, run.nbytes = stored, int(stored.get("nbytes") or 0)
+            if kind != "COMPLETED":
+                run.message = "Its result had been stored before its driver died."
+                attempt += under_way is None  # that attempt had another end
             run.position, run.done = Position(StateType.COMPLETED, "Completed", max(attempt, 1)), True
             run.call = run.mapped = None
             return
@@ -155,6 +159,17 @@ class Past:
         self.again += 1
         run.excuses += attempt  # they cost none of its budgets, and count
         run.position = Position(StateType.PENDING, "Pending", attempt)
+
+    def settle(self, run: str) -> tuple[int, str] | None:
+        """Return attempt and begin of a run that was under way when the driver died, once."""
+        with self._gate:
+            return self._lost.pop(run, None)
+
+    @property
+    def unsettled(self) -> list[str]:
+        """Task runs that were under way, and that nobody has asked for again."""
+        with self._gate:
+            return list(self._lost)
 
     def left(self, flow_run: FlowRun) -> str:
         """Return which call a flow run had made and has not made again, empty if there is none."""

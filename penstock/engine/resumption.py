@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from penstock.engine.events import Event, bus
-from penstock.engine.journal import TERMINAL, Journal
+from penstock.engine.journal import Journal
 from penstock.engine.past import Past
 from penstock.engine.tracking import start_tracking
 
@@ -42,18 +42,10 @@ class Resumption:
         self.journal.epoch = epoch
         self._taken = False
 
-    def open(self) -> None:
-        """Write down that the attempts of before are over."""
-        for run, attempt, began in self.past.lost:
-            body = {
-                "of": "task",
-                "type": "CRASHED",
-                "name": "Crashed",
-                "cause": "HeartbeatLost",
-                "began": began,
-            }
-            body["message"] = f"its driver died (attempt {attempt})"
-            self.journal.write("state", run, self.id, body, attempt, TERMINAL)
+    def settle(self) -> None:
+        """Write down that the attempts are over which nobody has asked for again."""
+        for run in self.past.unsettled:
+            self.journal.attempt_lost(self.past, run, self.id)
 
     def row(self, body: dict[str, Any]) -> None:
         """Write the run's row with its new driver, and its old date."""

@@ -141,8 +141,8 @@ def test_what_a_dead_driver_left_is_shown_crashed_everywhere(database: Database,
         assert shown(database, run)["type"] == "CRASHED"
         assert "presumed dead" in shown(database, run)["message"]
     with database.read() as connection:
-        (run,) = queries.list_runs(connection, states=["CRASHED"])
-        assert run["tasks"] == {"CRASHED": 1}
+        (found,) = queries.list_runs(connection, states=["CRASHED"])
+        assert found["tasks"] == {"CRASHED": 1}
         assert queries.list_runs(connection, states=["RUNNING"], nested=True) == []
         assert len(queries.list_runs(connection, states=["CRASHED"], nested=True)) == 2
         assert [one["id"] for one in queries.list_task_runs(connection, ROOT, states=["crashed"])] == [TASK]

@@ -95,7 +95,7 @@ def test_a_run_is_resumed_until_it_is_done(home: Path, wait_until: Wait, name: s
     path = home.parent / f"{home.name}-ledger"
     more = {"LEDGER": str(path), "RUNNER": name, "PENSTOCK_RUNNER": name}
     goal = chance.randrange(1, 16)
-    with driver(home, CODE, **more) as process:
+    with driver(home, CODE, shared=None, **more) as process:
         wait_until(lambda: sum(ledger(path).values()) >= goal or process.poll() is not None, 60)
         os.kill(process.pid, signal.SIGKILL)
         process.wait(10)
@@ -140,7 +140,7 @@ if __name__ == "__main__":
 def test_what_must_not_run_twice_needs_a_word(home: Path, wait_until: Wait) -> None:
     path = home.parent / f"{home.name}-ledger"
     more = {"LEDGER": str(path)}
-    with driver(home, ONCE, **more) as process:
+    with driver(home, ONCE, shared=None, **more) as process:
         wait_until(lambda: bool(ledger(path)), 20)
         os.kill(process.pid, signal.SIGKILL)
         process.wait(10)
