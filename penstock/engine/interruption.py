@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import threading
 from collections.abc import Iterator
 
@@ -27,6 +26,7 @@ class Interruption:
         self._thread = 0
         self._task: asyncio.Task[object] | None = None
         self._cancels = 0
+        self._struck = False
 
     @contextlib.contextmanager
     def possible(self, awaits: bool) -> Iterator[None]:
@@ -48,7 +48,8 @@ class Interruption:
 
     def _leave(self) -> None:
         self.over.set()
-        _raise_in(self._thread, None)  # what was meant for the code must not strike behind it
+        if self._struck:
+            _raise_in(self._thread, None)  # what was meant for the code must not strike behind it
         if self._task is not None:
             for _ in range(self._cancels):
                 self._task.uncancel()
@@ -64,9 +65,12 @@ class Interruption:
                 return
             main = self._thread == threading.main_thread().ident
             if not (main and signals.interrupt_main(lambda: not self.over.is_set())):
+                self._struck = True
                 _raise_in(self._thread, worker_runtime.Cancelled)
 
 
 def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
+    import ctypes  # takes milliseconds, and few runs are cancelled
+
     wanted = ctypes.py_object(kind) if kind is not None else None
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), wanted)
