@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from penstock import errors
+from penstock.runners import worker_runtime
 from penstock.settings import settings
 
 __all__ = ["arguments_of", "describe_entry"]
 
 LARGEST = 64 << 10  # bytes of arguments that are kept with a run
+_TOO_LARGE = f"its arguments are larger than {LARGEST >> 10} KiB"
 
 
 def describe_entry(function: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,6 +59,8 @@ def _place(function: Any) -> dict[str, Any]:
 
 
 def _packed(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    if sum(map(worker_runtime.size, arguments.values())) > LARGEST:  # before anything is copied
+        return {"obstacle": _TOO_LARGE}
     try:
         text = json.dumps(dict(arguments))
         if json.loads(text) == dict(arguments) and len(text) <= LARGEST:
@@ -67,7 +71,7 @@ def _packed(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if b"__main__" in packed:
         return {"obstacle": "its arguments are of classes of the script that started it"}
     if len(packed) > LARGEST:
-        return {"obstacle": f"its arguments are larger than {LARGEST >> 10} KiB"}
+        return {"obstacle": _TOO_LARGE}
     return {"pickle": base64.b64encode(packed).decode()}
 
 
