@@ -251,3 +251,67 @@ def test_what_cannot_be_resumed_says_why(home: Path) -> None:
         process.communicate(timeout=30)
     done = command(home, "resume", "good")
     assert (done.returncode, "nothing to resume" in done.stderr) == (1, True)
+
+
+def test_a_resume_that_dies_is_resumed(home: Path, wait_until: Wait) -> None:
+    path = home.parent / f"{home.name}-ledger"
+    more = {"LEDGER": str(path), "RUNNER": "threads", "PENSTOCK_RUNNER": "threads"}
+    kept: set[str] = set()
+    before: Counter[str] = Counter()
+    for number, goal in enumerate((2, 8, 12)):
+        again = "from penstock.cli import main\nsys.argv = ['penstock', 'resume', 'work']\nmain()"
+        beside = home.parent / f"{home.name}-work.py"  # the place that the run remembers
+        if number == 0:
+            beside.write_text("import os, time\nfrom penstock import flow, task\n" + CODE)
+            again = f"import runpy\nrunpy.run_path({str(beside)!r}, run_name='__main__')"
+        with driver(home, again, shared=None, **more) as process:
+            wait_until(lambda: sum(ledger(path).values()) >= goal or process.poll() is not None, 60)  # noqa: B023
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait(10)
+        assert {line: ledger(path)[line] for line in kept} == {line: before[line] for line in kept}
+        before, kept = ledger(path), committed(home)
+    done = command(home, "resume", "work", **more)
+    assert done.returncode == 0, done.stderr
+    assert path.with_name(path.name + ".result").read_text() == str(RESULT)
+    assert {line: ledger(path)[line] for line in kept} == {line: before[line] for line in kept}
+    run = the_run(home)
+    assert run["state"]["type"] == "COMPLETED"
+    assert {one["state"]["type"] for one in tasks_of(home, run["id"])} == {"COMPLETED"}
+
+
+AWAITING = """
+@task(persist_result=True)
+async def fetch(n):
+    return n
+
+@task(persist_result=True)
+def many():
+    yield from range(5)
+
+@task(persist_result=True)
+def twice(n):
+    return 2 * n
+
+@flow
+async def awaiting(count: int):
+    one = await fetch(1)
+    found = [await future for future in [fetch.submit(n) for n in range(count)]]
+    doubled = twice.map(many.submit()).result()
+    drawn = twice.map(iter(range(3))).result()
+    if os.environ.get("FAIL"):
+        raise ValueError("not this time")
+    print("total", one + sum(found) + sum(doubled) + sum(drawn), flush=True)
+
+if __name__ == "__main__":
+    import asyncio
+    asyncio.run(awaiting(3))
+"""
+
+
+def test_async_flows_and_generators_are_resumed(home: Path) -> None:
+    with driver(home, AWAITING, FAIL="1") as process:
+        process.communicate(timeout=60)
+    done = command(home, "resume", "awaiting")
+    assert done.returncode == 0, done.stderr
+    assert f"total {1 + 3 + 20 + 6}" in done.stdout
+    assert " task runs reused" in done.stderr
