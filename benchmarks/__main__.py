@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks import report, runs
 from benchmarks.clusters import BACKENDS
 from benchmarks.plan import CASES, PEERS, PUBLIC, TABLE, Row, Wish, chosen
+from benchmarks.workloads import ingest
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,8 +21,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; all by default")
     made.add_argument(
         "--backend",
-        choices=[*BACKENDS, "all"],
-        help="dask and ray by default, threads for import_and_hello; all is all three",
+        choices=[*BACKENDS, *ingest.DATABASES, "all"],
+        help="dask and ray by default, threads for import_and_hello, databases for ingest; all is all three",
     )
     made.add_argument("--n", type=int, help="tasks, where a case has a number of them")
     made.add_argument("--megabytes", type=float, help="size of the arrays, where a case has some")

@@ -376,4 +376,15 @@ def _hello() -> list[Floor]:
     return [Floor(case, "import_and_hello", "threads", {}, _seconds, 1.0, None, "{:.2f} s", less=True)]
 
 
-FLOORS = [*_maps(), *_small(), *_large(), *_bounded(), *_radps(), *_peers(), *_hello()]
+def _record() -> list[Floor]:
+    found = []
+    for database, floor in (("sqlite", 30_000), ("postgresql", 20_000)):
+        case = f"events straight into {database}, every commit durable"
+        rate = _median("events_per_second")
+        found.append(
+            Floor(case, "ingest", database, {"count": 150_000}, rate, floor, None, "{:,.0f} events/s")
+        )
+    return found
+
+
+FLOORS = [*_maps(), *_small(), *_large(), *_bounded(), *_radps(), *_peers(), *_hello(), *_record()]

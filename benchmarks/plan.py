@@ -11,6 +11,7 @@ from benchmarks.workloads import (
     chain_large,
     fan_out_large,
     import_and_hello,
+    ingest,
     latency,
     map_large,
     map_memory,
@@ -33,6 +34,7 @@ CASES = {
         results_dropped,
         radps,
         import_and_hello,
+        ingest,
     )
 }
 INFINITE = "inf"
@@ -128,6 +130,7 @@ TABLE = [
         for size in (0.1, 10)
     ),
     Row("import_and_hello", "threads", repeats=7),
+    *(Row("ingest", database, {"count": 150_000}, bare=False) for database in ingest.DATABASES),
 ]
 
 PUBLIC = [
@@ -194,7 +197,7 @@ def _on(rows: list[Row], wish: Wish) -> list[Row]:
         for case in dict.fromkeys(row.case for row in rows):
             of_case = [row for row in rows if row.case == case]
             own = [row for row in of_case if row.backend == backend]
-            if not own and wish.cases:
+            if not own and wish.cases and (backend in ingest.DATABASES) == (case == ingest.NAME):
                 of_case = [row for row in of_case if not row.saturation]
                 own = [replace(row, backend=backend) for row in of_case]
             found.extend(own)

@@ -13,7 +13,7 @@ from benchmarks.harness import Comparison, Sampling
 from benchmarks.machine import load, machine, versions
 from benchmarks.plan import CASES, Row
 from benchmarks.profiling import Profiler
-from benchmarks.workloads import chain_large, import_and_hello, map_memory
+from benchmarks.workloads import chain_large, import_and_hello, ingest, map_memory
 
 STORES = {"chain_large": 4, "fan_out_large": 4, "map_large": 4}  # Ray's object store in sizes of the array
 STORE = {"results_dropped": 1 << 30, "radps": 2 << 30}  # … or in bytes
@@ -63,6 +63,8 @@ def comparisons(row: Row, profiler: Profiler | None = None) -> list[dict[str, An
     sampling = Sampling(row.repeats, row.bare, row.untouched, profile=profiler)
     if row.case == "import_and_hello":
         return [import_and_hello.compare(row.backend, repeats=row.repeats)]
+    if row.case == "ingest":
+        return [ingest.compare(row.backend, repeats=row.repeats, **row.sizes)]
     check_memory(int(NEEDED.get(row.case, 0) * row.sizes.get("megabytes", 0) * 10**6))
     if row.case == "map_memory":
         with opened("threads" if row.backend == "ray" else row.backend) as cluster:

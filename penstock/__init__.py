@@ -17,16 +17,58 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from penstock.engine.annotations import allow_failure, quote, unmapped
+    from penstock.api.client import Client, get_client
+    from penstock.engine.annotations import allow_failure, allow_skipped, freeze, opaque, quote, unmapped
+    from penstock.engine.branching import branch
+    from penstock.engine.cache import (
+        DEFAULT,
+        FLOW_PARAMETERS,
+        INPUTS,
+        NO_CACHE,
+        NONE,
+        RUN_ID,
+        TASK_SOURCE,
+        CachePolicy,
+        IsolationLevel,
+        task_input_hash,
+    )
     from penstock.engine.context import tags
     from penstock.engine.dask_client import get_dask_client
     from penstock.engine.flow import Flow, flow
-    from penstock.engine.futures import Future, PenstockFuture, PenstockFutureList, as_completed, wait
+    from penstock.engine.futures import (
+        Future,
+        PenstockFuture,
+        PenstockFutureList,
+        as_completed,
+        first_completed,
+        resolve_futures_to_results,
+        resolve_futures_to_states,
+        wait,
+    )
+    from penstock.engine.locking import FileSystemLockManager, LockManager, MemoryLockManager
     from penstock.engine.logs import get_run_logger
+    from penstock.engine.placement import remote_options
     from penstock.engine.reference import Reference, put
     from penstock.engine.results import ResultStorage, load_result
     from penstock.engine.retry import exponential_backoff
-    from penstock.engine.states import State, StateType
+    from penstock.engine.run_context import FlowRunContext, TaskRunContext, get_run_context
+    from penstock.engine.states import (
+        AwaitingRetry,
+        Cancelled,
+        Cancelling,
+        Completed,
+        Crashed,
+        Failed,
+        Paused,
+        Pending,
+        Retrying,
+        Running,
+        Scheduled,
+        Skipped,
+        State,
+        StateGroup,
+        StateType,
+    )
     from penstock.engine.task import Task, task
     from penstock.errors import (
         CancelledRun,
@@ -68,26 +110,67 @@ __all__ = [
     "Flow",
     "Task",
     "tags",
+    "branch",
     "exponential_backoff",
     "get_run_logger",
+    "get_run_context",
+    "FlowRunContext",
+    "TaskRunContext",
+    "remote_options",
     # arguments
     "unmapped",
     "allow_failure",
+    "allow_skipped",
     "quote",
+    "opaque",
+    "freeze",
+    # results that are found again
+    "CachePolicy",
+    "INPUTS",
+    "TASK_SOURCE",
+    "RUN_ID",
+    "FLOW_PARAMETERS",
+    "DEFAULT",
+    "NO_CACHE",
+    "NONE",
+    "task_input_hash",
+    "IsolationLevel",
+    "LockManager",
+    "MemoryLockManager",
+    "FileSystemLockManager",
     # results that are stored
     "ResultStorage",
     "load_result",
     "put",
     "Reference",
     "get_dask_client",
+    # the record
+    "get_client",
+    "Client",
     # futures and states
     "PenstockFuture",
     "Future",
     "PenstockFutureList",
     "wait",
     "as_completed",
+    "first_completed",
+    "resolve_futures_to_results",
+    "resolve_futures_to_states",
     "State",
     "StateType",
+    "StateGroup",
+    "Scheduled",
+    "AwaitingRetry",
+    "Pending",
+    "Running",
+    "Retrying",
+    "Paused",
+    "Cancelling",
+    "Completed",
+    "Failed",
+    "Crashed",
+    "Cancelled",
+    "Skipped",
     # runners
     "TaskRunner",
     "SequentialTaskRunner",
@@ -122,16 +205,57 @@ __all__ = [
 ]
 
 _ENGINE = {
-    "annotations": ("unmapped", "allow_failure", "quote"),
+    "annotations": ("unmapped", "allow_failure", "allow_skipped", "quote", "opaque", "freeze"),
+    "branching": ("branch",),
+    "cache": (
+        "CachePolicy",
+        "INPUTS",
+        "TASK_SOURCE",
+        "RUN_ID",
+        "FLOW_PARAMETERS",
+        "DEFAULT",
+        "NO_CACHE",
+        "NONE",
+        "task_input_hash",
+        "IsolationLevel",
+    ),
     "context": ("tags",),
     "dask_client": ("get_dask_client",),
     "flow": ("flow", "Flow"),
-    "futures": ("PenstockFuture", "Future", "PenstockFutureList", "wait", "as_completed"),
+    "futures": (
+        "PenstockFuture",
+        "Future",
+        "PenstockFutureList",
+        "wait",
+        "as_completed",
+        "first_completed",
+        "resolve_futures_to_results",
+        "resolve_futures_to_states",
+    ),
+    "locking": ("LockManager", "MemoryLockManager", "FileSystemLockManager"),
     "logs": ("get_run_logger",),
+    "placement": ("remote_options",),
     "reference": ("put", "Reference"),
     "results": ("ResultStorage", "load_result"),
     "retry": ("exponential_backoff",),
-    "states": ("State", "StateType"),
+    "run_context": ("get_run_context", "FlowRunContext", "TaskRunContext"),
+    "states": (
+        "State",
+        "StateType",
+        "StateGroup",
+        "Scheduled",
+        "AwaitingRetry",
+        "Pending",
+        "Running",
+        "Retrying",
+        "Paused",
+        "Cancelling",
+        "Completed",
+        "Failed",
+        "Crashed",
+        "Cancelled",
+        "Skipped",
+    ),
     "task": ("task", "Task"),
 }
 _HOMES = {name: f"penstock.engine.{module}" for module, names in _ENGINE.items() for name in names}
@@ -150,6 +274,8 @@ def __getattr__(name: str) -> Any:
         from penstock.runners import runner_class
 
         return runner_class(name)
+    if name in {"Client", "get_client"}:
+        return getattr(importlib.import_module("penstock.api.client"), name)
     home = "penstock.runners.base" if name == "TaskRunner" else _HOMES.get(name, "penstock.errors")
     found = getattr(importlib.import_module(home), name)
     globals()[name] = found

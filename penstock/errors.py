@@ -6,6 +6,8 @@
     ├── ConfigurationError            a setting, an option or a runner's name cannot be used
     │   ├── MissingExtra              a library is not installed; the message holds the pip line
     │   └── RunnerUnavailable         a cluster does not answer, or its versions do not fit
+    ├── StoreUnavailable              the record cannot be read or written now
+    │   └── StoreDamaged              … nor later: its file is broken
     ├── ParameterBindError            (TypeError)   arguments do not fit the signature
     ├── ParameterTypeError            (TypeError)   a flow parameter failed validation
     ├── ReservedArgumentError         (TypeError)   a parameter has a name that penstock uses
@@ -77,6 +79,8 @@ __all__ = [
     "SchedulerLost",
     "Skip",
     "StorageRefused",
+    "StoreDamaged",
+    "StoreUnavailable",
     "TaskTimeout",
     "TerminationSignal",
     "UnfinishedRun",
@@ -101,6 +105,14 @@ class MissingExtra(ConfigurationError):
 
 class RunnerUnavailable(ConfigurationError):
     """A cluster does not answer, or its versions do not fit the driver's."""
+
+
+class StoreUnavailable(PenstockError):
+    """The record cannot be read or written now; what runs tell waits in their spools."""
+
+
+class StoreDamaged(StoreUnavailable):
+    """The file of the record is broken; the message says how to go on."""
 
 
 class ParameterBindError(PenstockError, TypeError):
@@ -175,11 +187,14 @@ class CrashedRun(RunError):
         How many other tasks were lost with it, any of which may be to blame.
     element : int or None
         Of a chunk that was lost: which of its elements ran last; None if nobody knows.
+    excused : bool
+        The process was ended in good order: the run goes on elsewhere, at no cost.
     final : bool
         Trying again is pointless: the backend is gone.
     """
 
     began: bool | None = None
+    excused: bool = False
     shared: int = 0
     element: int | None = None
     final: bool = False
@@ -250,7 +265,15 @@ class ResultCorrupt(RunError):
 
 
 class Skip(PenstockError):
-    """Raise it in a task or flow to end the run as SKIPPED; the text is the reason."""
+    """Raise it in a task or flow to end the run as SKIPPED; the text is the reason.
+
+    Attributes
+    ----------
+    run_id : str or None
+        The run that skipped itself, where the skip was passed on from another.
+    """
+
+    run_id: str | None = None
 
 
 class TerminationSignal(BaseException):

@@ -41,6 +41,8 @@ class Settings:
         Where tasks run if the code does not say it: "threads", "processes", "dask", "ray" or a URL.
     api_url : str
         Address of a penstock server; empty to record into the store in `home`.
+    api_token : str
+        Proves to that server who we are; empty for the one that lies in `home`.
     database_url : str
         Database of the store; empty for ``penstock.db`` in `home`.
     tasks_max_nesting : int
@@ -58,6 +60,12 @@ class Settings:
         Where: a directory or a URL of fsspec; empty for ``storage`` in `home`.
     results_default_serializer : str
         In which format, such as "parquet"; "auto" chooses by the value.
+    tasks_refresh_cache : bool
+        Whether tasks that do not say it themselves make cached results again.
+    tasks_disable_caching : bool
+        Whether no stored result is taken in the place of a run.
+    tasks_default_no_cache : bool
+        Whether only tasks with a ``cache_policy`` or ``cache_key_fn`` are cached.
     shared_memory : {"auto", "off"}
         Whether the processes of one host share large values on Dask instead of sending copies.
     tracking : {"on", "off"}
@@ -65,11 +73,14 @@ class Settings:
     spool_sync : {"process", "power"}
         What a recorded event survives as soon as it is on disk: the end of the process, or a
         power failure.
+    retention : str
+        How long the record keeps a run after its end: "90d", "36h", or "never" to forget none.
     """
 
     home: Path
     runner: str = ""
     api_url: str = ""
+    api_token: str = field(default="", repr=False)
     database_url: str = ""
     tasks_max_nesting: int = 2000
     logging_log_prints: bool = False
@@ -79,14 +90,23 @@ class Settings:
     results_persist_by_default: Literal["false", "true", "large"] = "false"
     default_result_storage: str = ""
     results_default_serializer: str = "auto"
+    tasks_refresh_cache: bool = False
+    tasks_disable_caching: bool = False
+    tasks_default_no_cache: bool = False
     shared_memory: Literal["auto", "off"] = "auto"
     tracking: Literal["on", "off"] = "on"
     spool_sync: Literal["process", "power"] = "process"
+    retention: str = "90d"
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def source(self, name: str) -> str:
         """Return where a value came from: a variable, the path of a file, or "default"."""
         return self.sources.get(name, DEFAULT)
+
+    @property
+    def retention_days(self) -> float | None:
+        """`retention` in days; None if no run is ever forgotten."""
+        return None if self.retention == "never" else span_days(self.retention)
 
     def describe(self) -> list[tuple[str, str, str]]:
         """List every setting as (variable, value, source), passwords in URLs masked."""
@@ -94,11 +114,35 @@ class Settings:
         for name in NAMES:
             value = getattr(self, name)
             text = str(value).lower() if isinstance(value, bool) else str(value)
-            rows.append((variable(name), re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", text), self.source(name)))
+            text = "***" if name == "api_token" and text else masked(text)
+            rows.append((variable(name), text, self.source(name)))
         return rows
 
 
 NAMES = tuple(one.name for one in dataclasses.fields(Settings) if one.name != "sources")
+
+
+def masked(text: str) -> str:
+    """Return a text with the passwords in its URLs masked."""
+    text = re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", text)  # greedy: a password may hold an @ by mistake
+    return re.sub(r"(?i)([?&]\w*(?:password|passfile|token|secret)\w*)=[^&\s]*", r"\1=***", text)
+
+
+_SPANS = {"s": 1 / 86400, "m": 1 / 1440, "h": 1 / 24, "d": 1.0, "w": 7.0}
+
+
+def span_days(text: str) -> float:
+    """Return a length of time such as "30d", "36h" or "2w" in days.
+
+    Raises
+    ------
+    ValueError
+        If it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", text.strip().lower(), flags=re.ASCII)
+    if match is None:
+        raise ValueError(f"{text!r} is no length of time such as 30d, 36h or 2w")
+    return float(match[1]) * _SPANS[match[2]]
 
 
 def variable(name: str) -> str:
@@ -318,6 +362,17 @@ def _storage(raw: Any, label: str, base: Path) -> str:
     return text if "://" in text or not text else str(_path(text, label, base))
 
 
+def _span(raw: Any, label: str, base: Path) -> str:
+    word = str(raw).strip().lower()
+    if word == "never":
+        return word
+    try:
+        span_days(word)
+    except ValueError:
+        raise _refuse(raw, label, "a length of time such as '90d', or 'never'") from None
+    return word
+
+
 FORMATS = (
     "auto",
     "pickle",
@@ -336,6 +391,7 @@ _CHECKS: Mapping[str, _Check] = {
     "home": _path,
     "runner": _text,
     "api_url": _text,
+    "api_token": _text,
     "database_url": _text,
     "tasks_max_nesting": _whole(1),
     "logging_log_prints": _truth,
@@ -345,7 +401,11 @@ _CHECKS: Mapping[str, _Check] = {
     "results_persist_by_default": _persistence,
     "default_result_storage": _storage,
     "results_default_serializer": _one_of(*FORMATS),
+    "tasks_refresh_cache": _truth,
+    "tasks_disable_caching": _truth,
+    "tasks_default_no_cache": _truth,
     "shared_memory": _automatic,
     "tracking": _switch,
     "spool_sync": _one_of("process", "power"),
+    "retention": _span,
 }

@@ -15,8 +15,8 @@ import pytest
 from penstock import flow, settings
 from penstock.engine.events import bus
 from penstock.engine.tracking import stop_tracking
-from penstock.runners import runner_class
-from penstock.runners.base import TaskRunner
+from penstock.runners import base, runner_class
+from penstock.runners.base import TaskRunner, shutdown_all
 from tests.record import Record
 
 CLASSES = {
@@ -47,6 +47,7 @@ def clean_environment(
     monkeypatch.setenv("PENSTOCK_HOME", str(home))
     settings.refresh()
     yield home
+    shutdown_all()  # a flow keeps the cluster that it has started, until the process ends
     stop_tracking()
     settings._current = None
 
@@ -140,7 +141,8 @@ def nothing_left_behind() -> Iterator[None]:
         wait_until(lambda: not stray_processes(), 10.0)
     except AssertionError as error:
         left = [(one.pid, one.status(), " ".join(one.cmdline())[:300]) for one in stray_processes()]
-        pytest.fail(f"left behind: threads {stray_threads()}, processes {left} ({error})")
+        kept = [repr(one) for one in base._kept_runners]
+        pytest.fail(f"left behind: threads {stray_threads()}, kept {kept}, processes {left} ({error})")
 
 
 def stray_threads() -> list[threading.Thread]:

@@ -36,8 +36,7 @@ class SharedStore:
         details = dict(question)
         what = details.pop("what")
         if what in COMMANDS:
-            with self.database.write() as connection:
-                return COMMANDS[what](connection, **details)
+            return COMMANDS[what](self.database, **details)
         with self.database.read() as connection:
             return ANSWERS[what](connection, **details)
 

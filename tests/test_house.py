@@ -295,7 +295,7 @@ def test_a_contract_names_no_runner(path: Path) -> None:
 def test_the_extras_are_the_documented_ones() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    assert set(extras) == {"dask", "ray", "postgres", "s3", "demo", "all", "test"}
+    assert set(extras) == {"dask", "ray", "postgres", "s3", "server", "demo", "all", "test"}
     (everything,) = extras["all"]
     assert set(re.findall(r"\w+", everything.removeprefix("penstock"))) == set(extras) - {"all", "test"}
     plain = {re.split(r"[^\w-]", line)[0] for line in project["dependencies"]}

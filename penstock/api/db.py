@@ -6,7 +6,8 @@ import contextlib
 import importlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import sqlalchemy as sa
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import NullPool
 
+from penstock.api import postgres
 from penstock.api.models import metadata
 from penstock.errors import ConfigurationError
 
-REVISIONS = ("0001", "0002", "0003")
+REVISIONS = ("0001", "0002", "0003", "0004")
 """Revisions of the schema, oldest first; the last one is what `models` describes."""
 
 BUSY_TIMEOUT = 10.0
@@ -38,22 +40,26 @@ class Database:
     """
 
     def __init__(self, url: str) -> None:
-        try:
-            self.url = sa.make_url(url)
-            self.engine = sa.create_engine(self.url, **_options(self.url))
-        except (sa.exc.ArgumentError, ImportError) as error:
-            raise ConfigurationError(f"PENSTOCK_DATABASE_URL cannot be used: {error}.") from None
-        self.path = Path(self.url.database) if self.url.database and self._is_sqlite else None
-        if self._is_sqlite:
+        self.url = _address(url)
+        self.is_sqlite = self.url.get_backend_name() == "sqlite"
+        self.engine = sa.create_engine(
+            self.url, **(_sqlite_options() if self.is_sqlite else postgres.options())
+        )
+        self.path = Path(self.url.database) if self.url.database and self.is_sqlite else None
+        if self.is_sqlite:
             sa.event.listen(self.engine, "connect", _configure_sqlite)
             sa.event.listen(self.engine, "begin", _begin_immediate)
+        else:
+            sa.event.listen(self.engine, "connect", postgres.configure)
         self._writer: sa.Connection | None = None
         self._inode = 0
         self._statements: dict[str, tuple[str, bool]] = {}
+        self._copies: dict[str, tuple[postgres.Copy, Any]] = {}
 
     @property
-    def _is_sqlite(self) -> bool:
-        return self.url.get_backend_name() == "sqlite"
+    def name(self) -> str:
+        """What a person calls it: the path of the file, or the URL without its password."""
+        return str(self.path) if self.path is not None else shown(self.url)
 
     # -- connections ------------------------------------------------------------------------
     def prepare(self) -> None:
@@ -61,11 +67,20 @@ class Database:
         self._writing()
 
     @contextlib.contextmanager
-    def write(self) -> Iterator[sa.Connection]:
-        """Run a transaction on the one connection that writes; for the holder of the writer's lock."""
+    def write(self, *, alone: bool = False) -> Iterator[sa.Connection]:
+        """Run a transaction on the one connection that writes.
+
+        Parameters
+        ----------
+        alone : bool
+            Keep every other writer out until the end. On SQLite that is always so: there the
+            caller holds the lock of the writer. On PostgreSQL several write side by side.
+        """
         connection = self._writing()
         try:
             with connection.begin():
+                if not self.is_sqlite:
+                    postgres.lock_schema(connection, alone=alone)
                 yield connection
         except sa.exc.DBAPIError:
             self.close_writer()  # whatever is wrong with it, the next transaction gets a fresh one
@@ -75,9 +90,13 @@ class Database:
     def read(self) -> Iterator[sa.Connection]:
         """Open a connection that sees one state of the database and cannot change it."""
         with self.engine.connect() as connection:
-            connection = connection.execution_options(penstock_reads=True)
-            if self._is_sqlite:
+            if self.is_sqlite:
+                connection = connection.execution_options(penstock_reads=True)
                 connection.exec_driver_sql("PRAGMA query_only = ON")
+            else:
+                connection = connection.execution_options(
+                    isolation_level="REPEATABLE READ", postgresql_readonly=True
+                )
             yield connection
 
     def _writing(self) -> sa.Connection:
@@ -85,9 +104,21 @@ class Database:
             self.close_writer()  # the file was removed or replaced; writing to the old one helps nobody
         if self._writer is None:
             self._writer = self.engine.connect()
-            prepare(self._writer)
+            try:
+                if self.is_sqlite and self._is_new():  # before the first transaction, or never
+                    self._raw(self._writer).execute("PRAGMA auto_vacuum = INCREMENTAL")
+                prepare(self._writer)
+            except BaseException:
+                self.close_writer()  # nobody writes to what was not made ready
+                raise
             self._inode = self._present_inode()
         return self._writer
+
+    def _is_new(self) -> bool:
+        try:
+            return self.path is None or os.stat(self.path).st_size == 0
+        except OSError:
+            return True
 
     def _present_inode(self) -> int:
         try:
@@ -107,6 +138,21 @@ class Database:
         self.close_writer()
         self.engine.dispose()
 
+    def raw_writer(self) -> Any:
+        """Return the driver's own connection that writes, outside of any transaction."""
+        writer = self._writing()
+        writer.rollback()
+        return self._raw(writer)
+
+    @staticmethod
+    def _raw(connection: sa.Connection) -> Any:
+        return connection.connection.driver_connection
+
+    def lock_roots(self, connection: sa.Connection, roots: Iterable[str]) -> None:
+        """Let nobody else commit something about these root runs until the transaction ends."""
+        if not self.is_sqlite:
+            postgres.lock_roots(connection, roots)
+
     # -- statements -------------------------------------------------------------------------
     def upsert(
         self, connection: sa.Connection, name: str, statement: Upsert, rows: Sequence[tuple[Any, ...]]
@@ -118,6 +164,12 @@ class Database:
         """
         if not rows:
             return
+        if not self.is_sqlite:
+            keys = [statement.columns.index(key) for key in statement.keys]
+            if len(rows) >= postgres.COPY_FROM:
+                self._copy(connection, name, statement, rows)
+                return
+            rows = sorted(rows, key=itemgetter(*keys))  # everybody locks rows in one order
         if name not in self._statements:
             compiled = statement.build(self.engine.dialect.name).compile(dialect=self.engine.dialect)
             assert not compiled.positional or list(compiled.positiontup or ()) == statement.columns
@@ -127,6 +179,19 @@ class Database:
             connection.exec_driver_sql(text, list(rows))
         else:
             connection.exec_driver_sql(text, [dict(zip(statement.columns, row, strict=True)) for row in rows])
+
+    def _copy(
+        self, connection: sa.Connection, name: str, statement: Upsert, rows: Sequence[tuple[Any, ...]]
+    ) -> None:
+        if name not in self._copies:
+            copy = postgres.Copy(name, statement.table, statement.columns, REVISIONS[-1])
+            self._copies[name] = (
+                copy,
+                statement.build(self.engine.dialect.name, copy.source(statement.keys)),
+            )
+        copy, insert = self._copies[name]
+        copy.send(connection, rows)
+        connection.execute(insert)
 
 
 class Upsert:
@@ -142,21 +207,45 @@ class Upsert:
         Columns that a later row replaces; with none of them an existing row stays.
     order : sequence of str
         Columns that tell which of two rows is the later one; NULL comes first.
+    conflict : sequence of str
+        Instead of the primary key, the columns that make a row unique.
+    add, replace : str, optional
+        A column whose values are added up, or which the new row replaces in any case.
     """
 
     def __init__(
-        self, table: sa.Table, columns: Sequence[str], update: Sequence[str] = (), order: Sequence[str] = ()
+        self,
+        table: sa.Table,
+        columns: Sequence[str],
+        update: Sequence[str] = (),
+        order: Sequence[str] = (),
+        conflict: Sequence[str] = (),
+        add: str | None = None,
+        replace: str | None = None,
     ) -> None:
         self.table = table
+        self.keys = list(conflict) or [column.name for column in table.primary_key.columns]
         self.columns = list(columns)
         self.update = list(update)
         self.order = list(order)
+        self.add = add
+        self.replace = replace
 
-    def build(self, dialect: str) -> Any:
-        """Return the statement for a dialect."""
-        table, keys = self.table, list(self.table.primary_key.columns)
+    def build(self, dialect: str, source: sa.Select[Any] | None = None) -> Any:
+        """Return the statement for a dialect: for one row, or for all rows of a source."""
+        table, keys = self.table, self.keys
         insert = importlib.import_module(f"sqlalchemy.dialects.{dialect}").insert  # only the one that is used
-        statement: Any = insert(table).values({name: sa.bindparam(name) for name in self.columns})
+        statement: Any = (
+            insert(table).values({name: sa.bindparam(name) for name in self.columns})
+            if source is None
+            else insert(table).from_select(self.columns, source)
+        )
+        if self.add is not None:
+            total = sa.func.coalesce(table.c[self.add], sa.literal_column("0")) + statement.excluded[self.add]
+            return statement.on_conflict_do_update(index_elements=keys, set_={self.add: total})
+        if self.replace is not None:
+            changed = {self.replace: statement.excluded[self.replace]}
+            return statement.on_conflict_do_update(index_elements=keys, set_=changed)
         if not self.update:
             return statement.on_conflict_do_nothing(index_elements=keys)
         new = statement.excluded
@@ -171,9 +260,27 @@ class Upsert:
         return statement.on_conflict_do_update(index_elements=keys, set_=changes, where=later)
 
 
-def _options(url: sa.URL) -> dict[str, Any]:
-    if url.get_backend_name() != "sqlite":
-        return {}
+def _address(url: str) -> sa.URL:
+    try:
+        found = sa.make_url(url.replace("postgres://", "postgresql://", 1))
+    except (sa.exc.ArgumentError, ValueError):
+        found = None
+    kind = found.get_backend_name() if found is not None else ""
+    if found is None or kind not in {"sqlite", "postgresql"}:
+        raise ConfigurationError(
+            "PENSTOCK_DATABASE_URL is no URL of a database that penstock knows; write "
+            "postgresql://USER:PASSWORD@HOST/DATABASE (signs such as @ or / in a password as %40, %2F) "
+            "or sqlite:///PATH."
+        )
+    return postgres.address(found) if kind == "postgresql" else found
+
+
+def shown(url: sa.URL) -> str:
+    """Return a URL as it may be printed."""
+    return url.set(query={}).render_as_string(hide_password=True)
+
+
+def _sqlite_options() -> dict[str, Any]:
     # Connections are few and long-lived, and their threads are ours: a pool would only hide them.
     return {"poolclass": NullPool, "connect_args": {"timeout": BUSY_TIMEOUT, "check_same_thread": False}}
 
@@ -198,26 +305,46 @@ def _begin_immediate(connection: sa.Connection) -> None:
 def prepare(connection: sa.Connection) -> None:
     """Make the tables of a new database, upgrade an old one, refuse one from the future.
 
-    The caller holds the lock of the writer, so that nobody else does the same.
+    A SQLite file belongs to one person, and whoever opens it to write holds its lock: it is
+    upgraded at once. A database on a server may be shared by others with an older penstock: it is
+    upgraded by ``penstock db upgrade`` alone.
 
     Raises
     ------
     ConfigurationError
-        If a newer penstock has written the database.
+        If the schema is newer, or older and not ours to upgrade.
     """
     version = schema_version(connection)
     if version == REVISIONS[-1]:
         return
-    if version is None and not sa.inspect(connection).get_table_names():
+    if version is None and not has_tables(connection):
         create(connection)
         return
-    connection.rollback()
-    if version is not None and version not in REVISIONS:
+    _refuse_newer(connection, version)
+    if connection.dialect.name != "sqlite":
         raise ConfigurationError(
-            f"The store {connection.engine.url.render_as_string()} was written by a newer penstock (schema {version}, "
-            f"this one knows {REVISIONS[-1]}); install that version, or set PENSTOCK_HOME to another directory."
+            f"The store {shown(connection.engine.url)} has the older schema {version}, and this penstock writes "
+            f"{REVISIONS[-1]}; run `penstock db upgrade` once, after every penstock that uses it is up to date."
         )
     upgrade(connection)
+
+
+def _refuse_newer(connection: sa.Connection, version: str | None) -> None:
+    if version is not None and version not in REVISIONS:
+        raise ConfigurationError(
+            f"The store {shown(connection.engine.url)} was written by a newer penstock (schema {version}, "
+            f"this one knows {REVISIONS[-1]}); install that version and run `penstock db upgrade` there, or set "
+            "PENSTOCK_HOME to another directory."
+        )
+
+
+def has_tables(connection: sa.Connection) -> bool:
+    """Whether tables of ours are there; a database of a server may hold those of others."""
+    found = set(sa.inspect(connection).get_table_names())
+    connection.rollback()
+    return bool(
+        found if connection.dialect.name == "sqlite" else found & {*metadata.tables, VERSION_TABLE.name}
+    )
 
 
 def schema_version(connection: sa.Connection) -> str | None:
@@ -234,12 +361,26 @@ def create(connection: sa.Connection) -> None:
     if connection.dialect.name == "sqlite":
         _switch_to_wal(connection)
     with connection.begin():
+        if connection.dialect.name != "sqlite":
+            postgres.lock_schema(connection, alone=True)
+            if sa.inspect(connection).has_table(VERSION_TABLE.name):
+                return  # somebody else was faster
         metadata.create_all(connection, checkfirst=False)
         VERSION_TABLE.create(connection)
         connection.execute(VERSION_TABLE.insert().values(version_num=REVISIONS[-1]))
     path = connection.engine.url.database
     if connection.dialect.name == "sqlite" and path:
         os.chmod(path, 0o600)
+
+
+def recreate(database: Database) -> None:
+    """Drop our tables in a database of a server, whatever their schema, and make them anew."""
+    with database.engine.connect() as connection:
+        with connection.begin():
+            postgres.lock_schema(connection, alone=True)
+            metadata.drop_all(connection)
+            VERSION_TABLE.drop(connection, checkfirst=True)
+        create(connection)
 
 
 def _switch_to_wal(connection: sa.Connection) -> None:
@@ -258,7 +399,14 @@ def _switch_to_wal(connection: sa.Connection) -> None:
 
 
 def upgrade(connection: sa.Connection) -> None:
-    """Bring the tables of an older penstock to the present schema, all in one transaction."""
+    """Bring the tables of an older penstock to the present schema, all in one transaction.
+
+    Raises
+    ------
+    ConfigurationError
+        If a newer penstock has written the database.
+    """
+    _refuse_newer(connection, schema_version(connection))
     from alembic import command
     from alembic.config import Config
 
@@ -266,5 +414,7 @@ def upgrade(connection: sa.Connection) -> None:
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.set_main_option("path_separator", "os")
     with connection.begin():
+        if connection.dialect.name != "sqlite":
+            postgres.lock_schema(connection, alone=True)
         config.attributes["connection"] = connection
         command.upgrade(config, "head")

@@ -9,6 +9,7 @@ runs and commands share one database without ever meeting in it, and a stopped p
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import time
@@ -22,7 +23,10 @@ from penstock.api import leases, queries
 from penstock.api.commands import COMMANDS
 from penstock.api.db import REVISIONS, Database, schema_version
 from penstock.api.ingest import acknowledged, ingest
+from penstock.api.note import running
 from penstock.api.reaper import EVERY, Reaper
+from penstock.api.refusals import explain, refusal
+from penstock.api.upkeep import retain
 from penstock.engine.home import usable_home
 from penstock.engine.sender import StoreUnusable
 from penstock.engine.spool import (
@@ -37,10 +41,10 @@ from penstock.engine.spool import (
     spools,
     take_orphan,
 )
-from penstock.errors import ConfigurationError
+from penstock.errors import ConfigurationError, PenstockError, StoreDamaged, StoreUnavailable
 from penstock.settings import settings
 
-__all__ = ["EmbeddedStore", "drain", "open_store", "reading"]
+__all__ = ["EmbeddedStore", "drain", "open_store", "reading", "writing"]
 
 logger = logging.getLogger("penstock.tracking")
 
@@ -48,6 +52,7 @@ SWEEP = 0.5  # seconds between two looks at the spools of other processes
 ROUND = 0.5  # seconds after which the lock is given back, so that others get their turn
 PATIENCE = 5.0  # seconds that a command waits for the lock
 POLL = 0.01
+RETAIN = 3600.0  # seconds between two questions whether old runs are due to be forgotten
 ORPHANS = 100  # whose locks are held at a time
 
 
@@ -78,8 +83,42 @@ def drain(home: Path | None = None, patience: float = PATIENCE) -> bool:
         If the database cannot be used, for instance because a newer penstock wrote it.
     """
     store = EmbeddedStore(usable_home(settings().home).path if home is None else home)
-    with contextlib.closing(store):
+    with contextlib.closing(store), _explained(store.database):
         return store.drain(patience)
+
+
+@contextlib.contextmanager
+def writing(
+    home: Path | None = None, patience: float = PATIENCE, *, prepared: bool = True
+) -> Iterator[EmbeddedStore]:
+    """Hold the store alone, for its upkeep; see `penstock.api.upkeep`.
+
+    Parameters
+    ----------
+    home : Path, optional
+        Instead of the one in the settings.
+    patience : float
+        Seconds to wait for another process that is committing.
+    prepared : bool
+        Commit first what runs on this machine have recorded so far.
+
+    Raises
+    ------
+    StoreUnavailable
+        If another process did not let go of it, or the database takes nothing now.
+    ConfigurationError
+        If the database cannot be used.
+    """
+    store = EmbeddedStore(usable_home(settings().home).path if home is None else home)
+    with contextlib.closing(store), _explained(store.database), store._locked(patience) as held:
+        if not held:
+            raise StoreUnavailable(
+                f"Another process is writing to the store {store.database.name}; try again."
+            )
+        if prepared:
+            store.database.prepare()
+            store._sweep(None)
+        yield store
 
 
 @contextlib.contextmanager
@@ -99,14 +138,24 @@ def reading(home: Path | None = None, patience: float = PATIENCE) -> Iterator[sa
         If the database cannot be used.
     """
     store = EmbeddedStore(usable_home(settings().home).path if home is None else home)
-    with contextlib.closing(store):
-        drained = store.drain(patience)
+    with contextlib.closing(store), _explained(store.database):
+        drained = _drained(store, patience)
         with store.database.read() as connection:
             if not drained and schema_version(connection) != REVISIONS[-1]:
                 raise ConfigurationError(
                     f"Another process is preparing the store in {store.home}; try again."
                 )
             yield connection
+
+
+def _drained(store: EmbeddedStore, patience: float) -> bool:
+    try:
+        return store.drain(patience)
+    except sa.exc.OperationalError as error:
+        if store.database.path is None or not store.database.path.exists():
+            raise
+        logger.warning("%s What is shown may not be the latest.", explain(store.database, error))
+        return False
 
 
 class EmbeddedStore:
@@ -116,6 +165,8 @@ class EmbeddedStore:
     ----------
     home : Path
         Holds the spools and, by default, the database.
+    serves : bool
+        It is that of a server: drivers that do not share the home reach it.
 
     Raises
     ------
@@ -123,7 +174,7 @@ class EmbeddedStore:
         If the URL of the database is wrong.
     """
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, *, serves: bool = False) -> None:
         self.home = home
         self.database = Database(settings().database_url or f"sqlite:///{home / 'penstock.db'}")
         beside = self.database.path or home / "store"
@@ -133,22 +184,24 @@ class EmbeddedStore:
         self._readers: dict[str, SpoolReader] = {}
         self._own: dict[str, int] = {}  # writers of this process, and what is committed of them
         self._swept = 0.0
-        # Drivers elsewhere reach a database server, but never a file of ours.
-        self._reaper = Reaper(self.database, home, local=self.database.path is not None)
+        # Drivers elsewhere reach a database server, but a file of ours only through a server.
+        self._reaper = Reaper(self.database, home, local=self.database.is_sqlite and not serves)
         self._reaped = 0.0
+        self._retain_at = 0.0
 
     # -- the seam ---------------------------------------------------------------------------
     def send(self, batch: Batch) -> int:
         """Commit a batch unless somebody else is committing; return what is committed of its writer."""
         self._own.setdefault(batch.writer, 0)
-        with self._locked(0) as held, _refusals():
+        with self._locked(0) as held, _refusals(), _explained(self.database):
             if held:
                 self._own |= ingest(self.database, [batch])
                 if time.monotonic() - self._swept >= SWEEP:
-                    removed = self._sweep(time.monotonic() + ROUND)
+                    removed = self._sweep(time.monotonic() + ROUND, living=self.database.is_sqlite)
                     self._swept = time.monotonic()
                     if removed or self._swept - self._reaped >= EVERY:
-                        self._reap()
+                        self.reap()
+                    self._retain()
         if not held and (self.database.path is None or self.database.path.exists()):
             # The holder of the lock may be making the tables this very moment.
             with contextlib.suppress(sa.exc.OperationalError), self.database.read() as connection:
@@ -170,12 +223,16 @@ class EmbeddedStore:
                 return {"lost": [], "presumed": [], "requests": []}
             with self.database.read() as connection:
                 return leases.beat(connection, **details, write=False)
-        with self._locked(PATIENCE) as held:
+        note = running(self.home, self._lock_path)
+        if note is not None:
+            remote = importlib.import_module("penstock.api.remote")
+            return remote.ask_note(self.home, note, {"what": what, **details})
+        with self._locked(PATIENCE) as held, _explained(self.database):
             if not held:
-                raise ConfigurationError(f"Another process is busy with the store in {self.home}; try again.")
-            self.database.prepare()
-            with self.database.write() as connection:
-                return COMMANDS[what](connection, **details)
+                raise StoreUnavailable(
+                    f"Another process is writing to the store {self.database.name}; try again."
+                )
+            return COMMANDS[what](self.database, **details)
 
     def close(self) -> None:
         """Close the database and the spools."""
@@ -186,20 +243,37 @@ class EmbeddedStore:
 
     def drain(self, patience: float = PATIENCE) -> bool:
         """Commit everything in all spools; False if another process did not let us in time."""
+        note = running(self.home, self._lock_path)
+        if note is not None:
+            remote = importlib.import_module("penstock.api.remote")
+            with contextlib.suppress(PenstockError):  # it is starting or stopping
+                remote.ask_note(self.home, note, {"what": "sweep"})
+                return True
         with self._locked(patience) as held:
             if held:
                 self.database.prepare()
                 self._sweep(None)
-                self._reap()
+                self.reap()
+                self._retain()
         return held
 
-    def _reap(self) -> None:
+    def reap(self) -> None:
+        """Show as Crashed what drivers that died have left; the caller holds the lock."""
         self._reaped = time.monotonic()
         remove_signs(self.home / "spool")
         self._reaper.look()
 
+    def commit_first(self) -> None:
+        """Commit what the dead have left, if the database can be used at all; the caller holds the lock."""
+        with contextlib.suppress(sa.exc.DBAPIError, ConfigurationError):
+            self.database.prepare()
+            self._sweep(None)
+
     @contextlib.contextmanager
     def _locked(self, patience: float) -> Iterator[bool]:
+        if not self.database.is_sqlite:  # there the transactions themselves keep out of each other's way
+            yield True
+            return
         deadline = time.monotonic() + patience
         try:
             while (lock := FileLock.take(self._lock_path, os.O_RDWR | os.O_CREAT)) is None:
@@ -215,8 +289,21 @@ class EmbeddedStore:
                 lock.release()
 
     # -- the spools of others ---------------------------------------------------------------
-    def _sweep(self, deadline: float | None) -> bool:
-        """Commit what is in the spools of all other writers, and remove those of the dead, if there are any."""
+    def _retain(self) -> None:
+        """Forget what is older than the retention, if that is due."""
+        if time.monotonic() >= self._retain_at:
+            done = retain(self.database, settings().retention_days, seconds=ROUND)
+            unfinished = done is not None and not done.finished
+            self._retain_at = time.monotonic() + (SWEEP if unfinished else RETAIN)
+            if done is not None and done.runs:
+                logger.info("%d runs older than PENSTOCK_RETENTION were removed from the record.", done.runs)
+
+    def _sweep(self, deadline: float | None, *, living: bool = True) -> bool:
+        """Commit what is in the spools of all other writers; remove those of the dead, if there are any.
+
+        `living`: also what is in the spools of processes that live. Where each process has a
+        connection of its own that is for commands only, which want to see everything.
+        """
         paths = [path for path in spools(self.home / "spool") if path.stem not in self._own]
         for gone in self._readers.keys() - {path.stem for path in paths}:
             self._readers.pop(gone).close()
@@ -232,7 +319,7 @@ class EmbeddedStore:
                 orphan = take_orphan(path)
                 if orphan is not None:
                     locks.callback(orphan.release)
-                reader = self._reader(path)
+                reader = self._reader(path) if living or orphan is not None else None
                 if reader is not None:
                     harvest.gather(path, reader, dead=orphan is not None)
                 if len(harvest.dead) >= ORPHANS:
@@ -322,8 +409,17 @@ class _Harvest:
 
 
 @contextlib.contextmanager
+def _explained(database: Database) -> Iterator[None]:
+    """Turn errors of the database into sentences."""
+    try:
+        yield
+    except sa.exc.DBAPIError as error:
+        raise refusal(database, error) from error
+
+
+@contextlib.contextmanager
 def _refusals() -> Iterator[None]:
     try:
         yield
-    except ConfigurationError as error:
+    except (ConfigurationError, StoreDamaged) as error:
         raise StoreUnusable(str(error)) from error

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from penstock.api.db import Upsert
-from penstock.api.models import flow_runs, maps, requests, task_runs
+from penstock.api.models import dropped_lines, flow_runs, maps, requests, task_runs
 from penstock.engine.events import Event, element_id
 
 PARAMETERS = 4096  # characters of a description that are kept
@@ -61,6 +61,7 @@ _MAP += ["created", "made"]
 _USAGE = ["nbytes", "peak", "worker", "stored"]
 _NEW = [*_KEY, "state_type"]
 _LARGEST = (1 << 63) - 1
+_MOST_LINES = 1 << 48  # in one batch: the sum must fit its column
 _NO_ERROR = (None, None, None)
 _PENDING = (0, 0, 0, 0, "Pending", "PENDING")
 _FLOW_KEY, _TASK_KEY = slice(2, 7), slice(4, 9)  # where the key is in a row of a state
@@ -76,6 +77,7 @@ UPSERTS = {
         ["backend_order"],
     ),
     "flow_states": Upsert(flow_runs, ["id", "root", *_STATE], _STATE, _KEY),
+    "dropped_lines": Upsert(dropped_lines, ["root", "lines"], add="lines"),
     "task_states": Upsert(
         task_runs, ["id", "root", "map", "element", *_STATE, *_USAGE], [*_STATE, *_USAGE], _KEY
     ),
@@ -180,7 +182,9 @@ class Fold:
         )
         made = (event.time, _order(event))
         indices = range(start, start + count)
-        labels = [f"{name}-{index}" for index in indices] if not names else [str(label) for label in names]
+        labels = (
+            [f"{name}-{index}" for index in indices] if not names else [_text(label) or "" for label in names]
+        )
         own = _element_edges(body.get("upstream_elements"), count)
         before, after = (root, flow_run, parent, run), (None, *made, *_PENDING)
         rows = [
@@ -254,6 +258,13 @@ class Fold:
         for row in found:
             _reach(self.rows["task_states"], row, _TASK_KEY)
 
+    def _log(self, event: Event) -> None:
+        dropped = int(event.body.get("dropped") or 0)
+        if dropped > 0:  # a sum, and no maximum: `ingest` folds every event exactly once
+            rows = self.rows["dropped_lines"]
+            before = rows[event.root][1] if event.root in rows else 0
+            rows[event.root] = (event.root, min(before + dropped, _MOST_LINES))
+
     def _runner(self, event: Event) -> None:
         self._make(
             "backends", event.run, (event.run, event.root, _json(event.body), _order(event), *_PENDING)
@@ -275,6 +286,7 @@ _HANDLERS: dict[str, Callable[[Fold, Event], None]] = {
     "map_run": Fold._map_run,
     "state": Fold._state,
     "states": Fold._states,
+    "log": Fold._log,
     "runner": Fold._runner,
     "request": Fold._request,
 }
@@ -294,7 +306,10 @@ def _order(event: Event) -> int:
 
 
 def _text(value: Any) -> str | None:
-    return value if value is None or type(value) is str else str(value)
+    if value is None:
+        return None
+    text: str = value if type(value) is str else str(value)
+    return text if "\0" not in text else text.replace("\0", "\N{SYMBOL FOR NULL}")  # PostgreSQL takes none
 
 
 def _number(value: Any) -> float | None:

@@ -20,6 +20,7 @@ from penstock.engine.events import Event, unpack
 from penstock.engine.spool import Batch
 
 _EVENTS = Upsert(events, [column.name for column in events.columns])
+_WRITERS = Upsert(writers, ["writer", "acknowledged", "seen"], conflict=["writer"])
 _NOBODY = "0" * 32
 _MANY = 500  # values in one IN list
 
@@ -57,9 +58,14 @@ def ingest(database: Database, batches: Sequence[Batch]) -> dict[str, int]:
     try:
         with database.write() as connection:
             return _commit(database, connection, batches)
-    except sa.exc.OperationalError:
-        raise
-    except (sa.exc.StatementError, ArithmeticError, TypeError, ValueError):
+    except (
+        sa.exc.DataError,
+        sa.exc.IntegrityError,
+        sa.exc.InterfaceError,
+        ArithmeticError,
+        TypeError,
+        ValueError,
+    ):
         # Some event holds what the database cannot take, and must not hold up the others.
         done: dict[str, int] = {}
         for half in _halves(batches):
@@ -84,10 +90,12 @@ def _halves(batches: Sequence[Batch]) -> Iterator[list[Batch]]:
 def _commit(
     database: Database, connection: sa.Connection, batches: Sequence[Batch], *, trusted: bool = True
 ) -> dict[str, int]:
-    known = _known(connection, batches)
+    known = _known(database, connection, batches)
     fresh = _fresh(batches, known)
     events_of = [read(payload) if trusted else None for _, _, payload in fresh]
-    owners = _owners(connection, {event.root for event in events_of if event is not None})
+    roots = {event.root for event in events_of if event is not None}
+    database.lock_roots(connection, roots)
+    owners = _owners(connection, roots)
     fold, rows = Fold(), []
     for (writer, seq, payload), event in zip(fresh, events_of, strict=True):
         if event is None:
@@ -144,16 +152,14 @@ def _fold(fold: Fold, event: Event, writer: _Writer, owners: dict[str, tuple[int
 # -- what is here already -------------------------------------------------------------------
 
 
-def _known(connection: sa.Connection, batches: Sequence[Batch]) -> dict[str, _Writer]:
+def _known(database: Database, connection: sa.Connection, batches: Sequence[Batch]) -> dict[str, _Writer]:
     names = sorted({batch.writer for batch in batches})
     known = _writers(connection, names)
     missing = [name for name in names if name not in known]
-    if missing:
-        now = time.time()
-        connection.execute(
-            writers.insert(), [{"writer": name, "acknowledged": 0, "seen": now} for name in missing]
-        )
-        known |= _writers(connection, missing)
+    database.upsert(connection, "writers", _WRITERS, [(name, 0, time.time()) for name in missing])
+    if missing or not database.is_sqlite:
+        # Two that bring events of one writer come one after the other: what is here is decided once.
+        known = _writers(connection, names, lock=not database.is_sqlite)
     for batch in batches:
         writer = known[batch.writer]
         if batch.last > writer.acknowledged:
@@ -163,10 +169,11 @@ def _known(connection: sa.Connection, batches: Sequence[Batch]) -> dict[str, _Wr
     return known
 
 
-def _writers(connection: sa.Connection, names: Sequence[str]) -> dict[str, _Writer]:
+def _writers(connection: sa.Connection, names: Sequence[str], *, lock: bool = False) -> dict[str, _Writer]:
     found = {}
     for some in _chunks(names):
-        for row in connection.execute(sa.select(writers).where(writers.c.writer.in_(some))):
+        query = sa.select(writers).where(writers.c.writer.in_(some)).order_by(writers.c.writer)
+        for row in connection.execute(query.with_for_update() if lock else query):
             found[row.writer] = _Writer(row.writer, row.number, row.acknowledged)
     return found
 

@@ -33,7 +33,9 @@ metadata = MetaData(
     }
 )
 
-RUN_ID = String(32)
+# Ids and ties between states are compared byte by byte, whatever language the database speaks.
+RUN_ID = String(32).with_variant(String(32, collation="C"), "postgresql")
+WORD = Text().with_variant(Text(collation="C"), "postgresql")
 
 FINAL = frozenset({"COMPLETED", "FAILED", "CRASHED", "CANCELLED", "SKIPPED"})
 """Types of state in which a run ends."""
@@ -73,9 +75,8 @@ events = Table(
     Column("data", LargeBinary, nullable=False),  # the packed event: engine.events.unpack
     sqlite_with_rowid=False,
 )
-_is_log = events.c.kind == "log"
 Index(None, events.c.run)
-Index("ix_events_logs", events.c.root, sqlite_where=_is_log, postgresql_where=_is_log)
+Index(None, events.c.root, events.c.kind)  # logs of a run with all that is in it; forgetting it
 
 leases = Table(
     "leases",
@@ -112,7 +113,7 @@ def _state_columns() -> list[Column[object]]:
         Column("attempt", Integer, nullable=False),
         Column("rank", SmallInteger, nullable=False),
         Column("rseq", BigInteger, nullable=False),
-        Column("state_name", Text, nullable=False),
+        Column("state_name", WORD, nullable=False),
         Column("state_type", String(16), nullable=False),
         Column("message", Text),
         Column("cause", Text),
@@ -199,3 +200,19 @@ maps = Table(
     sqlite_with_rowid=False,
 )
 Index(None, maps.c.flow_run)
+
+dropped_lines = Table(
+    "dropped_lines",
+    metadata,
+    Column("root", RUN_ID, primary_key=True),
+    Column("lines", BigInteger, nullable=False),  # of the log that were not kept, in all runs below the root
+    sqlite_with_rowid=False,
+)
+
+upkeep = Table(
+    "upkeep",
+    metadata,
+    Column("name", String(32), primary_key=True),
+    Column("done", Float, nullable=False),
+    sqlite_with_rowid=False,
+)

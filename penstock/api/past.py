@@ -8,10 +8,21 @@ import sqlalchemy as sa
 
 from penstock.api.ingest import read
 from penstock.api.leases import find
-from penstock.api.models import events, flow_runs, maps, task_runs
+from penstock.api.models import ACCEPTED, events, flow_runs, maps, task_runs
 from penstock.api.rows import decoded, select, select_one
 
-_TASK = ("id", "flow_run", "parent", "task", "parameters", "upstream", "child_flow_run", "made", "attempt")
+_TASK = (
+    "id",
+    "flow_run",
+    "parent",
+    "task",
+    "parameters",
+    "upstream",
+    "child_flow_run",
+    "made",
+    "attempt",
+    "stored",
+)
 _MAP = ("id", "flow_run", "parent", "task", "upstream", "upstream_maps", "made")
 
 
@@ -30,8 +41,9 @@ def get_past(connection: sa.Connection, root: str) -> dict[str, Any] | None:
     dict
         ``id, run_name, created, attempt, epoch, rank, type, host, pid, entry``, and ``tasks``,
         ``maps`` and ``flows``: calls with ``id, flow_run`` (that made it), ``parent`` (the task run
-        that made it), ``task`` (what was called), ``made`` (their order). Tasks have ``type, name,
-        attempt, parameters, upstream``; maps have columns ``types, names, attempts``.
+        that made it), ``task`` (what was called), ``made`` (their order), ``over`` (an attempt of the
+        flow run made it that has ended, and another one has begun). Tasks have ``type, name, attempt,
+        parameters, upstream, stored``; maps have columns ``types, names, attempts, places``.
     """
     run = select_one(connection, sa.select(flow_runs).where(flow_runs.c.id == root, flow_runs.c.root == root))
     if run is None:
@@ -54,7 +66,8 @@ def get_past(connection: sa.Connection, root: str) -> dict[str, Any] | None:
         "flows": [],
     }
     stand_ins: dict[str, str | None] = {}
-    for flow_run in [root, *(row["id"] for row in nested)]:
+    begun = {flow_run: _retried(connection, flow_run) for flow_run in [root, *(row["id"] for row in nested)]}
+    for flow_run in begun:
         _calls_of(connection, flow_run, found, stand_ins)
     for row in nested:
         around = stand_ins.get(row["parent_task_run"])
@@ -63,11 +76,27 @@ def get_past(connection: sa.Connection, root: str) -> dict[str, Any] | None:
             "flow_run": row["parent_flow_run"],
             "task": row["flow"],
             "made": row["made"] or 0,
+            "attempt": row["attempt"],
         }
         found["flows"].append(
             {**call, "parent": around, "row": row["parent_task_run"], "run_name": row["name"]}
         )
+    for call in [*found["tasks"], *found["maps"], *found["flows"]]:
+        call["over"] = call["made"] < begun.get(call["flow_run"], 0)
     return found
+
+
+def _retried(connection: sa.Connection, flow_run: str) -> int:
+    """Return when a flow run was last tried again by its driver, as the order key of its calls; 0 if never."""
+    column = events.c
+    query = sa.select(column.data).where(
+        column.run == flow_run, column.kind == "state", column.verdict == ACCEPTED
+    )
+    for row in connection.execute(query.order_by(column.epoch.desc(), column.rseq.desc())):
+        event = read(row.data)
+        if event is not None and event.body.get("name") == "Retrying":
+            return event.epoch << 40 | event.rseq
+    return 0
 
 
 def _calls_of(
@@ -84,6 +113,7 @@ def _calls_of(
     for call in by_map.values():
         count = call["count"]
         call |= {"types": ["PENDING"] * count, "names": ["Pending"] * count, "attempts": [0] * count}
+        call["places"] = [None] * count
     for row in rows:
         if row["map"] is None:
             call = {name: row[name] for name in _TASK}
@@ -95,7 +125,7 @@ def _calls_of(
         elif row["map"] in by_map and row["element"] < by_map[row["map"]]["count"]:
             call, number = by_map[row["map"]], row["element"]
             call["types"][number], call["names"][number] = row["state_type"], row["state_name"]
-            call["attempts"][number] = row["attempt"]
+            call["attempts"][number], call["places"][number] = row["attempt"], row["stored"]
     found["maps"] += by_map.values()
 
 

@@ -23,6 +23,7 @@ from penstock.api.past import get_past
 from penstock.api.requests import get as get_request
 from penstock.api.rows import (
     Shown,
+    count_dropped_lines,
     count_tasks,
     in_state,
     names_of,
@@ -125,7 +126,8 @@ def list_task_runs(
 def get_run(connection: sa.Connection, run: str) -> Shown | None:
     """Return all that is known of one flow or task run; None if there is no such run.
 
-    A flow run has ``tasks`` (counts by type of state), ``flows`` (ids of the flow runs within it)
+    A flow run has ``tasks`` (counts by type of state), ``flows`` (ids of the flow runs within it),
+    ``dropped_lines`` (of the log that were not kept)
     and ``backend`` (what its runner turned out to be); a task run has ``upstream``, a list of
     ``{parameter, run, name}``.
     """
@@ -138,6 +140,7 @@ def get_run(connection: sa.Connection, run: str) -> Shown | None:
         return {
             **show("flow", row),
             "tasks": count_tasks(connection, [run]).get(run, {}),
+            "dropped_lines": count_dropped_lines(connection, run),
             "flows": list(flows),
         }
     row = select_one(connection, sa.select(task_runs).where(task_runs.c.id == run))

@@ -94,6 +94,7 @@ class Reaper:
         if not suspects or time.monotonic() - begun > PAUSE:  # we were stopped in between: look again
             return []
         with self.database.write() as connection:
+            self.database.lock_roots(connection, [one.root for one in suspects])
             dead = [one for one in suspects if free(connection, one.root, one.epoch, one.lease)]
         if dead:
             batch = Batch(secrets.token_hex(16), 1, [pack(_event(one, now)) for one in dead])
@@ -145,26 +146,6 @@ class Reaper:
             if silent > self._lease
             else ""
         )
-
-
-def reap(database: Database, home: Path | None, now: float | None = None) -> list[str]:
-    """Look once, with proofs only: runs whose driver died on this machine are Crashed.
-
-    Parameters
-    ----------
-    database : Database
-        The caller holds the lock of its writer, where there is one.
-    home : Path, optional
-        Whose spools prove life or death.
-    now : float, optional
-        The store's time, for tests.
-
-    Returns
-    -------
-    list of str
-        Root flow runs that are Crashed now.
-    """
-    return Reaper(database, home, local=True).look(now)
 
 
 def _writer(connection: sa.Connection, root: str) -> tuple[str, float | None]:

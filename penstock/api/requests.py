@@ -15,7 +15,7 @@ from penstock.api.models import flow_runs, maps, requests, task_runs
 from penstock.engine.events import new_id
 from penstock.errors import ConfigurationError
 
-KINDS = ("cancel", "resume", "retry")
+KINDS = ("cancel",)
 
 _MANY = 500
 
@@ -47,7 +47,9 @@ def make(connection: sa.Connection, run: str, kind: str, by: str, now: float) ->
         If there is no such run or kind.
     """
     if kind not in KINDS:
-        raise ConfigurationError(f"a run can be asked to {', '.join(KINDS)}, not to {kind!r}.")
+        raise ConfigurationError(
+            f"the driver of a run can be asked to {' or '.join(KINDS)} it, not to {kind} it."
+        )
     root = root_of(connection, run)
     if root is None:
         raise ConfigurationError(f"there is no run {run}.")
@@ -82,9 +84,3 @@ def get(connection: sa.Connection, request: str) -> dict[str, Any] | None:
     """Return a request with ``made, settled, outcome``; None if there is no such request."""
     row = connection.execute(sa.select(requests).where(requests.c.id == request)).one_or_none()
     return dict(row._mapping) if row is not None else None
-
-
-def settle(connection: sa.Connection, request: str, outcome: str, now: float) -> bool:
-    """Say what came of a request, where no driver will; False if it was settled before."""
-    change = requests.update().where(requests.c.id == request, requests.c.settled.is_(None))
-    return connection.execute(change.values(settled=now, outcome=outcome)).rowcount == 1

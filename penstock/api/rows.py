@@ -8,7 +8,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from penstock.api.models import FINAL, PRESUMED, flow_runs, maps, task_runs
+from penstock.api.models import FINAL, PRESUMED, dropped_lines, flow_runs, maps, task_runs
 from penstock.engine.events import element_id
 
 Row = dict[str, Any]
@@ -45,6 +45,13 @@ def select(connection: sa.Connection, query: sa.Select[Any]) -> list[Row]:
 
 ABANDONED = sa.select(flow_runs.c.id).where(flow_runs.c.rank == PRESUMED)
 """Root flow runs whose driver is presumed dead, and that nobody has taken."""
+
+
+def shown_type(table: sa.Table) -> sa.ColumnElement[str]:
+    """Return the type of state that a flow or task run is shown in."""
+    column = table.c.state_type
+    left = sa.and_(column.not_in(FINAL), table.c.root.in_(ABANDONED))
+    return sa.case((left, sa.literal_column("'CRASHED'")), else_=column)
 
 
 def in_state(table: sa.Table, states: Sequence[str]) -> sa.ColumnElement[bool]:
@@ -174,3 +181,9 @@ def count_tasks(connection: sa.Connection, flows: Sequence[str]) -> dict[str, di
         over = sum(counts.pop(state) for state in list(counts) if state not in FINAL)
         counts["CRASHED"] = counts.get("CRASHED", 0) + over
     return found
+
+
+def count_dropped_lines(connection: sa.Connection, root: str) -> int:
+    """Return how many log lines of a root run, and of all runs in it, were not kept."""
+    query = sa.select(dropped_lines.c.lines).where(dropped_lines.c.root == root)
+    return connection.execute(query).scalar() or 0

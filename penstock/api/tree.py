@@ -12,6 +12,7 @@ from penstock.api.rows import (
     MANY,
     Row,
     Shown,
+    count_dropped_lines,
     count_tasks,
     decoded,
     edge,
@@ -43,7 +44,8 @@ def get_tree(connection: sa.Connection, flow_run: str, *, elements: int | None =
     Returns
     -------
     dict
-        The run, with ``tasks`` (counts by type of state) and ``nodes``: its tasks in the order in
+        The run, with ``tasks`` (counts by type of state), ``dropped_lines`` (how many lines of its
+        log were not kept; 0 for a nested flow, whose root run has them) and ``nodes``: its tasks in the order in
         which they were made. A node of kind "task" is a run with ``upstream`` (a list of
         ``{parameter, run}``), ``nodes`` (the tasks that it submitted) and ``flow`` (the tree of the
         flow run that it stands for, or None). A node of kind "map" stands for all elements of a
@@ -66,6 +68,7 @@ def get_tree(connection: sa.Connection, flow_run: str, *, elements: int | None =
     return {
         **show("flow", run),
         "tasks": count_tasks(connection, [flow_run]).get(flow_run, {}),
+        "dropped_lines": count_dropped_lines(connection, flow_run),
         "nodes": nodes,
     }
 
@@ -184,7 +187,7 @@ def _map_node(pieces: Sequence[Row], sums: Sequence[Row]) -> Shown:
         "started": _extreme(min, sums, "started"),
         "ended": _extreme(max, sums, "ended") if states.keys() <= FINAL else None,
         "seconds": sum(row["seconds"] or 0.0 for row in sums),
-        "nbytes": sum(row["nbytes"] or 0 for row in sums),
+        "nbytes": sum(int(row["nbytes"] or 0) for row in sums),
         "peak": _extreme(max, sums, "peak"),
         "upstream": [edge(*one) for one in first["upstream"]],
         "upstream_maps": offsets,

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from penstock import errors
-from penstock.cli import cancel, config, demo, doctor, explain, resume, run, runs
+from penstock.cli import cancel, config, db, demo, doctor, explain, resume, run, runs, server, spool
 from penstock.cli.layout import clean
 
 __all__ = ["app", "main"]
@@ -30,7 +30,10 @@ app.command("cancel")(cancel.cancel)
 app.command("resume")(resume.resume)
 app.command("explain")(explain.explain)
 app.add_typer(runs.app, name="runs")
+app.add_typer(server.app, name="server", help="Serve the record of this machine.")
 app.command("doctor")(doctor.doctor)
+app.add_typer(db.app, name="db")
+app.add_typer(spool.app, name="spool")
 app.add_typer(config.app, name="config")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from penstock.cli.layout import moment, short_id, stop
@@ -11,7 +11,27 @@ from penstock.cli.layout import moment, short_id, stop
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
-__all__ = ["find", "opened"]
+__all__ = ["Ask", "answering", "find", "find_run", "opened"]
+
+Ask = Callable[..., Any]
+"""Answers a question of `penstock.api.queries` by its name."""
+
+
+@contextlib.contextmanager
+def answering() -> Iterator[Ask]:
+    """Yield who answers about runs: the server that is set, or the record of this machine."""
+    from penstock.settings import settings
+
+    if settings().api_url:
+        from penstock.api.client import Client
+
+        with Client(settings().api_url) as client:
+            yield client.ask
+        return
+    from penstock.api.queries import ANSWERS
+
+    with opened() as connection:
+        yield lambda what, **details: ANSWERS[what](connection, **details)
 
 
 @contextlib.contextmanager
@@ -20,10 +40,13 @@ def opened() -> Iterator[sa.Connection]:
     import sqlalchemy as sa
 
     from penstock.api.embedded import reading
+    from penstock.errors import StoreUnavailable
 
     try:
         with reading() as connection:
             yield connection
+    except StoreUnavailable as error:
+        stop(str(error))
     except (sa.exc.SQLAlchemyError, OSError) as error:
         reason = str(getattr(error, "orig", None) or error)
         stop(f"the record cannot be read: {reason} (`penstock doctor` shows where it is)")
@@ -36,9 +59,14 @@ def find(
 
     Several runs may share a name: then it is the newest one. Digits have to be unambiguous.
     """
-    from penstock.api.queries import find_runs
+    from penstock.api.queries import ANSWERS
 
-    found = [run for run in find_runs(connection, text) if run["kind"] in kinds]
+    return find_run(lambda what, **details: ANSWERS[what](connection, **details), text, kinds=kinds)
+
+
+def find_run(ask: Ask, text: str, *, kinds: tuple[str, ...] = ("flow", "task")) -> dict[str, Any]:
+    """Return the run that a person means; see `find`."""
+    found: list[dict[str, Any]] = [run for run in ask("find", text=text) if run["kind"] in kinds]
     if not found:
         stop(f"there is no run {text!r}; `penstock runs` lists them.")
     if len(found) > 1 and text not in {found[0]["name"], found[0].get("flow")}:

@@ -18,7 +18,7 @@ from penstock.cli.layout import (
     short_id,
     stop,
 )
-from penstock.cli.record import find, opened
+from penstock.cli.record import answering, find_run
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 
@@ -45,10 +45,8 @@ def runs(
     """List runs, the newest first; or show one of them."""
     if context.invoked_subcommand is not None:
         return
-    from penstock.api.queries import list_runs
-
-    with opened() as connection:
-        found = list_runs(connection, limit=limit, states=state or (), flow=flow, nested=nested)
+    with answering() as ask:
+        found = ask("runs", limit=limit, states=state or [], flow=flow, nested=nested)
     if json:
         print_json(found)
     elif not found:
@@ -91,18 +89,14 @@ def _runner(run: dict[str, Any]) -> str:
 @app.command("show")
 def show(run: RunArgument, json: JsonOption = False) -> None:
     """Show one run: its tasks and nested flows with states, durations and errors."""
-    from penstock.api.queries import get_history, get_run, get_tree
     from penstock.cli.tree import MANY
 
-    with opened() as connection:
-        found = find(connection, run)
+    with answering() as ask:
+        found = find_run(ask, run)
         if found["kind"] == "flow":
-            shown = get_tree(connection, found["id"], elements=None if json else MANY)
+            shown = ask("tree", flow_run=found["id"], elements=None if json else MANY)
         else:
-            shown = {
-                **(get_run(connection, found["id"]) or found),
-                "history": get_history(connection, found["id"]),
-            }
+            shown = {**(ask("run", run=found["id"]) or found), "history": ask("history", run=found["id"])}
     if shown is None:
         stop(f"there is no run {run!r} any more.")
     if json:
@@ -143,6 +137,7 @@ def _flow_lines(run: dict[str, Any]) -> list[str]:
         ("parameters", _parameters(run)),
         ("tags", ", ".join(run["tags"] or [])),
         ("tasks", counts),
+        ("log", f"{run['dropped_lines']:,} lines were not kept" if run["dropped_lines"] else ""),
     ]
     return [_title(run), *_facts(facts), *draw(branches(run["nodes"])), *_traceback(run)]
 
@@ -184,10 +179,8 @@ def logs(
     """Show what a run wrote to its log; of a flow run with the logs of its tasks."""
     if level is not None and level.upper() not in LEVELS:
         stop(f"--level {level!r} must be one of {', '.join(LEVELS)}.", 2)
-    from penstock.api.queries import get_logs
-
-    with opened() as connection:
-        found = get_logs(connection, find(connection, run)["id"], level=level, limit=limit)
+    with answering() as ask:
+        found = ask("logs", run=find_run(ask, run)["id"], level=level, limit=limit)
     if json:
         print_json(found)
         return

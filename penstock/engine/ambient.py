@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import threading
+from dataclasses import replace
+from typing import Any
 
 from penstock.engine import waiting
 from penstock.engine.context import Scope, current
@@ -30,6 +32,7 @@ def scope_for_submit(task_name: str) -> Scope:
     """
     scope = current()
     if scope is not None:
+        waiting.heed_flow(scope.flow_run)
         return scope
     runner = ambient_runner.get()
     if runner is None:
@@ -45,6 +48,7 @@ def scope_for_call() -> Scope:
     """Return the scope in which a direct call takes place; there always is one."""
     scope = current()
     if scope is not None:
+        waiting.heed_flow(scope.flow_run)
         return scope
     runner = ambient_runner.get()
     if runner is None:
@@ -71,7 +75,17 @@ def _end(runner: TaskRunner) -> None:
         session = _loose.pop(id(runner), None)
     if session is not None:
         waiting.wait(list(session.live))
+        session.hooks.wait()
+        session.venues.close()
         session.close()
+
+
+def sent_elsewhere(scope: Scope, wish: Any) -> Scope:
+    """Return the scope for a call of a task that names its runner."""
+    if wish is None:
+        return scope
+    session = scope.session.venues.session_for(scope.session, wish)
+    return scope if session is scope.session else replace(scope, session=session)
 
 
 def default_retries() -> int:

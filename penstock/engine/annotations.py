@@ -1,10 +1,21 @@
-"""Marks that a user puts around an argument: `unmapped`, `allow_failure`, `quote`."""
+"""Marks that a user puts around an argument: `unmapped`, `allow_failure`, `allow_skipped`, `quote` …"""
 
 from __future__ import annotations
 
+import json
 from typing import Any, Generic, Self, TypeVar
 
 T = TypeVar("T")
+
+# What a run accepts of an upstream besides a value; the sum of these is its tolerance.
+FAILURE = 1
+"""`allow_failure`: the exception takes the place of the value."""
+SKIPPED_AS_NONE = 2
+"""`allow_skipped` or ``on_skip="none"``: None takes the place of the value."""
+SKIPPED_AS_STATE = 4
+"""``on_skip="run"``: the state takes the place of the value."""
+TOLERANCE_OF = {"skip": 0, "none": SKIPPED_AS_NONE, "run": SKIPPED_AS_STATE}
+"""By the option ``on_skip`` of a task."""
 
 
 class Annotation(tuple[T], Generic[T]):
@@ -74,3 +85,48 @@ class quote(Annotation[T]):  # noqa: N801 - Prefect's name
     """
 
     __slots__ = ()
+
+
+class allow_skipped(Annotation[T]):  # noqa: N801 - stands beside `allow_failure`
+    """Run although the upstream was skipped; the function then gets None in its place.
+
+    >>> report.submit(allow_skipped(future))  # doctest: +SKIP
+    """
+
+    __slots__ = ()
+
+
+class opaque(Annotation[T]):  # noqa: N801 - Prefect's name
+    """Resolve a future, but do not search what is not one for futures inside.
+
+    >>> store.submit(opaque(huge_nested_list))  # doctest: +SKIP
+    """
+
+    __slots__ = ()
+
+
+class freeze(Annotation[T]):  # noqa: N801 - Prefect's name
+    """Mark a constant that can be written as JSON, for parameters that are stored.
+
+    >>> night.serve(parameters={"bands": freeze(["L", "S"])})  # doctest: +SKIP
+
+    Raises
+    ------
+    TypeError
+        If the value cannot be written as JSON.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, value: T) -> Self:
+        """Wrap a value; refuse what JSON does not know."""
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            message = f"freeze() takes only what can be written as JSON: {error}."
+            raise TypeError(message) from None
+        return super().__new__(cls, value)
+
+    def unfreeze(self) -> T:
+        """Return the value inside."""
+        return self.unwrap()

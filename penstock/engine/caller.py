@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from penstock.engine import payload, refs
+from penstock.engine.annotations import TOLERANCE_OF
 from penstock.engine.calls import Bound, Call, Source, TaskRun
 from penstock.engine.futures import PenstockFuture, run_of
 from penstock.engine.refs import Slot
@@ -39,6 +40,7 @@ class Caller:
         self.session = session
         self.task = task
         self.local = local or session.in_process
+        self.tolerance = TOLERANCE_OF[task.options.on_skip]
         self.context = session.context_of(scope)
         self.function = task.fn if self.local else session.function(task)
         self._placed: dict[int, Source] = {}
@@ -56,10 +58,11 @@ class Caller:
         positions: dict[int, Slot] = {}
         held: list[Any] = []
 
-        def leaf(value: Any, tolerant: bool) -> Any:
+        def leaf(value: Any, tolerant: int) -> Any:
             run = run_of(value)
             if run is not None:
-                return self._slot(id(run) * 2 + tolerant, positions, sources, Source(run, None, tolerant))
+                tolerant |= self.tolerance
+                return self._slot(id(run) * 8 + tolerant, positions, sources, Source(run, None, tolerant))
             source = None if self.local else self.placed(value)
             if source is not None:
                 return self._slot(id(source), positions, sources, source)
@@ -102,14 +105,14 @@ class Caller:
         return slot
 
 
-def wait_sources(wait_for: Iterable[Any] | None) -> tuple[Source, ...]:
-    """Turn ``wait_for`` into edges; plain values in it are ignored."""
+def wait_sources(wait_for: Iterable[Any] | None, tolerance: int = 0) -> tuple[Source, ...]:
+    """Turn ``wait_for`` into edges that accept what the task accepts; plain values in it are ignored."""
     found: dict[TaskRun, Source] = {}
 
-    def leaf(value: Any, tolerant: bool) -> Any:
+    def leaf(value: Any, tolerant: int) -> Any:
         run = run_of(value)
         if run is not None:
-            found[run] = Source(run, None, tolerant)
+            found[run] = Source(run, None, tolerant | tolerance)
         return value
 
     if wait_for is not None:

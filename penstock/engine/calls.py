@@ -14,10 +14,14 @@ from penstock.engine.states import Position, StateType
 
 if TYPE_CHECKING:
     from penstock.engine.clock import Alarm
+    from penstock.engine.deadline import Deadline
     from penstock.engine.graph import Edge
+    from penstock.engine.lookups import Caching
     from penstock.engine.mapped import Mapped
     from penstock.engine.past import Past
     from penstock.engine.recipes import Recipe
+    from penstock.engine.recollection import Recollection
+    from penstock.engine.seeds import Ordinals
     from penstock.engine.session import Session
     from penstock.engine.task import Task
     from penstock.runners.base import Key, Ref
@@ -33,13 +37,13 @@ class Source:
         The upstream, or None if the value was put near the workers.
     ref : Ref or None
         Reference to a value that was put.
-    tolerant : bool
-        `allow_failure`: the exception of a failed upstream is a value too.
+    tolerant : int
+        What is a value, too: the exception of a failed upstream, the nothing of a skipped one; see `annotations`.
     """
 
     run: TaskRun | None = None
     ref: Ref | None = None
-    tolerant: bool = False
+    tolerant: int = 0
 
 
 class Bound:
@@ -79,6 +83,9 @@ class Call:
         Primitives that nested code needs to know.
     held : tuple
         Objects of the caller that the arguments depend on, such as persisted Dask collections.
+    naming : str, bytes, callable or None
+        What makes the name of the run where its arguments are known: a template, or a function as the
+        runner needs it.
     """
 
     task: Task[..., Any]
@@ -88,6 +95,7 @@ class Call:
     after: tuple[Source, ...] = ()
     context: dict[str, Any] = field(default_factory=dict)
     held: tuple[Any, ...] = ()
+    naming: Any = None
 
 
 _NEW = Position(StateType.PENDING, "Pending", 0)  # one for all: a hundred thousand runs begin here
@@ -105,6 +113,7 @@ class TaskRun:
         "_id",
         "_name",
         "alarm",
+        "caching",
         "call",
         "callbacks",
         "cancelling",
@@ -120,6 +129,7 @@ class TaskRun:
         "excuses",
         "failures",
         "flow_run",
+        "hit",
         "index",
         "inside",
         "items",
@@ -128,12 +138,15 @@ class TaskRun:
         "mapped",
         "message",
         "nbytes",
+        "ordinal",
+        "ordinals",
         "place",
         "position",
         "recipe",
         "ref",
         "released",
         "root",
+        "seed",
         "session",
         "started",
         "stored",
@@ -171,6 +184,9 @@ class TaskRun:
         self.root = root or self._id
         self.tags = tags
         self.tracked = tracked  # False for the engine's own helpers, such as the length of a list
+        self.ordinal = 0  # the how-manieth call of its task in the code around it
+        self.ordinals: Ordinals | None = None  # of the calls in its own code
+        self.seed = -1  # made when somebody asks
         self.position = _NEW
         self.message = ""
         self.call: Call | None = None
@@ -202,6 +218,8 @@ class TaskRun:
         self.ended = 0.0
         self.nbytes = 0
         self.stored: dict[str, Any] | None = None  # where the value was stored, see `results`
+        self.caching: Caching | None = None  # what is looked up or stored under which key, see `lookups`
+        self.hit: dict[str, Any] | None = None  # where the value lies that is in a storage only
         self.worker = ""
         self.alarm: Alarm | None = None
         self.child_flow_run: str | None = None
@@ -259,6 +277,21 @@ class TaskRun:
         return self.failures + self.crashes + self.excuses - self.unbegun + 1
 
     @property
+    def settled(self) -> bool:
+        """Whether the run has ended, and its hooks with it."""
+        return self.done and not (self.session is not None and self.session.hooks.holds(self))
+
+    @property
+    def run_count(self) -> int:
+        """Number of executions so far, the present one included."""
+        return self.position.attempt
+
+    @property
+    def flow_run_id(self) -> str | None:
+        """Id of the flow run that the run belongs to."""
+        return self.flow_run.id if self.flow_run is not None else None
+
+    @property
     def completed(self) -> bool:
         """Whether the run has a value."""
         return self.done and self.position.type is StateType.COMPLETED
@@ -274,11 +307,14 @@ class FlowRun:
     __slots__ = (
         "__weakref__",
         "cancelled",
+        "deadline",
         "finished",
         "flow",
         "id",
         "live",
+        "memory",
         "name",
+        "ordinals",
         "parameters",
         "parent",
         "past",
@@ -315,7 +351,10 @@ class FlowRun:
         self.results: ResultOptions = own.over(parent.results if parent is not None else ResultOptions())
         self.position = Position(StateType.PENDING, "Pending", 0)
         self.live: dict[TaskRun, None] = {}  # runs that have not ended
-        self.cancelled = False
+        self.cancelled = False  # somebody asked it to stop: its code hears of it at its next call to us
+        self.ordinals: Ordinals | None = None
+        self.deadline: Deadline | None = parent.deadline if parent is not None else None
+        self.memory: Recollection | None = None  # of a flow that may be tried again
         self.finished = 0
         self.runs = 0
         self.started = time.time()
@@ -328,6 +367,11 @@ class FlowRun:
         kind = self.position.type
         assert kind is not None
         return kind
+
+    @property
+    def run_count(self) -> int:
+        """Number of executions of the flow function so far, the present one included."""
+        return self.position.attempt
 
     def __repr__(self) -> str:
         """Show name, id and state."""

@@ -278,6 +278,8 @@ def _followers(chunk: Chunk, stage: Sequence[TaskRun], mapped: Mapped) -> list[T
         (follower,) = mine
         if follower.done or follower.released or follower.cancelling:
             return "some of its elements are on their way already"
+        if follower.hit is not None:
+            return "some of its elements have a stored result"
         held = [
             edge
             for other in chunk.stages

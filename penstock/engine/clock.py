@@ -30,7 +30,7 @@ class Clock:
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Alarm]] = []
         self._order = itertools.count()
-        self._wake = threading.Condition(threading.Lock())
+        self._wake = threading.Condition()  # a signal may strike in here, and its handler calls us
         self._thread: threading.Thread | None = None
 
     def call_later(self, delay: float, call: Callable[[], None]) -> Alarm:
@@ -64,9 +64,10 @@ class Clock:
                 while not self._heap or self._heap[0][0] > time.monotonic():
                     pause = self._heap[0][0] - time.monotonic() if self._heap else None
                     self._wake.wait(pause)
-                alarm = heapq.heappop(self._heap)[2]
-            if alarm.call is not None:
-                alarm.call()
+                call = heapq.heappop(self._heap)[2].call  # read once: `cancel` may come at any moment
+            if call is not None:
+                call()
+            del call  # what it holds, such as the values of a flow, must not live until the next alarm
 
 
 clock = Clock()

@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from penstock.engine import invoke
+from penstock.engine import invoke, lookups, values
 from penstock.engine.calls import Source, TaskRun
 from penstock.engine.chunks import BOX, Chunk
 from penstock.runners.base import Ref, Submission
@@ -57,7 +57,11 @@ def _of_run(run: TaskRun, session: Session) -> Submission:
     assert run.key is not None
     refs: list[Ref] = []
     picks: dict[int, int] = {}
+    loads: dict[int, Any] = {}
     for position, source in enumerate(call.sources):
+        if source.run is not None and lookups.is_stored(source.run):
+            loads[position] = _stored(source.run, session)
+            continue
         ref, place = session.located(source)
         refs.append(ref)
         if place is not None:
@@ -65,6 +69,8 @@ def _of_run(run: TaskRun, session: Session) -> Submission:
     order: Any = invoke.work_order(run, call, session.prints_of(run))
     if picks:
         order["picks"] = picks
+    if loads:
+        order["loads"] = loads
     if session.in_process:
         order["scope"] = session.scope_of(run)
         order["interrupt_after"] = call.task.options.timeout_seconds
@@ -80,12 +86,20 @@ def _of_run(run: TaskRun, session: Session) -> Submission:
         after=tuple(session.reference(source) for source in call.after if session.orders(source)),
         priority=run.depth + options.priority,
         options=options.backend,
-        announce=options.timeout_seconds is not None and run.tracked,
+        announce=(options.timeout_seconds is not None or bool(options.hooks.on_running)) and run.tracked,
     )
+
+
+def _stored(run: TaskRun, session: Session) -> Any:
+    """Say how a value that lies in a storage comes to where it is needed: read there, not here."""
+    if not session.in_process:
+        return lookups.where(run)
+    return lambda: values.results([run])[0]  # read once for all that need it
 
 
 def _of_chunk(chunk: Chunk, session: Session) -> Submission:
     refs: list[Ref] = []
+    loads: dict[int, Any] = {}
     positions: dict[Any, int] = {}
     stage_of = {id(run): number for number, stage in enumerate(chunk.stages) for run in stage}
 
@@ -93,9 +107,14 @@ def _of_chunk(chunk: Chunk, session: Session) -> Submission:
         run = source.run
         if run is not None and run.key is chunk.key:
             return "stage", stage_of[id(run)]
+        if run is not None and lookups.is_stored(run):
+            if run not in positions:
+                positions[run] = len(positions)
+                loads[positions[run]] = _stored(run, session)
+            return "value", positions[run], None
         ref, place = session.located(source)
         if ref.key not in positions:
-            positions[ref.key] = len(refs)
+            positions[ref.key] = len(positions)
             refs.append(ref)
         return "value", positions[ref.key], place
 
@@ -117,6 +136,8 @@ def _of_chunk(chunk: Chunk, session: Session) -> Submission:
         "count": chunk.count,
         "box": BOX if options.chunk_size == "auto" else None,
     }
+    if loads:
+        order["loads"] = loads
     together = session.in_process
     return Submission(
         key=chunk.key,

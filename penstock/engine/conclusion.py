@@ -36,7 +36,7 @@ def members_of(value: Any) -> Members:
     """Find the futures anywhere in a returned value, and the states if it holds only these."""
     runs: dict[TaskRun, None] = {}
 
-    def leaf(item: Any, tolerant: bool) -> Any:
+    def leaf(item: Any, tolerant: int) -> Any:
         del tolerant
         run = run_of(item)
         if run is not None:
@@ -101,7 +101,7 @@ def _first_failure(states: list[State]) -> BaseException | None:
 def with_values(value: Any, values: dict[TaskRun, Any]) -> Any:
     """Put values in the place of futures; a list of futures becomes a plain list."""
 
-    def leaf(item: Any, tolerant: bool) -> Any:
+    def leaf(item: Any, tolerant: int) -> Any:
         del tolerant
         run = run_of(item)
         return values[run] if run is not None and run in values and not isinstance(item, State) else item

@@ -68,6 +68,11 @@ def current() -> Scope | None:
     return found
 
 
+def innermost() -> Scope | None:
+    """Return the scope that was entered last in this context; nothing is opened for it."""
+    return _scope.get()
+
+
 @contextlib.contextmanager
 def entered(scope: Scope) -> Iterator[Scope]:
     """Make a scope the current one for a block."""

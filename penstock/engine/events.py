@@ -13,6 +13,9 @@ Kinds and their bodies
     A task run exists. ``flow_run, parent`` (the task run that submitted it, or None), ``task,
     name, tags, parameters, upstream`` (list of ``[parameter, run id]``), ``child_flow_run``
     (only for the row that stands for a nested flow).
+``task``
+    A task is used for the first time in a session; ``run`` is the root run. ``task, key`` (name of its
+    code), ``version, description``.
 ``map_run``
     ``count`` task runs exist; the ids follow from the id of the map (`element_id`). ``flow_run,
     parent, task, name, tags, parameters, upstream, start, count``: elements ``start`` to

@@ -7,12 +7,14 @@ import functools
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, SupportsIndex, TypeVar, overload
 
 from penstock import errors
-from penstock.engine import cancelling, items, values, waiting
+from penstock.engine import cancelling, items, markup, refs, values, waiting
 from penstock.engine.states import State, StateType
+from penstock.engine.summary import human_bytes
 from penstock.runners import worker_runtime
 
 if TYPE_CHECKING:
@@ -70,7 +72,7 @@ class PenstockFuture(Generic[R]):
         """Whether the run has ended, or can never start."""
         if not self._run.done:
             self._run.carrier.flush()
-        return self._run.done
+        return self._run.settled
 
     def running(self) -> bool:
         """Whether user code is known to be running."""
@@ -78,7 +80,7 @@ class PenstockFuture(Generic[R]):
 
     def cancelled(self) -> bool:
         """Whether the run was cancelled."""
-        return self._run.done and self._run.type is StateType.CANCELLED
+        return self._run.settled and self._run.type is StateType.CANCELLED
 
     # -- waiting ----------------------------------------------------------------------------
     def wait(self, timeout: float | None = None) -> None:
@@ -89,7 +91,7 @@ class PenstockFuture(Generic[R]):
         timeout : float, optional
             Seconds; None waits for ever.
         """
-        waiting.wait([self._run], timeout)
+        waiting.wait([self._run], timeout, heed=True)
 
     def result(self, timeout: float | None = None, raise_on_failure: bool = True) -> R:
         """Wait for the value and bring it here.
@@ -121,10 +123,10 @@ class PenstockFuture(Generic[R]):
 
     def _result(self, timeout: float | None, raise_on_failure: bool) -> R:
         run = self._run
-        if not run.done:
+        if not run.settled:
             _warn_in_loop()
-            waiting.wait([run], timeout)
-        if not run.done:
+            waiting.wait([run], timeout, heed=True)
+        if not run.settled:
             message = f"Task run {run.id} did not complete within {timeout} seconds"
             raise TimeoutError(message)
         value: R = values.results([run], raise_on_failure=raise_on_failure)[0]
@@ -134,7 +136,7 @@ class PenstockFuture(Generic[R]):
         """Wait for the end and return the exception of the run, None if it went well."""
         self.wait(timeout)
         run = self._run
-        if not run.done:
+        if not run.settled:
             message = f"Task run {run.id} did not complete within {timeout} seconds"
             raise TimeoutError(message)
         return values.exception_of(run)
@@ -158,7 +160,7 @@ class PenstockFuture(Generic[R]):
     async def settled(self) -> None:
         """Wait for the end of the run without blocking the event loop; no bytes move."""
         run = self._run
-        if run.done:
+        if run.settled:
             return
         loop = asyncio.get_running_loop()
         await self._done_here()
@@ -286,6 +288,18 @@ class PenstockFuture(Generic[R]):
         size = f" {self.nbytes} bytes" if self.nbytes else ""
         return f"<PenstockFuture {self._run.name} {self._run.state_name}{size}>"
 
+    def _repr_html_(self) -> str:
+        """Show in a notebook."""
+        run = self._run
+        rows = [("State", markup.badge(run.type, run.state_name)), ("Task run", run.id)]
+        if run.worker:
+            rows.append(("Worker", run.worker))
+        if run.nbytes:
+            rows.append(("Size", human_bytes(run.nbytes)))
+        if run.message:
+            rows.append(("Message", run.message))
+        return markup.card("Future", run.name, rows)
+
     def __reduce__(self) -> Any:
         """Refuse to be pickled in a place where penstock does not look for futures."""
         message = (
@@ -336,15 +350,28 @@ class PenstockFutureList(list[PenstockFuture[R]], Generic[R]):
         runs = [future._run for future in self]
         if not all(run.done for run in runs):
             _warn_in_loop()
-        waiting.wait(runs, timeout, until_failure=raise_on_failure)
+        waiting.wait(runs, timeout, until_failure=raise_on_failure, heed=True)
         if raise_on_failure:
             failed = next((run for run in runs if values.has_failed(run)), None)
             if failed is not None:
                 values.results([failed])
-        if not all(run.done for run in runs):
+        if not all(run.settled for run in runs):
             message = f"Timed out waiting for all futures to complete within {timeout} seconds"
             raise TimeoutError(message)
         return values.results(runs, raise_on_failure=raise_on_failure)
+
+    def _repr_html_(self) -> str:
+        """Show in a notebook: how many there are in each state, and the first of them."""
+        counts = Counter((str(future._run.type), future._run.state_name) for future in self)
+        rows: list[tuple[str, str]] = [
+            (markup.badge(kind, name), str(number)) for (kind, name), number in counts.most_common()
+        ]
+        size = sum(future.nbytes for future in self)
+        if size:
+            rows.append(("Size", human_bytes(size)))
+        listed = [(one.name, markup.badge(one._run.type, one._run.state_name)) for one in self[:10]]
+        more = [("…", f"{len(self) - 10} more")] if len(self) > 10 else []
+        return markup.card("Futures", f"{len(self)} in all", [*rows, *listed, *more])
 
     def cancel(self, force: bool = False) -> bool:
         """Ask all runs to stop; answer whether any of them will."""
@@ -414,9 +441,104 @@ def wait(futures: Iterable[PenstockFuture[Any]], timeout: float | None = None) -
         ``(done, not_done)``, two sets.
     """
     unique = list(futures)
-    waiting.wait([future._run for future in unique], None if timeout is None else check_timeout(timeout))
-    done = {future for future in unique if future._run.done}
-    return DoneAndNotDoneFutures(done, {future for future in unique if not future._run.done} - done)
+    seconds = None if timeout is None else check_timeout(timeout)
+    waiting.wait([future._run for future in unique], seconds, heed=True)
+    done = {future for future in unique if future._run.settled}
+    return DoneAndNotDoneFutures(done, {future for future in unique if future not in done})
+
+
+def first_completed(
+    futures: Iterable[PenstockFuture[R]], timeout: float | None = None, *, cancel_rest: bool = False
+) -> PenstockFuture[R]:
+    """Wait for the first future that ends with a value; no bytes move.
+
+    Parameters
+    ----------
+    futures : iterable of PenstockFuture
+        From any runs.
+    timeout : float, optional
+        Seconds.
+    cancel_rest : bool
+        Ask all others to stop.
+
+    Returns
+    -------
+    PenstockFuture
+        The first that completed; if none does, the one that ended last.
+
+    Raises
+    ------
+    ValueError
+        If there is no future.
+    TimeoutError
+        If none has ended with a value in time.
+    """
+    every = list(dict.fromkeys(futures))
+    if not every:
+        message = "first_completed() needs at least one future."
+        raise ValueError(message)
+    found = every[0]
+    for found in as_completed(every, timeout):
+        if found._run.completed:
+            break
+    if cancel_rest:
+        cancelling.cancel([future._run for future in every if future is not found])
+    return found
+
+
+def resolve_futures_to_results(expr: Any) -> Any:
+    """Wait for the futures anywhere in a structure, and put their values in their places.
+
+    Parameters
+    ----------
+    expr : object
+        Lists, tuples, sets, dicts, dataclasses and pydantic models are walked, as for arguments of tasks.
+
+    Raises
+    ------
+    Exception
+        Of the first run that failed; under `allow_failure` the exception takes the place of the value.
+    """
+    runs = _runs_in(expr)
+    waiting.wait(runs, heed=True)
+    completed = [run for run in runs if run.completed]
+    found = dict(zip(completed, values.results(completed), strict=True))
+
+    def leaf(item: Any, tolerant: int) -> Any:
+        if not isinstance(item, PenstockFuture):
+            return item
+        run = item._run
+        return found[run] if run in found else values.results([run], raise_on_failure=not tolerant)[0]
+
+    return refs.replace(expr, leaf)
+
+
+def resolve_futures_to_states(expr: Any) -> Any:
+    """Wait for the futures anywhere in a structure, and put their states in their places; no bytes move.
+
+    Parameters
+    ----------
+    expr : object
+        Walked as by `resolve_futures_to_results`.
+    """
+    waiting.wait(_runs_in(expr), heed=True)
+
+    def leaf(item: Any, _: int) -> Any:
+        return item.state if isinstance(item, PenstockFuture) else item
+
+    return refs.replace(expr, leaf)
+
+
+def _runs_in(expr: Any) -> list[TaskRun]:
+    found: dict[TaskRun, None] = {}
+
+    def leaf(item: Any, _: int) -> Any:
+        if isinstance(item, PenstockFuture):
+            found[item._run] = None
+        return item
+
+    refs.replace(expr, leaf)
+    return list(found)
 
 
 class as_completed:  # noqa: N801 - the standard library's name; an iterator, plain and async
@@ -479,7 +601,7 @@ class as_completed:  # noqa: N801 - the standard library's name; an iterator, pl
         """Inside a task that waits, do one of the runs here, or give the slot back: it may be the only one."""
         if worker_runtime.current() is None or len(self._ended) > self._taken:
             return
-        pending = [future._run for future in self._futures if not future._run.done]
+        pending = [future._run for future in self._futures if not future._run.settled]
         if pending:
             waiting.wait_any(pending, self._deadline)
 

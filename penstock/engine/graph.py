@@ -2,7 +2,7 @@
 
 A backend that resolves references to unfinished work by itself (`native`) may get a run as soon
 as its upstreams were handed out; any other only when they have ended. An edge under
-`allow_failure` always waits for the end, because only then it is known what to pass on.
+`allow_failure`, or with ``on_skip``, always waits for the end, because only then it is known what to pass on.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from penstock.engine.annotations import FAILURE, SKIPPED_AS_NONE, SKIPPED_AS_STATE
 from penstock.engine.calls import Source, TaskRun
 from penstock.engine.states import StateType
 
@@ -22,14 +23,14 @@ class Edge:
     ----------
     run : TaskRun
         The one that waits.
-    tolerant : bool
-        It accepts an upstream that did not complete.
+    tolerant : int
+        What it accepts besides a value, see `annotations`; if anything, it waits for the end.
     satisfied : bool
         The edge holds the run back no more.
     """
 
     run: TaskRun
-    tolerant: bool
+    tolerant: int
     satisfied: bool = False
 
 
@@ -66,12 +67,14 @@ class Graph:
             self._connect(run, upstream, source.tolerant)
         return None
 
-    def _connect(self, run: TaskRun, upstream: TaskRun, tolerant: bool) -> None:
+    def _connect(self, run: TaskRun, upstream: TaskRun, tolerant: int) -> None:
         edge = Edge(run, tolerant)
         if upstream.dependants is None:
             upstream.dependants = []
         upstream.dependants.append(edge)
-        if self.native and upstream.released and not tolerant and upstream.items is None:
+        # A run that has its value already (`hit`) waits for the end of its upstreams: it goes nowhere.
+        native = self.native and upstream.items is None and run.hit is None
+        if native and upstream.released and not tolerant:
             edge.satisfied = True
         else:
             run.waiting += 1
@@ -116,7 +119,7 @@ class Graph:
         if not self.native or run.items is not None:
             return
         for edge in run.dependants or ():
-            if not edge.tolerant and not edge.satisfied:
+            if not edge.tolerant and not edge.satisfied and edge.run.hit is None:
                 edge.satisfied = True
                 edge.run.waiting -= 1
                 if edge.run.waiting == 0 and not edge.run.done:
@@ -162,9 +165,13 @@ class Graph:
         return withdrawn
 
 
-def admits(upstream: TaskRun, tolerant: bool) -> bool:
+def admits(upstream: TaskRun, tolerant: int) -> bool:
     """Whether a run may start after an upstream that has ended; `allow_failure` never admits a cancelled one."""
-    return upstream.completed or (tolerant and upstream.type is not StateType.CANCELLED)
+    if upstream.completed:
+        return True
+    if upstream.type is StateType.SKIPPED:
+        return bool(tolerant & (SKIPPED_AS_NONE | SKIPPED_AS_STATE))
+    return bool(tolerant & FAILURE) and upstream.type is not StateType.CANCELLED
 
 
 def sources_of(run: TaskRun) -> Iterator[Source]:

@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from penstock import errors
-from penstock.engine import living
+from penstock.engine import cancelling
+from penstock.engine.living import living
 from penstock.engine.sender import StoreUnusable
 from penstock.engine.tracking import hear
 
@@ -55,13 +56,13 @@ class Heart:
     def stop(self) -> None:
         """Beat no more."""
         self._stop.set()
-        living.living.wake.set()
+        living.wake.set()
 
     def _work(self) -> None:
         pause = LISTEN
         try:
             while not self._stop.is_set():
-                living.living.wake.wait()
+                living.wake.wait()
                 if self._stop.is_set():
                     return
                 try:
@@ -80,7 +81,7 @@ class Heart:
 
     def round(self, store: Store) -> None:
         """Ask once."""
-        roots = {root: one for root, one in living.living.roots.items() if not one.lost}
+        roots = {root: one for root, one in living.roots.items() if not one.lost}
         writer = self._tracker.writer
         if not roots or not writer:
             return
@@ -110,10 +111,10 @@ class Heart:
         )
         error = errors.RunOwnedElsewhere(message)
         error.of_run(root)
-        living.lose(root, error)
+        cancelling.lose(root, error)
 
     def _own_again(self, store: Store, root: str) -> None:
-        owned = living.living.roots.get(root)
+        owned = living.roots.get(root)
         if owned is None or owned.flow_run.type.is_final:
             return  # its last word is on its way
         writer = self._tracker.writer
@@ -127,12 +128,12 @@ class Heart:
 
     def _obey(self, request: Mapping[str, Any]) -> None:
         root, run, kind = request["root"], request["run"], request["kind"]
-        owned = living.living.roots.get(root)
+        owned = living.roots.get(root)
         if owned is None:
             return
         if kind != "cancel":
             outcome = f"a run that is being carried cannot {kind}"
-        elif living.cancel_run(run, request["by"] or "somebody"):
+        elif cancelling.cancel_run(run, request["by"] or "somebody"):
             outcome = "asked to stop"
         elif owned.flow_run.position.type is None or owned.flow_run.type.name == "PENDING":
             return  # it has not begun; it will be asked when it has
@@ -145,7 +146,7 @@ class Heart:
 
 def begin(flow_run: FlowRun, journal: Journal) -> None:
     """A root flow run begins: from now on this process says that it lives."""
-    living.living.own(flow_run, journal)
+    living.own(flow_run, journal)
 
 
 def _start(tracker: Tracker) -> Callable[[], None]:

@@ -25,7 +25,16 @@ def work_order(run: TaskRun, call: Call, prints: bool) -> dict[str, Any]:
         "prints": prints,
         "context": call.context,
         "streams": run.items is not None,
+        "ordinal": run.ordinal,
     }
+    if run.index >= 0:
+        order["index"] = run.index
+    if run.tags:
+        order["tags"] = sorted(run.tags)
+    if call.task.options.skip_if is not None:
+        order["skip_if"] = run.carrier.predicate(call.task)
+    if call.naming is not None:
+        order["naming"] = call.naming
     commit = results.commit_order(run)
     if commit is not None:
         order["commit"] = commit
@@ -54,12 +63,18 @@ def stage_order(runs: Sequence[TaskRun], mapped: Mapped, session: Session) -> di
         "inputs": options.inputs,
         "prints": session.prints_of(runs[0]),
         "context": mapped.context,
+        "ordinal": runs[0].ordinal,
     }
+    if runs[0].tags:
+        order["tags"] = sorted(runs[0].tags)
+    if options.skip_if is not None:
+        order["skip_if"] = session.predicate(mapped.task)
     if options.task_run_name is not None:
         order["names"] = [run.name for run in runs]
     commit = results.commit_order(runs[0])
     if commit is not None:  # one for all, unless its place is made of what each is called
-        commits = [results.commit_order(run) for run in runs] if options.results.key else [commit]
+        several = options.results.key or runs[0].caching is not None
+        commits = [results.commit_order(run) for run in runs] if several else [commit]
         order["commits"] = commits if len(commits) > 1 else commit
     if session.in_process:
         order["scopes"] = [session.scope_of(run) for run in runs]

@@ -40,6 +40,8 @@ class Journal:
         self._count = itertools.count(1)
         self._ended: list[tuple[TaskRun, dict[str, Any]]] = []
         self._completed: list[tuple[Sequence[TaskRun], Sequence[float], Sequence[float], int]] = []
+        self._unnamed: dict[str, tuple[float, dict[str, Any]]] = {}
+        self._tasks: set[tuple[Any, ...]] = set()
         self.callbacks: list[Callable[[], None]] = []
 
     def publish(self, event: Event) -> None:
@@ -57,17 +59,35 @@ class Journal:
         """A flow run exists."""
         self.write("flow_run", flow_run.id, flow_run.root, body)
 
-    def task_made(self, run: TaskRun, parameters: dict[str, Any], parents: list[tuple[str, str]]) -> None:
-        """A task run exists, unless it did before its flow run is resumed."""
+    def task_made(
+        self,
+        run: TaskRun,
+        parameters: dict[str, Any],
+        parents: list[tuple[str, str]],
+        named_later: bool = False,
+    ) -> None:
+        """A task run exists, unless it did before its flow run is resumed; its name may be made only where it runs."""
         past = run.flow_run.past if run.flow_run is not None else None
         if past is not None and run.tracked and past.task(run, describe_all(parameters), parents):
             self._told_again(run)
             return
         if run.tracked:
-            self.write("task_run", run.id, run.root, {**_about(run, parameters), "upstream": parents})
+            self._task_known(run)
+            body = {**_about(run, parameters), "upstream": parents}
+            if named_later:
+                self._unnamed[run.id] = (time.time(), body)
+            self.write("task_run", run.id, run.root, body)
+
+    def named(self, run: TaskRun, name: str) -> None:
+        """A worker has made the name of a run: the run is written down anew."""
+        run.name = name
+        made, body = self._unnamed.pop(run.id, (0.0, {}))
+        if body:
+            self.publish(Event("task_run", run.id, run.root, made, {**body, "name": name}))
 
     def map_made(self, run: TaskRun, body: dict[str, Any], parameters: dict[str, Any]) -> None:
         """Elements of a map exist; `run` is any of them."""
+        self._task_known(run)
         self.write("map_run", str(run.map_id), run.root, {**_about(run, parameters), **body})
 
     def _told_again(self, run: TaskRun) -> None:
@@ -102,6 +122,23 @@ class Journal:
         for run in runs:
             self._told_again(run)
         return known
+
+    def _task_known(self, run: TaskRun) -> None:
+        """Say once in a session which code a task is."""
+        task = run.task
+        key = getattr(task, "task_key", None)
+        if key is None:  # the row of a nested flow
+            return
+        known = (task.name, key, task.options.version)
+        if known not in self._tasks:
+            self._tasks.add(known)
+            body = {
+                "task": task.name,
+                "key": key,
+                "version": task.version,
+                "description": task.options.description,
+            }
+            self.write("task", run.root, run.root, body)
 
     # -- states --------------------------------------------------------------------------------
     def flow_state(self, flow_run: FlowRun, message: str = "", **details: Any) -> None:

@@ -1,40 +1,30 @@
-"""What runs in this process right now: found by id when somebody asks for an end from outside.
+"""What runs in this process right now: found by id when somebody asks for an end.
 
 Root flow runs are owned: a driver says for them that it lives (`penstock.engine.heartbeat`). Flow
-runs, whether roots or within others, register while their code runs, so that each can be cancelled.
+runs, whether roots or within others, are registered from their row to their end, so that each can
+be cancelled (`penstock.engine.cancelling`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 from penstock import errors
-from penstock.engine import cancelling, waiting
 from penstock.engine.calls import FlowRun, TaskRun
 from penstock.engine.journal import Journal
 
-__all__ = ["Owned", "Stoppable", "cancel_run", "living"]
-
-GRACE = 2.0  # seconds that code which was asked to stop may take before it is ended by force
+__all__ = ["LiveFlow", "Owned", "living"]
 
 
-class Stoppable(Protocol):
-    """The frame around the code of a flow."""
+class LiveFlow(Protocol):
+    """A flow run of this process that has not ended."""
 
     flow_run: FlowRun
-    asked: errors.RunError | None
 
-    def interrupt(self) -> None:
-        """Interrupt the code."""
-        ...
-
-    def stop(self, error: errors.RunError) -> None:
-        """Have the code end soon; what it ends with is the error."""
-        ...
+    def stop(self, reason: errors.RunError | None = None, *, force: bool = False) -> bool:
+        """Ask it to stop; answer whether it will."""
 
 
 class Owned:
@@ -72,7 +62,7 @@ class Living:
     def __init__(self) -> None:
         self._gate = threading.Lock()
         self._roots: dict[str, Owned] = {}
-        self._flows: dict[str, Stoppable] = {}
+        self._flows: dict[str, LiveFlow] = {}
         self.wake = threading.Event()  # there is a root
 
     def own(self, flow_run: FlowRun, journal: Journal) -> Owned:
@@ -97,37 +87,36 @@ class Living:
         with self._gate:
             return dict(self._roots)
 
-    def enter(self, flow: Stoppable) -> None:
-        """The code of a flow begins."""
+    def enter(self, flow: LiveFlow) -> None:
+        """Let a flow run be found while it lives."""
         with self._gate:
             self._flows[flow.flow_run.id] = flow
 
-    def leave(self, flow: Stoppable) -> None:
-        """The code of a flow has ended."""
+    def leave(self, flow: LiveFlow) -> None:
+        """A flow run has ended."""
         with self._gate:
             self._flows.pop(flow.flow_run.id, None)
 
-    @property
-    def flows(self) -> list[Stoppable]:
-        """The flow runs, inner ones after those around them."""
+    def flow(self, run_id: str) -> LiveFlow | None:
+        """Return a flow run by its id."""
+        return self._flows.get(run_id)
+
+    def children(self, flow_run: FlowRun) -> list[LiveFlow]:
+        """Return the flow runs directly within one."""
         with self._gate:
-            return list(self._flows.values())
+            return [flow for flow in self._flows.values() if flow.flow_run.parent is flow_run]
 
-    def within(self, flow_run: FlowRun) -> list[Stoppable]:
-        """Return a flow run and those within it, the innermost last."""
-        return [flow for flow in self.flows if _is_within(flow.flow_run, flow_run)]
-
-    def find(self, run_id: str) -> Stoppable | list[TaskRun] | None:
-        """Find a flow run, a task run (in a list), or what has not ended of a map."""
-        flows = self.flows
+    def find(self, run_id: str) -> LiveFlow | list[TaskRun] | None:
+        """Find a flow run, by its own id or that of its row in the parent; a task run (in a list), or what has not ended of a map."""
+        with self._gate:
+            flows = list(self._flows.values())
         for flow in flows:
             row = flow.flow_run.task_run
             if flow.flow_run.id == run_id or (row is not None and row.id == run_id):
                 return flow
         for flow in flows:
             live = list(flow.flow_run.live)
-            found = [run for run in live if run.map_id == run_id]
-            found = found or [run for run in live if (run.map_id is None or run_id) and run.id == run_id]
+            found = [run for run in live if run.map_id == run_id] or [run for run in live if run.id == run_id]
             if found:
                 return found
         return None
@@ -140,66 +129,3 @@ living = Living()
 """Those of this process."""
 
 os.register_at_fork(after_in_child=living._forget)
-
-
-def _is_within(inner: FlowRun | None, outer: FlowRun) -> bool:
-    while inner is not None:
-        if inner is outer:
-            return True
-        inner = inner.parent
-    return False
-
-
-def cancel_run(run_id: str, by: str) -> bool:
-    """Ask a run of this process to stop; returns at once.
-
-    Its code ends as `cancelling` can have it end: until then it is shown CANCELLING. A flow run
-    within another is cancelled alone: its caller gets a `CancelledRun`.
-
-    Parameters
-    ----------
-    run_id : str
-        Of a flow run, a task run, an element of a map, or a map.
-    by : str
-        Who asks, for the record.
-
-    Returns
-    -------
-    bool
-        Whether it runs here.
-    """
-    found = living.find(run_id)
-    if found is None:
-        return False
-    if isinstance(found, list):
-        aside(lambda: _stop(found), "penstock-cancel")
-        return True
-    found.stop(errors.CancelledRun(f"Cancelled by {by}.").of_run(found.flow_run.id))
-    return True
-
-
-def _stop(runs: list[TaskRun]) -> None:
-    """Ask runs to stop; where that does not help, end the processes that run them, if those are ours to end."""
-    cancelling.cancel(runs)
-    waiting.wait(runs, GRACE)
-    cancelling.cancel(runs, force=True)
-
-
-def lose(run_id: str, error: errors.RunOwnedElsewhere) -> None:
-    """Somebody else has taken a root flow run: end it here; what it still writes down is stale."""
-    owned = living.roots.get(run_id)
-    if owned is not None and not owned.lost:
-        owned.lost = True
-        found = living.find(run_id)
-        if found is not None and not isinstance(found, list):
-            found.stop(error)
-
-
-def aside(call: Callable[[], Any], name: str) -> None:
-    """Do something that may take seconds in a thread of its own; what it raises concerns nobody."""
-
-    def work() -> None:
-        with contextlib.suppress(Exception):
-            call()
-
-    threading.Thread(target=work, name=name, daemon=True).start()

@@ -9,6 +9,7 @@ from typing import Any
 
 from penstock import errors
 from penstock.engine import context
+from penstock.engine.run_context import FlowRunContext, TaskRunContext
 from penstock.runners import worker_runtime
 
 FLOW_LOGGER = "penstock.flow_runs"
@@ -59,7 +60,7 @@ class RunLogger(logging.LoggerAdapter[logging.Logger]):
         return msg, kwargs
 
 
-def get_run_logger(**extra: Any) -> RunLogger:
+def get_run_logger(context: TaskRunContext | FlowRunContext | None = None, **extra: Any) -> RunLogger:
     """Return the logger of the run that calls.
 
     Its lines go into the record of the run, on every runner, and on to the handlers of the
@@ -67,6 +68,8 @@ def get_run_logger(**extra: Any) -> RunLogger:
 
     Parameters
     ----------
+    context : TaskRunContext or FlowRunContext, optional
+        Whose ids every record carries; that of the calling code by default.
     **extra : object
         Added to every record, as for `logging.LoggerAdapter`.
 
@@ -75,19 +78,27 @@ def get_run_logger(**extra: Any) -> RunLogger:
     MissingContextError
         Outside of a flow or task run.
     """
-    running = worker_runtime.current()
-    if running is not None:
-        name = TASK_LOGGER
-        extra = {"task_run_id": running.order["run"], "task_run_name": running.order["name"], **extra}
-    else:
-        scope = context.current()
-        if scope is None or scope.flow_run is None:
-            message = "There is no active flow or task run; call get_run_logger() inside one."
-            raise errors.MissingContextError(message)
-        name = FLOW_LOGGER
-        extra = {"flow_run_id": scope.flow_run.id, "flow_run_name": scope.flow_run.name, **extra}
+    name, ids = _here() if context is None else _of(context)
     logger = logging.getLogger(name)
     if not any(isinstance(handler, RunHandler) for handler in logger.handlers):
         logger.addHandler(RunHandler())
         logger.setLevel(logging.DEBUG if logger.level == logging.NOTSET else logger.level)
-    return RunLogger(logger, extra)
+    return RunLogger(logger, {**ids, **extra})
+
+
+def _here() -> tuple[str, dict[str, Any]]:
+    running = worker_runtime.current()
+    if running is not None:
+        order = running.order
+        return TASK_LOGGER, {"task_run_id": order["run"], "task_run_name": order["name"]}
+    scope = context.current()
+    if scope is None or scope.flow_run is None:
+        message = "There is no active flow or task run; call get_run_logger() inside one."
+        raise errors.MissingContextError(message)
+    return FLOW_LOGGER, {"flow_run_id": scope.flow_run.id, "flow_run_name": scope.flow_run.name}
+
+
+def _of(given: TaskRunContext | FlowRunContext) -> tuple[str, dict[str, Any]]:
+    if isinstance(given, TaskRunContext):
+        return TASK_LOGGER, {"task_run_id": given.task_run.id, "task_run_name": given.task_run.name}
+    return FLOW_LOGGER, {"flow_run_id": given.flow_run.id, "flow_run_name": given.flow_run.name}

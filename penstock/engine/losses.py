@@ -44,7 +44,7 @@ def judge(
     Parameters
     ----------
     cause : Exception
-        A `CrashedRun` says by ``began`` and ``shared`` what is known; see there.
+        A `CrashedRun` says by ``began``, ``shared`` and ``excused`` what is known; see there.
     idempotent : bool
         The run may be executed again.
     budget, crashes : int
@@ -59,7 +59,8 @@ def judge(
         return Verdict.UNTOUCHED
     if not idempotent:
         return Verdict.CRASHED
-    if isinstance(cause, errors.SchedulerLost) and excuses < EXCUSES:
+    excused = isinstance(cause, errors.SchedulerLost) or getattr(cause, "excused", False)
+    if excused and excuses < EXCUSES:
         return Verdict.EXCUSED
     if getattr(cause, "shared", 0) and suspicions < ROUNDS:
         return Verdict.SUSPECT
@@ -79,10 +80,11 @@ def lost(session: Session, run: TaskRun, report: Report) -> None:
     if isinstance(cause, errors.ResultLost) and run.excuses < EXCUSES:
         _without_input(session, run, cause)
         return
+    memory = isinstance(cause, errors.OutOfMemory)
     verdict = judge(
         cause,
         idempotent=options.idempotent,
-        budget=options.retry.crash_retries,
+        budget=options.retry.memory_retries if memory else options.retry.crash_retries,
         crashes=run.crashes,
         suspicions=run.suspicions,
         excuses=run.excuses,

@@ -65,14 +65,14 @@ class Column:
         An entry for each element.
     source : Source or None
         Of the kind "items": where the sequence lies.
-    tolerant : bool
-        `allow_failure` surrounds each entry.
+    tolerant : int
+        What each entry accepts besides a value, see `annotations`.
     """
 
     kind: Literal["plain", "packed", "upstream", "items", "mixed"]
     content: Sequence[Any]
     source: Source | None = None
-    tolerant: bool = False
+    tolerant: int = 0
 
     @property
     def weight(self) -> int:
@@ -266,6 +266,8 @@ class Capture:
     place : callable or None
         Puts a large value near the workers and answers its `Source`, None for a small value;
         None where elements run in this process and share its objects.
+    tolerance : int
+        What the task accepts of any upstream besides a value.
     """
 
     def __init__(
@@ -273,10 +275,12 @@ class Capture:
         task: str,
         run_of: Callable[[Any], TaskRun | None],
         place: Callable[[Any], Source | None] | None,
+        tolerance: int = 0,
     ) -> None:
         self._task = task
         self._run_of = run_of
         self._place = place
+        self._tolerance = tolerance
         self.held: list[Any] = []
 
     def one(self, value: Any, where: int | str) -> Captured:
@@ -289,10 +293,10 @@ class Capture:
         """
         sources: list[Source] = []
 
-        def leaf(item: Any, tolerant: bool) -> Any:
+        def leaf(item: Any, tolerant: int) -> Any:
             run = self._run_of(item)
             if run is not None:
-                source: Source | None = Source(run, None, tolerant)
+                source: Source | None = Source(run, None, tolerant | self._tolerance)
             else:
                 source = None if self._place is None else self._place(item)
             if source is not None:
@@ -334,9 +338,10 @@ class Capture:
         if kind != "upstream":
             return Column(kind, [one.content for one in taken])
         sources = [one.sources[0] for one in taken]
-        if any(source.run is None for source in sources):
+        first = sources[0].tolerant
+        if any(source.run is None or source.tolerant != first for source in sources):
             return Column("mixed", taken)
-        return Column("upstream", [source.run for source in sources], tolerant=sources[0].tolerant)
+        return Column("upstream", [source.run for source in sources], tolerant=first)
 
 
 def _is_numeric_array(items: Any) -> bool:

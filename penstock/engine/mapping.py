@@ -12,14 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 from penstock import errors
 from penstock.engine import cancelling, events, items, waiting
-from penstock.engine.annotations import Annotation, allow_failure, quote, unmapped
+from penstock.engine.annotations import (
+    Annotation,
+    allow_failure,
+    allow_skipped,
+    opaque,
+    quote,
+    unmapped,
+)
 from penstock.engine.caller import Caller
 from penstock.engine.calls import Source, TaskRun
 from penstock.engine.chunks import Packer
 from penstock.engine.context import Scope, current_tags
 from penstock.engine.futures import PenstockFuture, run_of
+from penstock.engine.lookups import Item, MapPlan
 from penstock.engine.mapped import Capture, Column, Mapped
 from penstock.engine.options import TaskOptions, run_name
+from penstock.engine.seeds import next_ordinal
 from penstock.runners import worker_runtime
 
 if TYPE_CHECKING:
@@ -64,6 +73,10 @@ class Part:
         item = self.items[index]
         return item if self.wrap is None else self.wrap(item)
 
+    def token(self, index: int) -> Any:
+        """Return the argument of one element, as it counts for its cache key."""
+        return self.at(index) if self.of is None else Item(self.of, self.items[index])
+
 
 def submit(
     task: Task[..., Any], scope: Scope, bound: inspect.BoundArguments, after: tuple[Source, ...]
@@ -95,6 +108,37 @@ def submit(
     runs = Making(task, scope, bound, after, parts, count).piece(parts, 0, count)
     scope.session.submit(runs, scope)
     return runs
+
+
+def calls(
+    flow: Any, scope: Scope, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Return the arguments of one call for each element, by the rules of a map.
+
+    Raises
+    ------
+    MappingMissingIterable, MappingLengthMismatch
+        If there is nothing to map over, or the lengths differ.
+    """
+    parts: dict[int | str, Part] = {}
+    same: dict[int | str, Any] = {}
+    places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for place, value in places:
+        part = _part(value, flow, scope)
+        if part is None:
+            same[place] = value.unwrap() if isinstance(value, unmapped) else value
+            continue
+        if part.of is not None:  # a value on the cluster: each call gets a reference to its item
+            part = Part(_elements(PenstockFuture(part.of), scope))
+        elif isinstance(part.items, Iterator):
+            part = replace(part, items=list(part.items))
+        parts[place] = part
+    found = []
+    for index in range(_count(flow, parts)):
+        given = {place: part.at(index) for place, part in parts.items()} | same
+        some = tuple(given[place] for place in range(len(args)))
+        found.append((some, {name: given[name] for name in kwargs}))
+    return found
 
 
 def _drawn(making: Making, parts: dict[int | str, Part]) -> list[TaskRun]:
@@ -171,7 +215,9 @@ class Making:
         self.window = min(int(getattr(session.runner, "max_in_flight", WINDOW)), WINDOW)
         self._bound = bound
         self._caller = Caller(session, task, scope)
-        self._capture = Capture(task.name, run_of, None if session.in_process else self._caller.placed)
+        self._capture = Capture(
+            task.name, run_of, None if session.in_process else self._caller.placed, self._caller.tolerance
+        )
         places: list[tuple[int | str, Any]] = [*enumerate(bound.args), *bound.kwargs.items()]
         self._same: dict[int | str, Any] = {}
         self._places = [place for place, _ in places]
@@ -185,6 +231,8 @@ class Making:
         around = scope.task_run.id if scope.task_run is not None else None
         known = past.map(scope.flow_run, around, task.name, count) if past and scope.flow_run else None
         self._map_id = known or events.new_id()
+        self._ordinal = next_ordinal(scope, task.name)
+        self._keys = MapPlan(task, scope.flow_run, in_process=session.in_process)
         tags = task.options.tags | current_tags()
         self._tags = tags | (scope.flow_run.tags if scope.flow_run else frozenset())
 
@@ -234,8 +282,9 @@ class Making:
                 index=index,
                 tags=self._tags,
             )
-            run.mapped = mapped
+            run.mapped, run.ordinal = mapped, self._ordinal
             runs.append(run)
+        self._plan_keys(runs, parts)
         named = {_parameter(task, place): part for place, part in parts.items()}
         body = {"name": task.name, "start": start, "count": count, **_edges(runs, named, mapped)}
         if names is not None:
@@ -243,6 +292,17 @@ class Making:
         if not scope.session.journal.elements_told_again(runs):
             scope.session.journal.map_made(runs[0], body, self._bound.arguments)
         return runs
+
+    def _plan_keys(self, runs: list[TaskRun], parts: dict[int | str, Part]) -> None:
+        """Make the cache keys of elements, if any."""
+        if not self._keys.needed(runs[0]):
+            return
+        for number, run in enumerate(runs):
+            given = {
+                place: self._same[place] if place in self._same else parts[place].token(number)
+                for place in self._places
+            }
+            self._keys.element(run, given, self._same)
 
     def _names(self, parts: dict[int | str, Part], start: int, count: int) -> list[str] | None:
         """Return the names of the elements, None if they are just numbered."""
@@ -314,7 +374,7 @@ def _mismatch(task: Task[..., Any], lengths: dict[str, int]) -> str:
 def _part(value: Any, task: Task[..., Any], scope: Scope) -> Part | None:
     if isinstance(value, unmapped):
         return None
-    if isinstance(value, (allow_failure, quote)):
+    if isinstance(value, (allow_failure, allow_skipped, opaque, quote)):
         inner = _part(value.unwrap(), task, scope)
         return None if inner is None else Part(inner.items, value.rewrap, inner.of)
     if isinstance(value, Annotation):

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
-from penstock.engine import cancelling, events, refs, results, values, waiting
+from penstock.engine import cancelling, events, hashing, refs, results, values, waiting
 from penstock.engine.calls import FlowRun, TaskRun
 from penstock.engine.context import Scope
 from penstock.engine.futures import run_of
 from penstock.engine.journal import Journal
-from penstock.runners import inside_worker
+from penstock.runners import inside_worker, worker_runtime
 
 if TYPE_CHECKING:
     from penstock.engine.session import Session
@@ -49,7 +49,7 @@ class Children:
             return value
         return refs.replace(value, self._value)
 
-    def _value(self, leaf: Any, tolerant: bool) -> Any:
+    def _value(self, leaf: Any, tolerant: int) -> Any:
         run = run_of(leaf)
         if run is None:
             return leaf
@@ -60,6 +60,7 @@ class Children:
         """Pack what happened to the children; empty where the driver has seen it itself."""
         if self._made is None:
             return b""
+        self.session.venues.close()
         self.session.close()
         self.session.runner.close()
         packed: bytes = msgpack.packb([events.pack(event) for event in self._made])
@@ -98,8 +99,10 @@ def open_scope(running: Any) -> Scope:
         flow = SimpleNamespace(name=context["flow"])
         flow_run = FlowRun(flow, context["flow_run_name"], root=context["root"], run_id=context["flow_run"])
         flow_run.results = results.unpack(context.get("results"))
+        if context.get("parameters"):
+            flow_run.parameters = hashing.Digest(context["parameters"])  # type: ignore[assignment] # counts as they do
     task = SimpleNamespace(name=running.order["task"])
     around = TaskRun(task, running.order["name"], root=context["root"], flow_run=flow_run)  # type: ignore[arg-type]
     around._id = running.order["run"]
-    around.session = session
-    return Scope(session, flow_run, around, running, context["prints"], context["depth"])
+    around.session, around.seed = session, worker_runtime.seed_of(running.order)
+    return Scope(session, flow_run, around, running, bool(running.order["prints"]), context["depth"])

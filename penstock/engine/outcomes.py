@@ -86,6 +86,8 @@ def started(session: Session, run: TaskRun) -> None:
     run.position = advance(run.position, StateType.RUNNING)
     run.started = time.time()
     session.journal.task_state(run)
+    if run.task.options.hooks.on_running:
+        session.hooks.started(run)
     timeout = run.task.options.timeout_seconds
     if timeout is not None:
         attempt = run.attempt
@@ -99,7 +101,10 @@ def expired(session: Session, run: TaskRun, attempt: int) -> None:
     ref = run.ref
     session.forget(run)
     if ref is not None and ref.handle is not UNSENT:
-        clock.call_later(0, lambda: _stop(session, ref))
+        force = session.runner.kills_on_timeout or run.task.options.timeout_action == "kill_worker"
+        if not force or session.in_process:
+            session.journal.lines(run, [[time.time(), "WARNING", _GOES_ON]], 0)
+        clock.call_later(0, lambda: _stop(session, ref, force))
     _timed_out(session, run, {"started": run.started})
 
 
@@ -108,9 +113,9 @@ def _timed_out(session: Session, run: TaskRun, details: dict[str, Any]) -> None:
     _failed(session, run, "TimedOut", message, errors.TaskTimeout(message).of_run(run.id), details)
 
 
-def _stop(session: Session, ref: Any) -> None:
+def _stop(session: Session, ref: Any, force: bool) -> None:
     with contextlib.suppress(Exception):  # the run is over; the backend may be too
-        session.runner.cancel([ref], force=session.runner.kills_on_timeout)
+        session.runner.cancel([ref], force=force)
 
 
 def ended(session: Session, run: TaskRun, record: dict[str, Any], nbytes: int, worker: str) -> None:
@@ -132,6 +137,12 @@ def ended(session: Session, run: TaskRun, record: dict[str, Any], nbytes: int, w
     if "children" in record:
         session.journal.absorb(record["children"])
     details = {"started": record["started"], "seconds": record["seconds"], "peak": record["peak"]}
+    if "named" in record:
+        session.journal.named(run, record["named"])
+        if run.call is not None:
+            run.call.naming = None  # once per run
+    if run.task.options.hooks.on_running:
+        session.hooks.started(run)
     if run.mapped is not None and run.mapped.packer is not None and run.place < 0:
         run.mapped.packer.learn(record["seconds"], run.nbytes, together=False)
     if "stored" in record:
@@ -147,7 +158,10 @@ def ended(session: Session, run: TaskRun, record: dict[str, Any], nbytes: int, w
         _made_by_hand(session, run, record["state"], details)
         return
     if status == "completed":
-        session.settle(run, StateType.COMPLETED, **details)
+        cached = "stored" in record and record["stored"].get("cached")
+        session.settle(run, StateType.COMPLETED, "Cached" if cached else None, **details)
+        if run.stored is not None and not run.task.options.results.caching.in_memory:
+            session.keep_stored_only(run)
         return
     described = record["error"]
     failure = _failure(run, described, record)
@@ -171,6 +185,10 @@ def ended(session: Session, run: TaskRun, record: dict[str, Any], nbytes: int, w
 
 _DUPLICATE = (
     "another attempt of this run had stored its result first; that one counts, this attempt's was dropped"
+)
+_GOES_ON = (
+    "the run is over, its code was asked to stop: Python code stops at its next step, a call into C "
+    "cannot be interrupted and occupies its worker until it returns"
 )
 _ABORTED = {
     "KeyboardInterrupt": "Execution was aborted by an interrupt signal.",
@@ -201,7 +219,11 @@ def _failure(run: TaskRun, described: dict[str, Any], record: dict[str, Any]) ->
     if run.place >= 0 and isinstance(handle, list):
         handle = handle[run.place]
     own = handle.error if isinstance(handle, worker_runtime.Failed) else None
-    return own if own is not None else Failure(described, where)
+    if own is None:
+        return Failure(described, where)
+    if where not in getattr(own, "__notes__", ()):
+        own.add_note(where)
+    return own
 
 
 def _shown(described: dict[str, Any]) -> dict[str, str]:
@@ -214,26 +236,38 @@ def _failed(
     """User code failed: try again if the budget allows it."""
     run.failures += 1
     run.error = error
-    policy = run.task.options.retry
-    delay = policy.after_failure(run.failures)
-    if delay is None or run.cancelling or not _wants_retry(session, run, name, message):
+    options = run.task.options
+    delay = options.retry.after_failure(run.failures)
+    if delay is None or run.cancelling:
         session.settle(run, StateType.FAILED, name, message, **details)
-        return
-    try_again(session, run, delay, message, details)
+    elif options.retry_condition_fn is None:
+        try_again(session, run, delay, message, details)
+    else:
+        _ask(session, run, delay, State(StateType.FAILED, name or "", message, error), details)
 
 
-def _wants_retry(session: Session, run: TaskRun, name: str | None, message: str) -> bool:
-    condition = run.task.options.retry_condition_fn
-    if condition is None:
-        return True
-    error = run.error.exception(run.id) if isinstance(run.error, Failure) else run.error
-    state = State(StateType.FAILED, name or "", message, error, {"task_run_id": run.id})
-    try:
-        return bool(condition(run.task, run, state))
-    except Exception as problem:  # a condition that fails means no retry
-        lines = [[run.ended, "ERROR", f"retry_condition_fn raised {problem!r}: no retry"]]
-        session.journal.lines(run, lines, 0)
-        return False
+def _ask(session: Session, run: TaskRun, delay: float, state: State, details: dict[str, Any]) -> None:
+    """Let the user's function say whether a run is tried again; it is called without the session's lock."""
+    if run.alarm is not None:
+        run.alarm.cancel()
+        run.alarm = None
+    if isinstance(run.error, Failure):
+        run.error = run.error.exception(run.id)
+    state.data = run.error
+    state.state_details = {"task_run_id": run.id, "attempt": run.attempt}
+    if not run.direct:
+        session.forget(run)  # the attempt is over, whatever becomes of its worker meanwhile
+    attempt = run.attempt
+
+    def decide(again: bool) -> None:
+        if run.done or run.attempt != attempt:  # cancelled meanwhile
+            return
+        if again and not run.cancelling:
+            try_again(session, run, delay, state.message, details)
+        else:
+            session.settle(run, StateType.FAILED, state.name, state.message, **details)
+
+    session.hooks.ask(run, state, decide)
 
 
 def try_again(session: Session, run: TaskRun, delay: float, message: str, details: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from penstock import errors
 from penstock.engine.futures import PenstockFuture, run_of
+from penstock.engine.states import State
 
 _OF_ALL: dict[Any, Callable[[Any], Any]] = {  # such a parameter annotates each of its values
     inspect.Parameter.VAR_POSITIONAL: lambda hint: types.GenericAlias(tuple, (hint, ...)),
@@ -127,4 +128,4 @@ def takes_reference(hint: Any) -> bool:
     if hint is None or hint is Any or hint is inspect.Parameter.empty:
         return True
     origin = typing.get_origin(hint) or hint
-    return isinstance(origin, type) and issubclass(origin, PenstockFuture)
+    return isinstance(origin, type) and issubclass(origin, (PenstockFuture, State))

@@ -48,7 +48,7 @@ class Past:
     def __init__(self, told: Mapping[str, Any], rerun: Sequence[str] = ()) -> None:
         self.reused = self.again = 0
         self._lost = {run: (attempt, began) for run, attempt, began in lost(told)}
-        self._rows = {one["row"] for one in told["flows"]}
+        self._rows = {one["row"] for one in told["flows"] if not one["over"]}
         self._rerun = frozenset(rerun)
         self._gate = threading.Lock()
         self._calls: dict[tuple[str, str, str | None, str], deque[Found]] = {}
@@ -56,7 +56,7 @@ class Past:
         self._maps: dict[str, Found] = {}
         self._aside: set[str] = set()  # flow runs whose code calls from several threads
         calls = [{**one, "kind": kind} for kind in ("task", "map", "flow") for one in told[f"{kind}s"]]
-        for call in sorted(calls, key=lambda one: one["made"]):
+        for call in sorted((one for one in calls if not one["over"]), key=lambda one: one["made"]):
             key = (call["kind"], call["flow_run"], call["parent"], call["task"])
             self._calls.setdefault(key, deque()).append(call)
             if call["kind"] == "map":
@@ -103,8 +103,8 @@ class Past:
             return False
         for run in runs:
             if run.index < len(found["types"]):
-                columns = ("types", "attempts", "names")
-                self._revive(run, {name[:-1]: found[name][run.index] for name in columns})
+                columns = {"type": "types", "attempt": "attempts", "name": "names", "stored": "places"}
+                self._revive(run, {name: found[column][run.index] for name, column in columns.items()})
         return runs[-1].index < len(found["types"])
 
     def _next(self, kind: str, flow_run: FlowRun, around: str | None, name: str) -> Found | None:
@@ -135,10 +135,11 @@ class Past:
         if under_way is not None:
             attempt, kind = under_way[0], "CRASHED"
         untouched = attempt == 0 and kind in {"PENDING", "CANCELLED", "SKIPPED"}
-        stored = None if untouched or kind == "SKIPPED" else _stored(run)
+        stored = None if untouched or kind == "SKIPPED" else _stored(run, found)
         if stored is not None:
             self.reused += 1
-            run.stored, run.nbytes = stored, int(stored.get("nbytes") or 0)
+            run.stored = run.hit = stored
+            run.nbytes = int(stored.get("nbytes") or 0)
             if kind != "COMPLETED":
                 run.message = "Its result had been stored before its driver died."
                 attempt += under_way is None  # that attempt had another end
@@ -206,12 +207,21 @@ def _lost_one(run: str, kind: str, name: str, attempt: int, ready: bool) -> list
     return [(run, max(attempt, 1), "yes" if attempt else "unknown")] if ready or attempt else []
 
 
-def _stored(run: TaskRun) -> dict[str, Any] | None:
+def _stored(run: TaskRun, found: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return where the result of a run lies, if its storage has it; nothing is read.
+
+    The record tells where the result of a run is that completed, be it its own or one that was found
+    by its cache key. A run that had stored its result, but could not say so any more, is looked up
+    where it would have stored it, if that is known here.
+    """
     order = results.commit_order(run)
     if order is None:
         return None
+    over = found["type"] == "COMPLETED"
+    if over and found["stored"]:
+        order = results.order_at(found["stored"], order)
     try:
-        return result_store.present(order, run.id)
+        return result_store.present(order, run.id, anybodys=over)
     except CommitError:
         return None
 

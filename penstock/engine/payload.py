@@ -141,6 +141,24 @@ def dumps(value: Any, buffer_callback: Callable[[Any], Any] | None = None) -> by
     return buffer.getvalue()
 
 
+def serializer_of(given: Any) -> Any:
+    """Return a ``result_serializer`` as it travels: a name, or ``("custom", pickle, name)`` of an object.
+
+    Raises
+    ------
+    UnserializableArgument
+        If the object cannot be pickled.
+    """
+    if isinstance(given, str) or not (hasattr(given, "dumps") and hasattr(given, "loads")):
+        return given
+    name = getattr(given, "__name__", type(given).__name__)
+    try:
+        return "custom", dumps(given), name
+    except Exception as error:
+        message = f"result_serializer {name!r} cannot be sent to another process: {error}"
+        raise errors.UnserializableArgument(message) from error
+
+
 class Envelope:
     """A value on its way to a backend, pickled as arguments are: the user's classes by value.
 

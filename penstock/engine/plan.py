@@ -1,13 +1,14 @@
 """The plan that the compiler makes of a flow: what goes together, what is lifted, and why not.
 
 The function of the flow runs, its tasks do not. Calls are captured, connected and compiled as in any
-run, for a back end that takes everything and does nothing; the plan ends where the flow asks for
-something that only a run can give.
+run, for a back end that takes everything and does nothing. Where the flow waits, what it waits for is
+taken to go well; the plan ends where it asks for a value, which only a run can give.
 """
 
 from __future__ import annotations
 
 import asyncio
+import html
 import inspect
 import itertools
 import os
@@ -24,6 +25,7 @@ from penstock.engine.context import Scope
 from penstock.engine.graph import sources_of
 from penstock.engine.journal import Journal
 from penstock.engine.session import Session
+from penstock.engine.states import StateType, advance
 from penstock.engine.summary import describe, human_bytes
 from penstock.runners import worker_runtime
 from penstock.runners.base import Key, Ref, RunnerInfo, Submission, TaskRunner
@@ -70,6 +72,18 @@ class Node:
     lifted: tuple[str, ...] = ()
     options: str = ""
 
+    @property
+    def notes(self) -> list[str]:
+        """What there is to say of how it travels, in a user's words."""
+        notes = [
+            self.together,
+            f"fused: travels with {self.fused_with}" if self.fused_with else "",
+            f"not fused: {self.not_fused}" if self.not_fused else "",
+            *(f"lifted: {one}, placed once" for one in self.lifted),
+            self.options,
+        ]
+        return [note for note in notes if note]
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -107,19 +121,31 @@ class Plan:
             kind = f" x {node.count:,}" if node.count is not None else f", {runs:,} times" if runs > 1 else ""
             after = f"  <- {', '.join(node.upstream)}" if node.upstream else ""
             lines.append(f"  {node.task}{kind}{after}")
-            notes = [
-                node.together,
-                f"fused: travels with {node.fused_with}" if node.fused_with else "",
-                f"not fused: {node.not_fused}" if node.not_fused else "",
-                *(f"lifted: {one}, placed once" for one in node.lifted),
-                node.options,
-            ]
-            lines.extend(f"      {note}" for note in notes if note)
+            lines.extend(f"      {note}" for note in node.notes)
         tasks = sum(node.count or 1 for node in self.nodes)
         lines.append(f"{tasks:,} task runs in at least {self.messages:,} units of work")
         if self.end:
             lines.append(f"the plan ends here: {self.end}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Show the plan as a table in a notebook."""
+        rows = []
+        for node, alike in itertools.groupby(self.nodes):
+            runs = len(list(alike)) if node.count is None else node.count
+            cells = [node.task, f"{runs:,}", ", ".join(node.upstream), "\n".join(node.notes)]
+            rows.append("<tr>" + "".join(f"<td>{_as_html(cell)}</td>" for cell in cells) + "</tr>")
+        names = "".join(f"<th>{name}</th>" for name in ("task", "runs", "takes", "how it travels"))
+        first = f"flow {self.flow} on {self.runner}"
+        tasks = sum(node.count or 1 for node in self.nodes)
+        last = f"{tasks:,} task runs in at least {self.messages:,} units of work"
+        ends = f"<p>the plan ends here: {_as_html(self.end)}</p>" if self.end else ""
+        body = "".join(rows)
+        return f"<p><b>{_as_html(first)}</b></p><table><tr>{names}</tr>{body}</table><p>{last}</p>{ends}"
+
+
+def _as_html(text: str) -> str:
+    return html.escape(text).replace("\n", "<br>")
 
 
 class _Ends(BaseException):
@@ -173,6 +199,7 @@ class _Planning(Session):
         self.made_runs: list[TaskRun] = []
         self.taken: list[TaskRun | Chunk] = []
         self.late: set[str] = set()  # maps whose upstream has ended before they were made
+        self.assumed: set[TaskRun] = set()  # runs that the flow has waited for: taken to have gone well
         super().__init__(runner, Journal(lambda _: None))
 
     def submit(self, runs: Sequence[TaskRun], scope: Scope) -> None:
@@ -190,7 +217,26 @@ class _Planning(Session):
             self._release(run)
 
     def flush(self) -> None:
-        raise _Ends("a future is looked at")
+        """Somebody waits: all that was made goes, and is taken to go well; its values nobody has."""
+        self.pause()
+        while waiting := [run for run in self.live if not run.done]:
+            for run in waiting:
+                running = advance(run.position, StateType.RUNNING, None, 1)
+                run.position = advance(running, StateType.COMPLETED)
+                run.done = True
+                self.assumed.add(run)
+                self.live.pop(run, None)
+                if run.flow_run is not None:
+                    run.flow_run.live.pop(run, None)
+            for run in waiting:
+                for ready in self.graph.ended(run)[0]:
+                    if not ready.done:
+                        self._release(ready)
+            self.pause()
+            for run in waiting:
+                calls, run.callbacks = run.callbacks or (), None
+                for call in calls:
+                    call(run)
 
     def begin_direct(self, run: TaskRun, scope: Scope) -> None:
         raise _Ends(f"task {run.task.name!r} is called, not submitted, and runs in the driver")
@@ -222,7 +268,7 @@ def explain(flow: Flow[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
     end = ""
     try:
         with context.entered(Scope(session, run)):
-            value = flow.fn(*positional, **named)
+            value = flow.body(*positional, **named)
             if inspect.iscoroutine(value):
                 worker_runtime.run_coroutine(value)
     except _Ends as reason:
@@ -261,7 +307,8 @@ def _nodes(session: _Planning, units: Iterable[TaskRun | Chunk]) -> tuple[Node, 
         for stage in chunk.stages[1:]:
             leader[stage[0].map_id] = first.task.name
     counts: dict[str | None, int] = {}
-    made = [run for run in session.made_runs if not run.done]  # the flow may have cancelled others
+    # The flow may have cancelled others.
+    made = [run for run in session.made_runs if not run.done or run in session.assumed]
     for run in made:
         if run.map_id is not None:
             counts[run.map_id] = counts.get(run.map_id, 0) + 1

@@ -88,8 +88,9 @@ class _Tree:
         )
         self.root: PenstockFuture[Any] = PenstockFuture(self._nodes[-1])
         self._session.hold(list(self._nodes), scope)
-        for leaf in leaves:
-            leaf.carrier.add_callback(leaf, self._arrive)
+        if not self._session.plans:  # there nothing arrives
+            for leaf in leaves:
+                leaf.carrier.add_callback(leaf, self._arrive)
 
     def _arrive(self, run: TaskRun) -> None:
         self._session.later(lambda: self._combine(run))
@@ -100,6 +101,7 @@ class _Tree:
                 self._session.journal.task_made(node, {}, [("0", run.id)])
                 self._session.never_held(node, run)
             self._nodes.clear()
+            self._there.clear()
             return
         self._there.append(run)
         while self._nodes and len(self._there) >= min(self._fanin, self._left):

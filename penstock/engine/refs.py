@@ -10,10 +10,21 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from penstock.engine.annotations import Annotation, allow_failure, quote, unmapped
+from penstock.engine.annotations import (
+    FAILURE,
+    SKIPPED_AS_NONE,
+    Annotation,
+    allow_failure,
+    allow_skipped,
+    freeze,
+    opaque,
+    quote,
+    unmapped,
+)
 
 WALKED = 10_000  # items of a container that are looked at in search of a first future
 
+_WALKED_INTO = (list, tuple, dict, set, frozenset)
 _LEAVES = (str, bytes, bytearray, int, float, complex, bool, type(None), range)
 
 
@@ -26,11 +37,11 @@ class Slot:
         self.position = position
 
 
-Replace = Callable[[Any, bool], Any]
-"""Takes a leaf and whether `allow_failure` surrounds it; answers its replacement or itself."""
+Replace = Callable[[Any, int], Any]
+"""Takes a leaf and what the annotations around it tolerate; answers its replacement or itself."""
 
 
-def replace(value: Any, leaf: Replace, tolerant: bool = False) -> Any:
+def replace(value: Any, leaf: Replace, tolerant: int = 0) -> Any:
     """Rebuild a structure with replaced leaves; an untouched structure is returned as it is.
 
     Parameters
@@ -39,8 +50,8 @@ def replace(value: Any, leaf: Replace, tolerant: bool = False) -> Any:
         An argument of a call.
     leaf : callable
         See `Replace`.
-    tolerant : bool
-        Whether `allow_failure` surrounds the value.
+    tolerant : int
+        What the annotations around the value tolerate, see `annotations`.
 
     Returns
     -------
@@ -53,9 +64,7 @@ def replace(value: Any, leaf: Replace, tolerant: bool = False) -> Any:
     if kind is list or (isinstance(value, list) and hasattr(kind, "futures_inside")):
         return _items(value, list, leaf, tolerant)
     if isinstance(value, Annotation):
-        if isinstance(value, quote):
-            return value.unwrap()
-        return replace(value.unwrap(), leaf, tolerant or isinstance(value, allow_failure))
+        return _annotated(value, leaf, tolerant)
     if isinstance(value, tuple):
         build = (lambda items: kind(*items)) if hasattr(value, "_fields") else kind
         return _items(value, build, leaf, tolerant)
@@ -77,7 +86,20 @@ def replace(value: Any, leaf: Replace, tolerant: bool = False) -> Any:
     return leaf(value, tolerant)
 
 
-def _items(value: Any, build: Callable[[list[Any]], Any], leaf: Replace, tolerant: bool) -> Any:
+def _annotated(value: Annotation[Any], leaf: Replace, tolerant: int) -> Any:
+    inner = value.unwrap()
+    if isinstance(value, (quote, freeze)):
+        return inner
+    if isinstance(value, opaque):  # a future itself, but nothing inside of it
+        return inner if isinstance(inner, _WALKED_INTO) else replace(inner, leaf, tolerant)
+    if isinstance(value, allow_failure):
+        tolerant |= FAILURE
+    elif isinstance(value, allow_skipped):
+        tolerant |= SKIPPED_AS_NONE
+    return replace(inner, leaf, tolerant)
+
+
+def _items(value: Any, build: Callable[[list[Any]], Any], leaf: Replace, tolerant: int) -> Any:
     changed = False
     items = []
     for position, item in enumerate(value):
@@ -89,7 +111,7 @@ def _items(value: Any, build: Callable[[list[Any]], Any], leaf: Replace, toleran
     return build(items) if changed else value
 
 
-def _dict(value: dict[Any, Any], leaf: Replace, tolerant: bool) -> Any:
+def _dict(value: dict[Any, Any], leaf: Replace, tolerant: int) -> Any:
     changed = False
     items = {}
     for position, (key, item) in enumerate(value.items()):
@@ -101,7 +123,7 @@ def _dict(value: dict[Any, Any], leaf: Replace, tolerant: bool) -> Any:
     return items if changed else value
 
 
-def _dataclass(value: Any, leaf: Replace, tolerant: bool) -> Any:
+def _dataclass(value: Any, leaf: Replace, tolerant: int) -> Any:
     fields = {
         field.name: getattr(value, field.name)
         for field in dataclasses.fields(value)

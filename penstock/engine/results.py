@@ -8,6 +8,7 @@ the place of a value that is gone.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from penstock import errors
+from penstock.engine.cache import NOTHING_SAID, CacheOptions
 from penstock.runners import result_formats, result_store
 from penstock.settings import settings
 
@@ -57,21 +59,27 @@ class ResultOptions:
         Where.
     key : str, optional
         Template for the place in the storage.
-    serializer : str, optional
-        Name of the format.
+    serializer : str or tuple, optional
+        Name of the format; ``("custom", pickle, name)`` of an object of the user.
+    caching : CacheOptions
+        Of a task: whether results are found again.
+    switches : tuple of bool, optional
+        Of a flow run on a worker: what the driver's settings say, see `switches`.
     """
 
     persist: Persistence = None
     storage: ResultStorage | None = None
     key: str | None = None
-    serializer: str | None = None
+    serializer: Any = None
+    caching: CacheOptions = NOTHING_SAID
+    switches: tuple[bool, bool, bool] | None = None
 
     @property
     def wish(self) -> Persistence:
         """Whether results are stored: who says where, or how, wants it."""
         if self.persist is not None:
             return self.persist
-        return True if self.storage or self.key or self.serializer else None
+        return True if self.storage or self.key or self.serializer or self.caching.asks else None
 
     def over(self, outer: ResultOptions) -> ResultOptions:
         """Fill what is not said here from what surrounds it."""
@@ -80,6 +88,8 @@ class ResultOptions:
             self.storage or outer.storage,
             self.key,
             self.serializer or outer.serializer,
+            self.caching,
+            self.switches or outer.switches,
         )
 
     def pack(self) -> tuple[Any, ...]:
@@ -87,15 +97,22 @@ class ResultOptions:
         full = self.over(defaults())
         storage = full.storage
         assert storage is not None
-        return full.wish, storage.url, dict(storage.options), full.serializer
+        said = full.switches or switches()
+        return full.wish, storage.url, dict(storage.options), full.serializer, said
 
 
 def unpack(packed: tuple[Any, ...] | None) -> ResultOptions:
     """Read what `ResultOptions.pack` wrote."""
     if packed is None:
         return ResultOptions()
-    persist, url, options, serializer = packed
-    return ResultOptions(persist, ResultStorage(url, options), None, serializer)
+    persist, url, options, serializer, said = packed
+    return ResultOptions(persist, ResultStorage(url, options), None, serializer, switches=said)
+
+
+def switches() -> tuple[bool, bool, bool]:
+    """Return whether settings refresh every cached result, switch caching off, and take the default policy away."""
+    known = settings()
+    return known.tasks_refresh_cache, known.tasks_disable_caching, known.tasks_default_no_cache
 
 
 def defaults() -> ResultOptions:
@@ -106,8 +123,15 @@ def defaults() -> ResultOptions:
     return ResultOptions(persist, storage, None, known.results_default_serializer)
 
 
+NOTHING = ResultOptions()
+
+
 def read_options(
-    persist: Persistence, storage: Storage, key: str | None = None, serializer: str | None = None
+    persist: Persistence,
+    storage: Storage,
+    key: str | None = None,
+    serializer: Any = None,
+    caching: CacheOptions = NOTHING_SAID,
 ) -> ResultOptions:
     """Check what a user writes about results.
 
@@ -119,20 +143,31 @@ def read_options(
     if persist is not None and not isinstance(persist, bool) and persist != "large":
         message = f"'persist_result' must be True, False, None or 'large', got {persist!r}."
         raise errors.ConfigurationError(message)
-    if serializer is not None and serializer not in result_formats.NAMES:
+    if (
+        serializer is not None
+        and not isinstance(serializer, tuple)
+        and serializer not in result_formats.NAMES
+    ):
         names = ", ".join(repr(name) for name in result_formats.NAMES)
-        message = f"'result_serializer' must be one of {names}, got {serializer!r}."
+        message = f"'result_serializer' must be one of {names}, or an object with 'dumps' and 'loads', got {serializer!r}."
         raise errors.ConfigurationError(message)
     if key is not None:
         _check_key(key)
-    return ResultOptions(persist, _read_storage(storage), key, serializer)
+    return ResultOptions(persist, read_storage(storage), key, serializer, caching)
 
 
-def _read_storage(storage: Any) -> ResultStorage | None:
+def read_storage(storage: Any) -> ResultStorage | None:
+    """Check what a user writes about a storage.
+
+    Raises
+    ------
+    ConfigurationError
+        If it is no directory, URL or `ResultStorage`.
+    """
     if storage is None:
         return None
     if isinstance(storage, ResultStorage):
-        plain = _read_storage(storage.url)
+        plain = read_storage(storage.url)
         return replace(storage, url=plain.url) if plain is not None else None
     options = getattr(storage, "storage_options", None)  # a UPath knows those of its file system
     if isinstance(options, Mapping) and "://" in str(storage):
@@ -149,15 +184,18 @@ def _read_storage(storage: Any) -> ResultStorage | None:
 def _check_key(template: Any) -> None:
     try:
         assert isinstance(template, str) and template  # noqa: PT018
-        made = _format_key(template, "r", "n", "f", "m", "t", 0)
+        made = _format_key(_PARAMETERS.sub("p", template), "r", "n", "f", "m", "t", 0)
     except Exception as error:
         message = (
             "'result_storage_key' must be a template of {task_run.id}, {task_run.name}, {flow_run.id}, "
-            f"{{flow_run.name}}, {{task.name}} and {{index}}, got {template!r} ({type(error).__name__}: {error})."
+            f"{{flow_run.name}}, {{task.name}}, {{index}} and {{parameters[…]}}, got {template!r} ({type(error).__name__}: {error})."
         )
         raise errors.ConfigurationError(message) from None
     if made.startswith("/") or ".." in made.split("/"):
         raise errors.ConfigurationError(f"'result_storage_key' must stay in the storage, got {template!r}.")
+
+
+_PARAMETERS = re.compile(r"\{parameters[^{}]*\}")
 
 
 def _format_key(
@@ -188,13 +226,50 @@ def commit_order(run: TaskRun) -> dict[str, Any] | None:
         return None
     full = own.over(outer).over(defaults())
     assert full.storage is not None
-    return {
+    order = {
         "storage": full.storage.url,
         "options": dict(full.storage.options),
         "key": _key(run, own.key),
         "format": full.serializer or "auto",
         "over": settings().large_argument if full.wish == "large" else 0,
     }
+    if run.caching is not None:
+        run.caching.extend(order, run)
+    return order
+
+
+def fill_place(run: TaskRun, parameters: Mapping[str, Any]) -> str:
+    """Return the place that a template with parameters makes for a run.
+
+    Raises
+    ------
+    ConfigurationError
+        If the template asks for a parameter that there is not.
+    """
+    template = run.task.options.results.key
+    assert template is not None
+    try:
+        filled = _PARAMETERS.sub(lambda match: _text_of(match[0], parameters), template)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        message = (
+            f"'result_storage_key' {template!r} of {run.task.name!r} does not fit its parameters ({reason})."
+        )
+        raise errors.ConfigurationError(message) from error
+    flow = run.flow_run
+    folder, name = (flow.id, flow.name) if flow is not None else (run.root, "")
+    return _format_key(filled, "{run}", run.name, folder, name, run.task.name, run.index)
+
+
+def _text_of(field: str, parameters: Mapping[str, Any]) -> str:
+    """Format a parameter; braces in it are text, and it is one folder or file."""
+    text = field.format(parameters=parameters)
+    return text.replace("/", "_").replace("{", "{{").replace("}", "}}")
+
+
+def inside(place: str) -> str:
+    """Return a place that stays in its storage, whatever the names in it."""
+    return "/".join("_" if part in {"", ".", ".."} else part for part in place.split("/"))
 
 
 def _key(run: TaskRun, template: str | None) -> str:
@@ -203,9 +278,10 @@ def _key(run: TaskRun, template: str | None) -> str:
     if template is None:
         return f"{folder}/{{run}}"
     name = flow.name if flow is not None else ""
+    if "{parameters" in template:  # filled in when the call was made (`lookups`)
+        return ""
     made = _format_key(template, "{run}", run.name, folder, name, run.task.name, run.index)
-    # Names of runs are free text: none may leave the storage.
-    return "/".join("_" if part in {"", ".", ".."} else part for part in made.split("/"))
+    return inside(made)  # names of runs are free text: none may leave the storage
 
 
 # -- back -----------------------------------------------------------------------------------
@@ -214,6 +290,15 @@ def _key(run: TaskRun, template: str | None) -> str:
 def location(stored: Mapping[str, Any]) -> str:
     """Return where a result lies, as the record shows it and `load_result` takes it."""
     return f"{str(stored['storage']).rstrip('/')}/{stored['key']}{result_store.EXTENSION}"
+
+
+def order_at(where: str, order: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a commit order for the place that `location` told of a run."""
+    storage, whole = str(order["storage"]).rstrip("/"), where.removesuffix(result_store.EXTENSION)
+    if whole.startswith(f"{storage}/"):
+        return {**order, "key": whole[len(storage) + 1 :]}
+    other, _, key = whole.rpartition("/")  # the settings are others today
+    return {**order, "storage": other, "options": {}, "key": key}
 
 
 def load(run: TaskRun) -> Any:
@@ -239,11 +324,20 @@ def load(run: TaskRun) -> Any:
             "ask for it while its runner is open, or store it: @task(persist_result=True)."
         )
         raise errors.MissingResult(message).of_run(run.id)
+    return _load(whereabouts(run), run.stored["run"])
+
+
+def whereabouts(run: TaskRun) -> dict[str, Any]:
+    """Return where the stored value of a run lies, as `result_store.load` takes it."""
+    stored = run.stored
+    assert stored is not None
     own = run.task.options.results
-    outer = run.flow_run.results if run.flow_run is not None else ResultOptions()
-    storage = own.over(outer).storage
-    options = dict(storage.options) if storage is not None and storage.url == run.stored["storage"] else {}
-    return _load({**run.stored, "options": options}, run.id)
+    outer = run.flow_run.results if run.flow_run is not None else NOTHING
+    storages = [own.over(outer).storage]
+    if run.caching is not None and run.caching.sharing is not None:
+        storages.append(run.caching.sharing.storage)
+    options = next((dict(one.options) for one in storages if one and one.url == stored["storage"]), {})
+    return {**stored, "options": options}
 
 
 def load_result(where: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Any:

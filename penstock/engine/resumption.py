@@ -31,12 +31,14 @@ class Resumption:
     ----------
     id, name, past, journal
         Of the run.
+    attempt : int
+        The last one before.
     """
 
     def __init__(self, told: Mapping[str, Any], epoch: int, rerun: tuple[str, ...] = ()) -> None:
         start_tracking()
         self.id, self.name, self.created = told["id"], told["run_name"], told["created"]
-        self.attempt = told["attempt"] + 1
+        self.attempt = told["attempt"]
         self.past = Past(told, rerun)
         self.journal = Journal(bus.publish)
         self.journal.epoch = epoch

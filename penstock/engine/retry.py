@@ -10,6 +10,13 @@ from typing import Any
 DelayOption = float | int | list[float] | list[int] | Callable[[int], list[float]] | None
 
 
+class Unasked(int):
+    """A default: nobody has asked for this number."""
+
+
+CRASH_RETRIES = Unasked(1)
+
+
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
     """The budget of a task or flow.
@@ -43,6 +50,11 @@ class RetryPolicy:
     def after_failure(self, failures: int) -> float | None:
         """Return the delay before the next attempt, or None if the budget is spent."""
         return self.delay(failures) if failures <= self.retries else None
+
+    @property
+    def memory_retries(self) -> int:
+        """Further attempts after memory ran out: at the same size only if somebody has asked for it."""
+        return 0 if isinstance(self.crash_retries, Unasked) else self.crash_retries
 
     def after_crash(self, crashes: int) -> float | None:
         """Return the delay before the next attempt after a loss, or None if it is spent."""

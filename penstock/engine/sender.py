@@ -68,6 +68,8 @@ class Sender:
         The store was opened.
     usable : bool
         The store has not refused for good.
+    reachable : bool
+        The latest attempt to send did not fail.
     """
 
     def __init__(
@@ -79,9 +81,11 @@ class Sender:
     ) -> None:
         self._spool = spool
         self._acknowledged = 0
+        self._sent = 0
         self._finished: set[str] = set()
         self.loaded = False
         self.usable = True
+        self.reachable = True
         self._opener = opener
         self._successor = successor
         self._listen = listen
@@ -102,8 +106,11 @@ class Sender:
         if not self._wake.is_set():
             self._wake.set()
 
-    def flush(self, spool: Spool, target: int, timeout: float) -> bool:
-        """Wait until the store has committed a spool up to `target`; False if it has not in time."""
+    def flush(self, spool: Spool, target: int, timeout: float, *, patient: bool = True) -> bool:
+        """Wait until the store has committed a spool up to `target`; False if it has not in time.
+
+        Without patience the first attempt that fails is the last one that is waited for.
+        """
         deadline = time.monotonic() + timeout
         self._hurry.set()
         self._wake.set()
@@ -111,7 +118,8 @@ class Sender:
             with self._progress:
                 while self.committed(spool) < target:
                     remaining = deadline - time.monotonic()
-                    if remaining <= 0 or not self.usable or not self._thread.is_alive():
+                    hopeless = not self.usable or not self._thread.is_alive()
+                    if remaining <= 0 or hopeless or not (patient or self.reachable):
                         return False
                     self._progress.wait(min(remaining, 0.1))
             return True
@@ -123,6 +131,12 @@ class Sender:
         if spool.writer in self._finished:
             return spool.last
         return self._acknowledged if spool is self._spool else 0  # 0: it is the next one
+
+    def sent(self, spool: Spool) -> int:
+        """Return up to which byte of a spool the store has committed its events."""
+        if spool.writer in self._finished:
+            return spool.size
+        return self._sent if spool is self._spool else 0
 
     def stop(self, timeout: float) -> None:
         """End the thread. One that is loading a library, or waiting for a busy store, is left behind."""
@@ -164,6 +178,9 @@ class Sender:
             if self._reader is not None:
                 self._reader.seek(self._acknowledged)
             complete = False
+            with self._progress:
+                self.reachable = False
+                self._progress.notify_all()
             self._back_off(LONGEST_PAUSE)
         if complete:
             self._rest(INTERVAL)
@@ -187,12 +204,14 @@ class Sender:
             self.loaded = True
         acknowledged = self._store.send(batch)
         self._complained = False
+        self.reachable = True
         self._acknowledge(acknowledged)
         if acknowledged != batch.last:  # another process commits them, or was faster than we
             reader.seek(acknowledged)
         if acknowledged < batch.last:
             self._back_off(ELSEWHERE_PAUSE)
             return False
+        self._sent = reader.offset
         self._pause = SHORTEST_PAUSE
         if reader.read_to < self._spool.last:
             return False
@@ -204,7 +223,7 @@ class Sender:
             self._stop.wait(min(seconds, SHORTEST_PAUSE))
 
     def _back_off(self, longest: float) -> None:
-        self._rest(self._pause * random.uniform(0.5, 1))  # noqa: S311 - jitter
+        self._rest(self._pause * random.random())  # noqa: S311 - many drivers must not come back together
         self._pause = min(self._pause * 2, longest)
 
     def _acknowledge(self, number: int) -> None:
@@ -223,5 +242,5 @@ class Sender:
         if following is not None:
             with self._progress:
                 self._finished.add(self._spool.writer)
-                self._spool, self._acknowledged = following, 0
+                self._spool, self._acknowledged, self._sent = following, 0, 0
                 self._progress.notify_all()

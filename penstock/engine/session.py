@@ -14,6 +14,7 @@ import logging
 import pickle
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,15 +22,23 @@ from typing import Any
 from penstock import errors
 from penstock.engine import (
     compile,  # noqa: A004 - the house's word
+    hook_calls,
     invoke,
     items,
+    lookups,
     losses,
     nested,
     outcomes,
     payload,
+    placement,
     recipes,
     remaking,
+    results,
+    run_context,
+    seeds,
+    skipping,
     values,
+    venues,
     waiting,
 )
 from penstock.engine.buffer import Buffer
@@ -44,8 +53,12 @@ from penstock.engine.quarantine import Quarantine
 from penstock.engine.results import ResultOptions
 from penstock.engine.states import Position, StateType, advance
 from penstock.runners import worker_runtime
-from penstock.runners.base import UNSENT, Key, Ref, Report, TaskRunner, new_tag
+from penstock.runners.base import UNSENT, Key, Options, Ref, Report, Submission, TaskRunner, new_tag
 from penstock.settings import settings
+
+log = logging.getLogger("penstock.flow_runs")
+PATIENCE = 10.0
+"""Seconds after which is looked whether a task that asks for special workers can run at all."""
 
 
 class Session:
@@ -77,6 +90,8 @@ class Session:
         self.made = recipes.Made()
         self._scopes: dict[FlowRun | None, Scope] = {}
         self._results: dict[FlowRun | None, tuple[Any, ...]] = {}
+        self._abouts: dict[FlowRun, tuple[int, bytes]] = {}
+        self._parameters: dict[FlowRun | None, str | None] = {}
         self._functions: dict[
             int, tuple[Any, bytes]
         ] = {}  # the function is kept, so that its id stays its own
@@ -84,9 +99,18 @@ class Session:
         self._counter = itertools.count()
         self.buffer = Buffer(self._pump)
         self.quarantine = Quarantine()
+        self.ordinals: seeds.Ordinals | None = None
+        self.venues = venues.Venues()
+        self.unplaced: weakref.WeakSet[TaskRun] = (
+            weakref.WeakSet()
+        )  # no worker can run them, when last looked at
+        self._crossed: weakref.WeakKeyDictionary[TaskRun, Ref] = weakref.WeakKeyDictionary()
+        self.hooks = hook_calls.HookCalls(self)
         self._alarm: Alarm | None = None
         self.bytes_fetched = 0
-        self.fetched: dict[Key, Any] = {}  # the chunk that was fetched last, at most 8 MB
+        self.fetched: weakref.WeakKeyDictionary[Ref, Any] = (
+            weakref.WeakKeyDictionary()
+        )  # the chunk that was fetched last, at most 8 MB
         self.failures = 0
         self.live: dict[TaskRun, None] = {}
         runner.listen(self.tag, self._receive)
@@ -108,10 +132,27 @@ class Session:
             "flow_run_name": flow.name if flow else "",
             "flow": flow.flow.name if flow else "",
             "depth": scope.depth + 1,
+            "seed": seeds.seed_around(scope),
             "prints": scope.log_prints,
             "runner": self.runner.inside(),
             "results": self._results_of(flow),
+            "about": self._about(flow),
+            "parameters": self._parameters_of(flow),
         }
+
+    def _about(self, flow: FlowRun | None) -> bytes:
+        """Return what `run_context` tells of a flow run in another process; packed once per attempt."""
+        if flow is None or self.in_process:
+            return b""
+        found = self._abouts.get(flow)
+        if found is None or found[0] != flow.position.attempt:
+            found = self._abouts[flow] = (flow.position.attempt, run_context.pack_flow(flow))
+        return found[1]
+
+    def _parameters_of(self, flow: FlowRun | None) -> str | None:
+        if flow not in self._parameters:
+            self._parameters[flow] = lookups.parameters_digest(flow) if flow is not None else None
+        return self._parameters[flow]
 
     def _results_of(self, flow: FlowRun | None) -> tuple[Any, ...]:
         packed = self._results.get(flow)
@@ -127,6 +168,22 @@ class Session:
         if found is None:
             found = self._functions[id(task.fn)] = (task.fn, payload.pack_function(task.fn))
         return found[1]
+
+    def predicate(self, task: Any) -> Any:
+        """Return what asks whether a run of a task is to be skipped, as the runner needs it."""
+        ask = task.options.skip_if
+        if ask is None or self.in_process:
+            return ask
+        found = self._functions.get(id(ask))
+        if found is None:
+            found = self._functions[id(ask)] = (ask, payload.pack_function(ask))
+        return found[1]
+
+    def skip(self, run: TaskRun, scope: Scope, message: str, **details: Any) -> None:
+        """Take over a run that is skipped before anybody sends it."""
+        self.hold([run], scope)
+        with self.changing():
+            self.settle(run, StateType.SKIPPED, None, message, **details)
 
     def functions(self, packed: Sequence[bytes]) -> bytes:
         """Return the functions of a chunk as one; the same bytes for the same functions."""
@@ -161,20 +218,42 @@ class Session:
         run = source.run
         assert run is not None
         if run.session is not self:
-            source.ref = self.runner.put(values.results([run], raise_on_failure=False))[0]
+            source.ref = self._crossing(run, source.tolerant)
             return source.ref, None
-        if run.done and not run.completed:  # `allow_failure`: the exception is the value
-            source.ref = self.runner.put([values.exception_of(run)])[0]
+        if run.done and not run.completed:  # `allow_failure`, `on_skip`
+            source.ref = self.runner.put([values.stand_in(run, source.tolerant)])[0]
             return source.ref, None
-        if run.items is not None and run.value is None:
+        if (run.items is not None and run.value is None) or (
+            run.child_flow_run is not None and run.ref is None
+        ):
             values.results([run])
         if run.ref is None:
             assert run.done, f"{run.name!r} has no value yet"  # never send None in its place
-            run.ref, run.place = self.runner.put(values.results([run]))[0], -1
+            run.ref, run.place = self.runner.put([run.value])[0], -1
         place = run.place if run.place >= 0 else None
         if run.ref.handle is UNSENT:  # goes in the same batch: the backend knows it by its key
             return Ref(run.ref.key, None), place
         return run.ref, place
+
+    def _crossing(self, run: TaskRun, tolerant: int) -> Ref:
+        """Bring a value from another session's runner to this one's, once, and say how large it is."""
+        found = self._crossed.get(run)
+        if found is None:
+            completed = not run.done or run.completed
+            value = values.results([run])[0] if completed else values.stand_in(run, tolerant)
+            found = self.runner.put([value])[0]
+            if completed:
+                self._crossed[run] = found
+            here, there = self.runner, run.carrier.runner
+            if here is not there and run.nbytes >= settings().large_argument:
+                text = (
+                    f"the value of {run.name!r}, {run.nbytes} bytes, moves from {there.name} to {here.name} "
+                    "through the driver"
+                )
+                log.warning("%s", text)
+                if run.flow_run is not None:
+                    self.journal.flow_lines(run.flow_run, [[time.time(), "WARNING", text]])
+        return found
 
     def orders(self, source: Source) -> bool:
         """Whether an edge of ``wait_for`` has to be known to the backend."""
@@ -193,6 +272,7 @@ class Session:
             If a run would have to wait for the one that submits it.
         """
         self._check_depth(scope, runs[0])
+        lookups.find(self, runs)
         running = worker_runtime.current()
         if running is not None:  # a task ends when its children have ended
             nested.children_of(running, self).runs.update(runs)
@@ -268,9 +348,6 @@ class Session:
         upstream.session.add_callback(upstream, lambda _: self.later(ended))
 
     def _check_depth(self, scope: Scope, run: TaskRun) -> None:
-        if scope.flow_run is not None and scope.flow_run.cancelled:
-            message = f"flow run {scope.flow_run.name!r} was cancelled; it submits nothing more."
-            raise errors.CancelledRun(message).of_run(scope.flow_run.id)
         limit = settings().tasks_max_nesting
         if scope.depth >= limit:
             names = [run.task.name]
@@ -311,6 +388,9 @@ class Session:
             if one.cancelling and not one.done:  # it was asked to stop while it was taken back
                 self.settle(one, StateType.CANCELLED, None, "Cancelled before it started.")
                 continue
+            if one.hit is not None:
+                self._take_hit(one)
+                continue
             if self.quarantine.add(one):
                 continue
             self.buffer.add(one, leading=leading)
@@ -318,6 +398,18 @@ class Session:
                 one.released = True
                 pending.extend(self.graph.released(one))
             # an element is handed out when its packer lets it go (`_take`)
+
+    def _take_hit(self, run: TaskRun) -> None:
+        """A run has a stored result: it ends without having begun, and its value stays where it is."""
+        run.stored = run.hit
+        assert run.stored is not None
+        run.nbytes = run.stored["nbytes"]
+        self.settle(run, StateType.COMPLETED, "Cached", stored=results.location(run.stored))
+
+    @staticmethod
+    def keep_stored_only(run: TaskRun) -> None:
+        """Keep no copy of a stored value in memory."""
+        run.hit, run.key, run.ref, run.value, run.place = run.stored, None, None, None, -1
 
     def flush(self) -> None:
         """Send whatever waits: somebody looks at a future."""
@@ -370,6 +462,7 @@ class Session:
                 ]
             )
             return
+        self._watch(submissions)
         unwanted = []
         with self.lock:
             for ref in sent:
@@ -382,6 +475,41 @@ class Session:
                     owner.ref = ref
         if unwanted:
             self.runner.cancel(unwanted)
+
+    def _watch(self, submissions: Sequence[Submission]) -> None:
+        """Look after a while whether what asks for special workers can run at all."""
+        asking = {  # nothing else of a submission: its references keep values
+            one.key: one.options
+            for one in submissions
+            if one.options.resources or one.options.workers or one.options.threads > 1
+        }
+        if asking:
+            clock.call_later(PATIENCE, lambda: self._look(asking))
+
+    def _look(self, asking: dict[Key, Options]) -> None:
+        waiting = {key: options for key, options in asking.items() if key in self._sent}
+        reasons: list[tuple[Options, str]] = []
+        for options in waiting.values():
+            if all(known != options for known, _ in reasons):
+                with contextlib.suppress(Exception):  # the backend may be gone by now
+                    reasons.append((options, self.runner.unmet(options)))
+        if not any(reason for _, reason in reasons):
+            return
+        with self.changing():
+            for key, options in waiting.items():
+                reason = next((text for known, text in reasons if known == options), "")
+                unit = self._sent.get(key)
+                if reason and unit is not None:
+                    self._say_unplaced(list(unit.runs) if isinstance(unit, Chunk) else [unit], reason)
+
+    def _say_unplaced(self, runs: Sequence[TaskRun], reason: str) -> None:
+        message = str(placement.Unplaced(runs[0].task.name, reason))
+        log.warning("%s", message)
+        for run in runs:
+            if not run.done and run.type is StateType.PENDING:
+                run.message = message
+                self.unplaced.add(run)
+                self.journal.task_state(run)
 
     def _take(self) -> list[TaskRun | Chunk]:
         """Take what goes now out of the buffer; where the backend knows dependencies, what hangs on it too."""
@@ -605,11 +733,13 @@ class Session:
             run.ref = None
             self.failures += 1
         self.live.pop(run, None)
+        held = bool(run.task.options.hooks) and self.hooks.ended(run)
         if run.flow_run is not None:
-            run.flow_run.live.pop(run, None)
+            if not held:
+                run.flow_run.live.pop(run, None)
             run.flow_run.finished += 1
         self.journal.add(run, details)
-        self._let_dependants_go(run)
+        self._let_dependants_go(run, held=held)
 
     def complete(
         self, runs: Sequence[TaskRun], started: Sequence[float], seconds: Sequence[float], peak: int
@@ -629,6 +759,7 @@ class Session:
         before: Position | None = None
         after = runs[0].position
         flow_run = runs[0].flow_run
+        hooks = runs[0].task.options.hooks
         for run in runs:
             if run.position is not before:
                 before = run.position
@@ -638,10 +769,13 @@ class Session:
             run.done = True
             run.ended = now
             self.live.pop(run, None)
-            if flow_run is not None:
+            if hooks:
+                self.hooks.started(run)
+            held = bool(hooks) and self.hooks.ended(run)
+            if flow_run is not None and not held:
                 flow_run.live.pop(run, None)
             if run.dependants is not None or run.callbacks is not None:
-                self._let_dependants_go(run)
+                self._let_dependants_go(run, held=held)
             else:
                 if not self.in_process:
                     run.recipe = recipes.of(run)
@@ -658,8 +792,8 @@ class Session:
             self.made.add([run])
             run.recipe = recipes.of(run)
 
-    def _let_dependants_go(self, run: TaskRun) -> None:
-        """A run has ended: say so to those that wait for it."""
+    def _let_dependants_go(self, run: TaskRun, *, held: bool = False) -> None:
+        """A run has ended: say so to those that wait for it; users hear of it when its hooks have ended, too."""
         ready, dead = self.graph.ended(run)
         self._remember(run)
         run.call = run.mapped = None
@@ -667,9 +801,19 @@ class Session:
             self._release(one)
         for one in dead:
             self._never(one, run)
+        if not held:
+            self._call_back(run)
+
+    def _call_back(self, run: TaskRun) -> None:
         for callback in run.callbacks or ():
             self.journal.callbacks.append(functools.partial(_call_back, callback, run))
         run.callbacks = None
+
+    def settled(self, run: TaskRun) -> None:
+        """The hooks of a run that has ended have ended, too (the caller holds the lock)."""
+        if run.flow_run is not None:
+            run.flow_run.live.pop(run, None)
+        self._call_back(run)
 
     def _never(self, run: TaskRun, upstream: TaskRun) -> None:
         """An upstream ended without a value: the run will never start."""
@@ -680,8 +824,8 @@ class Session:
             self.settle(run, StateType.CANCELLED, None, "Cancelled before it started.")
             return
         if upstream.type is StateType.SKIPPED:
-            reason = f"Upstream task run '{upstream.id}' was skipped: {upstream.message}"
-            self.settle(run, StateType.SKIPPED, None, reason, upstream=upstream.id)
+            run.error = skip = skipping.passed_on(upstream)
+            self.settle(run, StateType.SKIPPED, None, str(skip), upstream=skip.run_id)
             return
         message = f"Upstream task run '{upstream.id}' did not reach a 'COMPLETED' state."
         unfinished = errors.UnfinishedRun(message).of_run(run.id)
@@ -765,6 +909,9 @@ class Session:
 
     def _release_again(self, run: TaskRun) -> None:
         if not run.done and not run.released:
+            if run.type is StateType.SCHEDULED:
+                run.position = advance(run.position, StateType.RUNNING, "Retrying", run.next_attempt)
+                self.journal.task_state(run)
             self._release(run)
 
     def _fail(self, run: TaskRun, error: Exception) -> None:
@@ -785,7 +932,7 @@ class Session:
     def add_callback(self, run: TaskRun, call: Callable[[TaskRun], None]) -> None:
         """Call once when the run has ended, at once if it has."""
         with self.lock:
-            if not run.done:
+            if not run.done or self.hooks.holds(run):
                 run.callbacks = [*(run.callbacks or ()), call]
                 return
         _call_back(call, run)

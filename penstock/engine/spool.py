@@ -329,6 +329,19 @@ def remove_signs(directory: Path) -> None:
                 lock.release()
 
 
+def holder(path: Path) -> int | None:
+    """Return the id of the process that holds the lock of a spool; None where the kernel does not tell."""
+    try:
+        inode = path.stat().st_ino
+        for line in Path("/proc/locks").read_text().splitlines():
+            words = line.split()
+            if len(words) > 5 and words[1] == "FLOCK" and words[5].rpartition(":")[2] == str(inode):
+                return int(words[4]) if int(words[4]) > 0 else None
+    except (OSError, ValueError):
+        pass
+    return None
+
+
 def mend(path: Path, reader: SpoolReader) -> int:
     """Cut what follows the last complete frame of a dead writer's spool.
 

@@ -7,11 +7,13 @@ it, in the store the ingest orders what drivers sent; nothing else changes a sta
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 from penstock import errors
+from penstock.engine import markup
 
 
 class StateType(str, Enum):
@@ -250,13 +252,25 @@ class State:
         """Whether the run has ended."""
         return self.type.is_final
 
-    def result(self, raise_on_failure: bool = True) -> Any:
+    def _repr_html_(self) -> str:
+        """Show in a notebook."""
+        rows: list[tuple[str, str]] = [("Message", self.message)] if self.message else []
+        rows += [(name, str(value)) for name, value in self.state_details.items() if value is not None]
+        if self.data is not None and not isinstance(self.data, Stored):
+            kind = type(self.data).__name__
+            shown = f"{kind}: {self.data}" if isinstance(self.data, BaseException) else kind
+            rows.append(("Data", shown))
+        return markup.card("State", "", [("State", markup.badge(self.type, self.name)), *rows])
+
+    def result(self, raise_on_failure: bool = True, retry_result_failure: bool = True) -> Any:
         """Return the value of the run, fetched if needed.
 
         Parameters
         ----------
         raise_on_failure : bool
             False gives the exception instead of raising it.
+        retry_result_failure : bool
+            Try once more if the value cannot be fetched or loaded.
 
         Raises
         ------
@@ -265,14 +279,14 @@ class State:
             none; `UnfinishedRun` if it has not ended; `MissingResult` if its value is gone.
         """
         try:
-            return self._result(raise_on_failure)
+            return self._result(raise_on_failure, retry_result_failure)
         except BaseException as error:
             errors.hide_frames(error)
             raise
 
-    def _result(self, raise_on_failure: bool) -> Any:
+    def _result(self, raise_on_failure: bool, again: bool) -> Any:
         if self.type is StateType.COMPLETED:
-            return self.data.load() if isinstance(self.data, Stored) else self.data
+            return _loaded(self.data, again) if isinstance(self.data, Stored) else self.data
         if self.type is StateType.SKIPPED:
             return None
         error = failure_of(self)
@@ -287,6 +301,95 @@ class Stored:
     def load(self) -> Any:
         """Return the value."""
         raise NotImplementedError
+
+
+def _loaded(data: Stored, again: bool) -> Any:
+    try:
+        return data.load()
+    except (OSError, errors.StorageRefused):
+        if not again:
+            raise
+        return data.load()
+
+
+class StateGroup:
+    """Counts of several states, such as those of the members of a flow.
+
+    Parameters
+    ----------
+    states : iterable of State
+        In any order.
+
+    Attributes
+    ----------
+    states : list of State
+        As given.
+    total_count, completed_count, skipped_count, cancelled_count, paused_count, not_final_count : int
+        How many there are of each kind.
+    fail_count : int
+        FAILED and CRASHED together.
+    """
+
+    def __init__(self, states: Iterable[State]) -> None:
+        self.states = list(states)
+        self.total_count = len(self.states)
+        self.completed_count = self._count(StateType.COMPLETED)
+        self.skipped_count = self._count(StateType.SKIPPED)
+        self.fail_count = self._count(StateType.FAILED) + self._count(StateType.CRASHED)
+        self.cancelled_count = self._count(StateType.CANCELLED)
+        self.paused_count = self._count(StateType.PAUSED)
+        self.not_final_count = sum(not state.is_final() for state in self.states)
+
+    def _count(self, kind: StateType) -> int:
+        return sum(state.type is kind for state in self.states)
+
+    def all_completed(self) -> bool:
+        """Whether every one completed or was skipped, and one at least completed."""
+        done = self.completed_count + self.skipped_count
+        return done == self.total_count and (self.completed_count > 0 or self.total_count == 0)
+
+    def all_skipped(self) -> bool:
+        """Whether there are any, and every one was skipped."""
+        return 0 < self.total_count == self.skipped_count
+
+    def any_failed(self) -> bool:
+        """Whether any failed or crashed."""
+        return self.fail_count > 0
+
+    def any_cancelled(self) -> bool:
+        """Whether any was cancelled."""
+        return self.cancelled_count > 0
+
+    def any_paused(self) -> bool:
+        """Whether any waits for somebody."""
+        return self.paused_count > 0
+
+    def all_final(self) -> bool:
+        """Whether every one has ended."""
+        return self.not_final_count == 0
+
+    def counts_message(self) -> str:
+        """Say in words how many there are of each kind."""
+        parts = [
+            f"{count}/{self.total_count} states {word}"
+            for count, word in (
+                (self.not_final_count, "are not final"),
+                (self.fail_count, "failed"),
+                (self.cancelled_count, "cancelled"),
+                (self.paused_count, "paused"),
+                (self.skipped_count, "skipped"),
+            )
+            if count
+        ]
+        return (", ".join(parts) or "All states completed") + "."
+
+    def __len__(self) -> int:
+        """How many states there are."""
+        return self.total_count
+
+    def __repr__(self) -> str:
+        """Show the counts."""
+        return f"<StateGroup {self.counts_message()}>"
 
 
 def failure_of(state: State) -> BaseException:
@@ -315,7 +418,14 @@ def failure_of(state: State) -> BaseException:
     return kind(text or f"the run ended as {state.name}").of_run(run_id)
 
 
-def _constructor(kind: StateType, name: str) -> Any:
+class Constructor(Protocol):
+    """What makes a state of one type."""
+
+    def __call__(self, message: str = "", data: Any = None, name: str = ..., **details: Any) -> State:
+        """Make the state."""
+
+
+def _constructor(kind: StateType, name: str) -> Constructor:
     def make(message: str = "", data: Any = None, name: str = name, **details: Any) -> State:
         return State(kind, name, message, data, details)
 
@@ -325,6 +435,7 @@ def _constructor(kind: StateType, name: str) -> Any:
 
 
 Scheduled = _constructor(_S, "Scheduled")
+Late = _constructor(_S, "Late")
 AwaitingRetry = _constructor(_S, "AwaitingRetry")
 Pending = _constructor(_P, "Pending")
 Running = _constructor(_R, "Running")

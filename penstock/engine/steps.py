@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from penstock import errors
 from penstock.engine import waiting
 from penstock.engine.futures import PenstockFuture
+from penstock.engine.interruption import Interruption
 from penstock.runners import worker_runtime
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class Invoke:
         Call it in another thread, because this one's stack is deep.
     name : str
         Of the run, for the message of a time-out.
+    interruption : Interruption or None
+        By which the code is made to stop.
     """
 
     function: Callable[..., Any]
@@ -46,20 +49,34 @@ class Invoke:
     timeout: float | None = None
     fresh_stack: bool = False
     name: str = ""
+    interruption: Interruption | None = None
 
 
 @dataclass(slots=True)
 class Wait:
-    """Wait until runs have ended."""
+    """Wait until runs have ended, or, with `heed`, until the flow around is to stop."""
 
     runs: Sequence[TaskRun]
+    heed: bool = False
 
 
 @dataclass(slots=True)
 class Sleep:
-    """Let time pass."""
+    """Let time pass, or less if somebody asks the flow to stop."""
 
     seconds: float
+    interruption: Interruption | None = None
+
+
+class Enough(BaseException):
+    """Whoever iterates wants no more; GeneratorExit itself cannot be answered by further steps."""
+
+
+@dataclass(slots=True)
+class Give:
+    """Give an item to whoever iterates, and go on when the next one is asked for."""
+
+    item: Any
 
 
 Steps = Generator[Any, Any, Any]
@@ -68,6 +85,48 @@ Steps = Generator[Any, Any, Any]
 def drive(steps: Steps) -> Any:
     """Carry steps out, blocking, and return what the generator returns."""
     return _loop(steps, _carry_out)
+
+
+def drive_giving(steps: Steps) -> Iterator[Any]:
+    """Carry steps out, blocking, while the caller draws what they give."""
+    answer: Any = None
+    error: BaseException | None = None
+    while True:
+        try:
+            step = steps.throw(error) if error is not None else steps.send(answer)
+        except StopIteration:
+            return
+        answer, error = None, None
+        try:
+            if isinstance(step, Give):
+                yield step.item
+            else:
+                answer = _carry_out(step)
+        except GeneratorExit:
+            error = Enough()
+        except BaseException as raised:
+            error = raised
+
+
+async def drive_giving_awaiting(steps: Steps) -> AsyncIterator[Any]:
+    """Carry steps out without blocking the event loop, while the caller draws what they give."""
+    answer: Any = None
+    error: BaseException | None = None
+    while True:
+        try:
+            step = steps.throw(error) if error is not None else steps.send(answer)
+        except StopIteration:
+            return
+        answer, error = None, None
+        try:
+            if isinstance(step, Give):
+                yield step.item
+            else:
+                answer = await _carry_out_awaiting(step)
+        except GeneratorExit:
+            error = Enough()
+        except BaseException as raised:
+            error = raised
 
 
 def _loop(steps: Steps, carry_out: Callable[[Any], Any]) -> Any:
@@ -87,10 +146,13 @@ def _loop(steps: Steps, carry_out: Callable[[Any], Any]) -> Any:
 
 def _carry_out(step: Any) -> Any:
     if isinstance(step, Wait):
-        waiting.wait(step.runs)
+        waiting.wait(step.runs, heed=step.heed)
         return None
     if isinstance(step, Sleep):
-        time.sleep(step.seconds)
+        if step.interruption is not None:
+            step.interruption.sleep(step.seconds)
+        else:
+            time.sleep(step.seconds)
         return None
     call = step.function
     if step.fresh_stack:
@@ -99,8 +161,13 @@ def _carry_out(step: Any) -> Any:
         begun = time.monotonic()
         try:
             with worker_runtime.interrupted_after(step.timeout, step.name):
-                value = call(*step.args, **step.kwargs)
+                if step.interruption is not None:
+                    value = step.interruption.call(call, step.args, step.kwargs)
+                else:
+                    value = call(*step.args, **step.kwargs)
         except worker_runtime.TimedOut as error:
+            if step.timeout is None or time.monotonic() - begun < step.timeout:
+                raise  # the time of what surrounds this call
             raise _timed_out(step.name, step.timeout) from error
         if step.timeout is not None and time.monotonic() - begun > step.timeout:  # not interruptible here
             raise _timed_out(step.name, step.timeout)
@@ -124,21 +191,30 @@ async def drive_awaiting(steps: Steps) -> Any:
             return stop.value
         answer, error = None, None
         try:
-            if isinstance(step, Wait):
-                for run in step.runs:
-                    await PenstockFuture(run).settled()
-            elif isinstance(step, Sleep):
-                await asyncio.sleep(step.seconds)
-            else:
-                answer = await _await_call(step)
+            answer = await _carry_out_awaiting(step)
         except BaseException as raised:
             error = raised
+
+
+async def _carry_out_awaiting(step: Any) -> Any:
+    if isinstance(step, Wait):
+        for run in step.runs:
+            await PenstockFuture(run).settled()
+        return None
+    if isinstance(step, Sleep):
+        if step.interruption is not None:
+            return await step.interruption.await_sleep(step.seconds)
+        return await asyncio.sleep(step.seconds)
+    return await _await_call(step)
 
 
 async def _await_call(step: Invoke) -> Any:
     try:
         async with asyncio.timeout(step.timeout) as limit:
-            return await step.function(*step.args, **step.kwargs)
+            if step.interruption is not None:
+                return await step.interruption.await_call(step.function, step.args, step.kwargs)
+            value = step.function(*step.args, **step.kwargs)
+            return await value if inspect.isawaitable(value) else value
     except TimeoutError as error:
         if limit.expired():
             raise _timed_out(step.name, step.timeout) from error

@@ -6,37 +6,52 @@ import asyncio
 import functools
 import inspect
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from dataclasses import replace as with_fields
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast, overload
 
 from penstock import errors
-from penstock.engine import ambient, direct, mapping
+from penstock.engine import ambient, direct, lookups, mapping, payload, placement, revision, skipping
+from penstock.engine.annotations import TOLERANCE_OF
+from penstock.engine.cache import CachePolicy, read_cache_options
 from penstock.engine.caller import Caller, wait_sources
-from penstock.engine.calls import Bound, Call, TaskRun
+from penstock.engine.calls import Bound, Call, Source, TaskRun
 from penstock.engine.context import Scope, current_tags
-from penstock.engine.futures import PenstockFuture, PenstockFutureList
+from penstock.engine.futures import PenstockFuture, PenstockFutureList, run_of
+from penstock.engine.hooks import H, Hook, read_hooks
 from penstock.engine.options import (
     NOT_GIVEN,
     RunName,
     TaskOptions,
     backend_options,
     changed,
+    changed_hooks,
     changed_results,
+    check_callables,
     check_choices,
     check_signature,
+    needs_values,
     retry_policy,
     run_name,
+    view,
+    warn_unused,
 )
+from penstock.engine.payload import serializer_of
 from penstock.engine.refs import replace
 from penstock.engine.results import Persistence, Storage, read_options
-from penstock.engine.retry import DelayOption
-from penstock.engine.steps import drive, drive_awaiting
+from penstock.engine.retry import CRASH_RETRIES, DelayOption
+from penstock.engine.seeds import next_ordinal
+from penstock.engine.steps import Steps, drive, drive_awaiting, drive_giving, drive_giving_awaiting
+from penstock.engine.venues import check_wish
 
 if TYPE_CHECKING:
     from penstock.engine.states import State
+    from penstock.runners.base import TaskRunner
 
 P = ParamSpec("P")
 R = TypeVar("R")
 S = TypeVar("S")
+TimeoutAction = Literal["abandon", "kill_worker"]
 
 
 class Task(Generic[P, R]):
@@ -65,11 +80,16 @@ class Task(Generic[P, R]):
     retry_condition_fn : callable, optional
         ``(task, task_run, state) -> bool``: whether to try again.
     crash_retries : int
-        Further attempts after the loss of a worker.
+        Further attempts after the loss of a worker: one if not given, and none where the worker
+        ran out of memory, since the same size would not fit again.
     idempotent : bool
         False: never started twice by penstock; a loss is the end.
     timeout_seconds : float, optional
-        From the start of user code; then the run is FAILED with the name "TimedOut".
+        From the start of user code; then the run is FAILED with the name "TimedOut", on every runner.
+    timeout_action : {"abandon", "kill_worker"}
+        What becomes of the code: it is asked to stop, and what cannot be interrupted, such as a call
+        into C, is left to end by itself; or the process that runs it is ended, on Dask with
+        everything else that runs there. A process of the process pool is ended in any case, a thread never.
     log_prints : bool, optional
         Whether `print` writes to the log of the run; the flow's choice by default.
     inputs : {"readonly", "copy", "shared"}
@@ -77,13 +97,24 @@ class Task(Generic[P, R]):
     chunk_size : int or "auto"
         Elements of a map in one unit of work.
     resources : mapping, optional
-        What a worker must offer, such as ``{"GPU": 1}``.
+        What one worker must offer: ``{"GPU": 1, "memory": "20GB"}``. GPUs and memory are Ray's own words;
+        on Dask they are resources that workers declare, or the memory limit of a worker. What no worker
+        offers waits for one that does, and says so.
     threads : int
         Cores that one call uses.
     workers : str or iterable of str, optional
         Where to run (Dask).
     priority : int
         Higher runs first.
+    on_skip : {"skip", "none", "run"}
+        What a skipped upstream means: this run is skipped, too; it runs with None in the place of the
+        value; it runs with the SKIPPED state there.
+    skip_if : callable, optional
+        Asked before a run starts, with those of its parameters that it names (or ``parameters``, the dict
+        of all): a true answer skips the run, a string is the reason.
+    task_runner : str, type or TaskRunner, optional
+        Where it runs if submitted, instead of the flow's runner: a name in the mapping that the flow has
+        for its `task_runner`, or a runner. Values from other runners come through the driver.
     persist_result : bool or "large", optional
         Whether the worker stores the result where it outlives the run's memory, before the run
         counts as completed; "large" only from ``PENSTOCK_LARGE_ARGUMENT`` bytes. The flow's choice by default.
@@ -91,10 +122,28 @@ class Task(Generic[P, R]):
         Where: a directory or any URL of fsspec; ``storage`` in ``PENSTOCK_HOME`` by default.
     result_storage_key : str, optional
         Template for the place there, of ``{task_run.id}``, ``{task_run.name}``, ``{flow_run.id}``,
-        ``{flow_run.name}``, ``{task.name}`` and ``{index}``. A later run replaces an earlier one.
-    result_serializer : str, optional
+        ``{flow_run.name}``, ``{task.name}``, ``{index}`` and ``{parameters[x]}``. A later run replaces
+        an earlier one.
+    result_serializer : str or object, optional
         "pickle", "json", "npy", "npz", "arrow", "parquet", "zarr", "compressed/pickle",
-        "compressed/json"; by the value if not given.
+        "compressed/json", or an object with ``dumps`` and ``loads``; by the value if not given.
+    on_completion, on_failure, on_running, on_skipped : list of callable, optional
+        Called in the driver as ``hook(task, task_run, state)``, coroutine functions too: before the
+        future counts as done, while dependants go on. `on_failure` when no attempt is left, also after a
+        crash; `on_running` at each attempt.
+    viz_return_value, asset_deps : object, optional
+        Taken for the sake of existing scripts, and ignored with a warning.
+    cache_policy : CachePolicy, optional
+        When two calls have one result: `INPUTS`, `TASK_SOURCE`, `RUN_ID`, `FLOW_PARAMETERS`, sums of
+        them, or one of your own. If not given: `DEFAULT`, where results are stored; None is `NO_CACHE`.
+    cache_key_fn : callable, optional
+        ``(context, arguments) -> key``, in the place of a policy.
+    cache_expiration : timedelta or float, optional
+        How long after it was stored a result is taken; a number is seconds.
+    refresh_cache : bool, optional
+        Run, and store the result in the place of the old one.
+    cache_result_in_memory : bool
+        False: a stored result is read from its storage whenever it is needed.
     """
 
     def __init__(
@@ -110,37 +159,51 @@ class Task(Generic[P, R]):
         retry_delay_seconds: DelayOption = None,
         retry_jitter_factor: float | None = None,
         retry_condition_fn: Callable[..., Any] | None = None,
-        crash_retries: int = 1,
+        crash_retries: int = CRASH_RETRIES,
         idempotent: bool = True,
         timeout_seconds: float | None = None,
+        timeout_action: TimeoutAction = "abandon",
         log_prints: bool | None = None,
         inputs: Literal["readonly", "copy", "shared"] = "readonly",
         chunk_size: int | Literal["auto"] = "auto",
-        resources: Mapping[str, float] | None = None,
+        resources: Mapping[str, float | str] | None = None,
         threads: int = 1,
         workers: Iterable[str] | str | None = None,
         priority: int = 0,
+        on_skip: Literal["skip", "none", "run"] = "skip",
+        skip_if: Callable[..., Any] | None = None,
+        task_runner: str | type[TaskRunner] | TaskRunner | None = None,
         persist_result: Persistence = None,
         result_storage: Storage = None,
         result_storage_key: str | None = None,
-        result_serializer: str | None = None,
+        result_serializer: Any = None,
+        on_completion: Iterable[Hook] | None = None,
+        on_failure: Iterable[Hook] | None = None,
+        on_running: Iterable[Hook] | None = None,
+        on_skipped: Iterable[Hook] | None = None,
+        viz_return_value: Any = None,
+        asset_deps: Any = None,
+        cache_policy: CachePolicy | None = NOT_GIVEN,
+        cache_key_fn: Callable[..., str | None] | None = None,
+        cache_expiration: timedelta | float | None = None,
+        refresh_cache: bool | None = None,
+        cache_result_in_memory: bool = True,
     ) -> None:
+        self._kind: Any = type(fn)  # of a method: whether it gets the instance, the class, or nothing
+        if isinstance(fn, (staticmethod, classmethod)):
+            fn = cast("Callable[P, R]", fn.__func__)
         if not callable(fn):
             message = f"@task needs a function, got {type(fn).__name__}."
             raise TypeError(message)
-        if isinstance(fn, (staticmethod, classmethod)):
-            fn = cast("Callable[P, R]", fn.__func__)
-        if retry_condition_fn is not None and not callable(retry_condition_fn):
-            message = f"Expected `retry_condition_fn` to be callable, got {type(retry_condition_fn).__name__} instead."
-            raise TypeError(message)
-        if task_run_name is not None and not isinstance(task_run_name, str) and not callable(task_run_name):
-            kind = type(task_run_name).__name__
-            message = f"Expected string or callable for 'task_run_name'; got {kind} instead."
-            raise TypeError(message)
-        check_choices(inputs, chunk_size, timeout_seconds)
+        check_callables(retry_condition_fn, task_run_name, "task_run_name")
+        warn_unused(viz_return_value=viz_return_value, asset_deps=asset_deps)
+        check_wish(task_runner)
+        check_choices(inputs, chunk_size, timeout_seconds, timeout_action)
+        skipping.check(on_skip)
         self.fn = fn
-        self.isasync = inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(type(fn).__call__)
-        self.yields = inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn)
+        inner = _called(fn)
+        self.isasync = inspect.iscoroutinefunction(inner)
+        self.yields = inspect.isgeneratorfunction(inner) or inspect.isasyncgenfunction(inner)
         functools.update_wrapper(self, fn, updated=())
         self.signature = check_signature(fn)
         own = getattr(fn, "__name__", None) or type(fn).__name__
@@ -160,13 +223,37 @@ class Task(Generic[P, R]):
             retry_delay_seconds=retry_delay_seconds,
             retry_condition_fn=retry_condition_fn,
             timeout_seconds=timeout_seconds,
+            timeout_action=timeout_action,
             log_prints=log_prints,
             inputs=inputs,
             chunk_size=chunk_size,
             idempotent=idempotent,
             backend=backend_options(resources, threads, workers, once=not idempotent),
             priority=priority,
-            results=read_options(persist_result, result_storage, result_storage_key, result_serializer),
+            on_skip=on_skip,
+            skip_if=skipping.asker(self.signature, skip_if),
+            task_runner=task_runner,
+            hooks=read_hooks(
+                "task",
+                on_completion=on_completion,
+                on_failure=on_failure,
+                on_running=on_running,
+                on_skipped=on_skipped,
+            ),
+            results=read_options(
+                persist_result,
+                result_storage,
+                result_storage_key,
+                serializer_of(result_serializer),
+                read_cache_options(
+                    cache_policy,
+                    cache_key_fn,
+                    cache_expiration,
+                    refresh_cache,
+                    cache_result_in_memory,
+                    persist_result,
+                ),
+            ),
         )
 
     # -- what it is -----------------------------------------------------------------------------
@@ -185,6 +272,20 @@ class Task(Generic[P, R]):
         """Further attempts after a failure."""
         return self.options.retry.retries
 
+    @property
+    def version(self) -> str:
+        """What tells this code from that of yesterday: as given, else the git revision, else a hash."""
+        return self.options.version or revision.version_of(self.fn)
+
+    @functools.cached_property
+    def task_key(self) -> str:
+        """Name of the code: ``qualname-<8 digits of its hash>``."""
+        return revision.task_key(self.fn)
+
+    def __getattr__(self, name: str) -> Any:
+        """Show an option under its name."""
+        return view(self, name)
+
     def __repr__(self) -> str:
         """Show the name."""
         return f"<Task {self.name}>"
@@ -194,8 +295,10 @@ class Task(Generic[P, R]):
     @overload
     def __get__(self, instance: object, owner: type) -> Task[..., R]: ...
     def __get__(self, instance: object, owner: type) -> Task[..., R]:
-        """Bind to an instance: a method can be a task, and ``self`` is its first parameter."""
-        if instance is None:
+        """Bind to an instance or class: a method can be a task, and ``self`` is its first parameter."""
+        if self._kind is classmethod:
+            instance = owner
+        if instance is None or self._kind is staticmethod:
             return self
         bound: Task[..., R] = object.__new__(type(self))
         bound.__dict__.update(self.__dict__)
@@ -242,9 +345,14 @@ class Task(Generic[P, R]):
             What the function raises.
         """
         try:
+            if self.yields and return_state:
+                message = "The return_type for a generator task must be 'result'"
+                raise ValueError(message)
             scope = ambient.scope_for_call()
             bound = self._bound(args, kwargs)
             run, call = self._local_call(bound, scope, wait_for)
+            if self.yields:
+                return self._lazily(direct.steps(run, scope, call, False, lazily=True))
             steps = direct.steps(run, scope, call, return_state)
             if self.isasync:
                 return _hidden(drive_awaiting(steps))
@@ -253,15 +361,22 @@ class Task(Generic[P, R]):
             errors.hide_frames(error)
             raise
 
+    def _lazily(self, steps: Steps) -> Any:
+        inner = _called(self.fn)
+        return drive_giving_awaiting(steps) if inspect.isasyncgenfunction(inner) else drive_giving(steps)
+
     def _local_call(self, bound: inspect.BoundArguments, scope: Scope, wait_for: Any) -> tuple[TaskRun, Call]:
         sources: list[Any] = []
         args, kwargs = bound.args, bound.kwargs
         caller = Caller(scope.session, self, scope, local=True)
-        call = caller.call(args, kwargs, wait_sources(wait_for))
+        call = caller.call(args, kwargs, self._after(wait_for))
         sources.extend(call.sources)
         assert isinstance(call.arguments, Bound)
-        run = self._run(bound, scope)
-        scope.session.journal.task_made(run, bound.arguments, parents_of(bound, call))
+        run = self._run(bound, scope, call, local=True)
+        lookups.plan(run, bound, in_process=True)
+        scope.session.journal.task_made(
+            run, bound.arguments, parents_of(bound, call), call.naming is not None
+        )
         return run, call
 
     # -- submit ---------------------------------------------------------------------------------
@@ -306,13 +421,22 @@ class Task(Generic[P, R]):
             If the arguments do not fit, or cannot be sent.
         """
         try:
-            scope = ambient.scope_for_submit(self.name)
+            scope = ambient.sent_elsewhere(ambient.scope_for_submit(self.name), self.options.task_runner)
             bound = self._bound(args, kwargs)
-            call = Caller(scope.session, self, scope).call(bound.args, bound.kwargs, wait_sources(wait_for))
-            run = self._run(bound, scope)
+            placed = placement.placed(self)
+            call = Caller(scope.session, placed, scope).call(bound.args, bound.kwargs, self._after(wait_for))
+            run = placed._run(bound, scope, call)
+            lookups.plan(run, bound, in_process=scope.session.in_process)
             run.call = call
-            scope.session.journal.task_made(run, bound.arguments, parents_of(bound, call))
-            scope.session.submit([run], scope)
+            named_later = call.naming is not None
+            scope.session.journal.task_made(run, bound.arguments, parents_of(bound, call), named_later)
+            reason = None
+            if self.options.skip_if is not None and not any(source.run for source in call.sources):
+                reason = skipping.reason_here(self.options.skip_if, bound.args, bound.kwargs)
+            if reason is not None:
+                scope.session.skip(run, scope, reason)
+            else:
+                scope.session.submit([run], scope)
         except BaseException as error:
             errors.hide_frames(error)
             raise
@@ -322,13 +446,31 @@ class Task(Generic[P, R]):
             return future.state
         return future
 
-    def _run(self, bound: inspect.BoundArguments, scope: Scope) -> TaskRun:
+    def skip_if(self, predicate: Callable[..., Any]) -> Callable[..., Any]:
+        """Ask this before each run starts; a decorator, see the option of that name.
+
+        >>> @load.skip_if  # doctest: +SKIP
+        ... def is_cloudy(night):
+        ...     return night in clouds and "clouds"
+        """
+        self.options = changed(self.options, {"skip_if": skipping.asker(self.signature, predicate)})
+        return predicate
+
+    def _after(self, wait_for: Any) -> tuple[Source, ...]:
+        return wait_sources(wait_for, TOLERANCE_OF[self.options.on_skip])
+
+    def _run(
+        self, bound: inspect.BoundArguments, scope: Scope, call: Call, *, local: bool = False
+    ) -> TaskRun:
         """Make the run of a call."""
         template = self.options.task_run_name
         name = self.name
-        if template is not None:
+        if call.sources and needs_values(template, bound.arguments, _is_there):
+            stays = isinstance(template, str) or local or scope.session.in_process
+            call.naming = template if stays else payload.pack_function(cast("Callable[..., str]", template))
+        elif template is not None:
             name = run_name(template, self.name, mapping.with_defaults(bound))
-        return TaskRun(
+        run = TaskRun(
             self,
             name,
             root=scope.flow_run.root if scope.flow_run else "",
@@ -338,6 +480,8 @@ class Task(Generic[P, R]):
             | current_tags()
             | (scope.flow_run.tags if scope.flow_run else frozenset()),
         )
+        run.ordinal = next_ordinal(scope, self.name)
+        return run
 
     # -- map ------------------------------------------------------------------------------------
     @overload
@@ -370,8 +514,9 @@ class Task(Generic[P, R]):
             If there is nothing to map over, or the lengths differ.
         """
         try:
-            scope = ambient.scope_for_submit(self.name)
-            runs = mapping.submit(self, scope, self._bound(args, kwargs), wait_sources(wait_for))
+            scope = ambient.sent_elsewhere(ambient.scope_for_submit(self.name), self.options.task_runner)
+            placed = placement.placed(self)
+            runs = mapping.submit(placed, scope, self._bound(args, kwargs), self._after(wait_for))
         except BaseException as error:
             errors.hide_frames(error)
             raise
@@ -380,6 +525,27 @@ class Task(Generic[P, R]):
             futures.wait()
             return [future.state for future in futures]
         return futures
+
+    # -- hooks ----------------------------------------------------------------------------------
+    def on_completion(self, fn: H) -> H:
+        """Decorate a function that is called when a run has completed."""
+        return self._also("on_completion", fn)
+
+    def on_failure(self, fn: H) -> H:
+        """Decorate a function that is called when a run has failed and no attempt is left."""
+        return self._also("on_failure", fn)
+
+    def on_running(self, fn: H) -> H:
+        """Decorate a function that is called when an attempt begins."""
+        return self._also("on_running", fn)
+
+    def on_skipped(self, fn: H) -> H:
+        """Decorate a function that is called when a run was skipped."""
+        return self._also("on_skipped", fn)
+
+    def _also(self, kind: str, fn: H) -> H:
+        self.options = with_fields(self.options, hooks=self.options.hooks.and_also(kind, fn, "task"))
+        return fn
 
     # -- options --------------------------------------------------------------------------------
     def with_options(
@@ -397,20 +563,37 @@ class Task(Generic[P, R]):
         crash_retries: int = NOT_GIVEN,
         idempotent: bool = NOT_GIVEN,
         timeout_seconds: float | None = NOT_GIVEN,
+        timeout_action: TimeoutAction = NOT_GIVEN,
         log_prints: bool | None = NOT_GIVEN,
         inputs: Literal["readonly", "copy", "shared"] = NOT_GIVEN,
         chunk_size: int | Literal["auto"] = NOT_GIVEN,
-        resources: Mapping[str, float] | None = NOT_GIVEN,
+        resources: Mapping[str, float | str] | None = NOT_GIVEN,
         threads: int = NOT_GIVEN,
         workers: Iterable[str] | str | None = NOT_GIVEN,
         priority: int = NOT_GIVEN,
+        on_skip: Literal["skip", "none", "run"] = NOT_GIVEN,
+        skip_if: Callable[..., Any] | None = NOT_GIVEN,
+        task_runner: str | type[TaskRunner] | TaskRunner | None = NOT_GIVEN,
         persist_result: Persistence = NOT_GIVEN,
         result_storage: Storage = NOT_GIVEN,
         result_storage_key: str | None = NOT_GIVEN,
-        result_serializer: str | None = NOT_GIVEN,
+        result_serializer: Any = NOT_GIVEN,
+        on_completion: Iterable[Hook] | None = NOT_GIVEN,
+        on_failure: Iterable[Hook] | None = NOT_GIVEN,
+        on_running: Iterable[Hook] | None = NOT_GIVEN,
+        on_skipped: Iterable[Hook] | None = NOT_GIVEN,
+        viz_return_value: Any = NOT_GIVEN,
+        asset_deps: Any = NOT_GIVEN,
+        cache_policy: CachePolicy | None = NOT_GIVEN,
+        cache_key_fn: Callable[..., str | None] | None = NOT_GIVEN,
+        cache_expiration: timedelta | float | None = NOT_GIVEN,
+        refresh_cache: bool | None = NOT_GIVEN,
+        cache_result_in_memory: bool = NOT_GIVEN,
     ) -> Task[P, R]:
         """Make a task with other options; what is not given stays as it is. Tags are replaced."""
         old = self.options
+        warn_unused(viz_return_value=viz_return_value, asset_deps=asset_deps)
+        check_wish(None if task_runner is NOT_GIVEN else task_runner)
 
         def given(value: Any, present: Any) -> Any:
             return present if value is NOT_GIVEN else value
@@ -442,22 +625,52 @@ class Task(Generic[P, R]):
                 "retry_delay_seconds": delay,
                 "retry_condition_fn": retry_condition_fn,
                 "timeout_seconds": timeout_seconds,
+                "timeout_action": timeout_action,
                 "log_prints": log_prints,
                 "inputs": inputs,
                 "chunk_size": chunk_size,
                 "idempotent": safe,
                 "backend": placed,
                 "priority": priority,
+                "on_skip": on_skip,
+                "skip_if": NOT_GIVEN if skip_if is NOT_GIVEN else skipping.asker(self.signature, skip_if),
+                "task_runner": task_runner,
                 "results": changed_results(
-                    old.results, persist_result, result_storage, result_storage_key, result_serializer
+                    old.results,
+                    persist_result,
+                    result_storage,
+                    result_storage_key,
+                    serializer_of(result_serializer),
+                    (cache_policy, cache_key_fn, cache_expiration, refresh_cache, cache_result_in_memory),
+                ),
+                "hooks": changed_hooks(
+                    old.hooks,
+                    "task",
+                    on_completion=on_completion,
+                    on_failure=on_failure,
+                    on_running=on_running,
+                    on_skipped=on_skipped,
                 ),
             },
         )
-        check_choices(options.inputs, options.chunk_size, options.timeout_seconds)
+        check_choices(options.inputs, options.chunk_size, options.timeout_seconds, options.timeout_action)
+        check_callables(options.retry_condition_fn, options.task_run_name, "task_run_name")
+        skipping.check(options.on_skip)
+        return self.with_fields(options)
+
+    def with_fields(self, options: TaskOptions) -> Task[P, R]:
+        """Return a task of the same code with other options."""
         new: Task[P, R] = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         new.options = options
         return new
+
+
+def _called(fn: Any) -> Any:
+    """Return the function that a call ends up in, which tells whether it is a coroutine or a generator."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return fn if inspect.isroutine(fn) or inspect.isclass(fn) else type(fn).__call__
 
 
 async def _hidden(awaitable: Coroutine[Any, Any, Any]) -> Any:
@@ -483,7 +696,20 @@ def parents_of(bound: inspect.BoundArguments, call: Call) -> list[tuple[str, str
     ]
 
 
-def _note(wanted: dict[Any, str], name: str, value: Any, tolerant: bool) -> Any:
+def _is_there(argument: Any) -> bool:
+    """Whether an argument holds no future."""
+    futures: list[Any] = []
+
+    def leaf(value: Any, tolerant: int) -> Any:
+        if run_of(value) is not None:
+            futures.append(value)
+        return value
+
+    replace(argument, leaf)
+    return not futures
+
+
+def _note(wanted: dict[Any, str], name: str, value: Any, tolerant: int) -> Any:
     del tolerant
     if isinstance(value, PenstockFuture) and value._run in wanted:
         wanted[value._run] = name
@@ -515,20 +741,35 @@ def task(
     retry_delay_seconds: DelayOption = None,
     retry_jitter_factor: float | None = None,
     retry_condition_fn: Callable[..., Any] | None = None,
-    crash_retries: int = 1,
+    crash_retries: int = CRASH_RETRIES,
     idempotent: bool = True,
     timeout_seconds: float | None = None,
+    timeout_action: TimeoutAction = "abandon",
     log_prints: bool | None = None,
     inputs: Literal["readonly", "copy", "shared"] = "readonly",
     chunk_size: int | Literal["auto"] = "auto",
-    resources: Mapping[str, float] | None = None,
+    resources: Mapping[str, float | str] | None = None,
     threads: int = 1,
     workers: Iterable[str] | str | None = None,
     priority: int = 0,
+    on_skip: Literal["skip", "none", "run"] = "skip",
+    skip_if: Callable[..., Any] | None = None,
+    task_runner: str | type[TaskRunner] | TaskRunner | None = None,
     persist_result: Persistence = None,
     result_storage: Storage = None,
     result_storage_key: str | None = None,
-    result_serializer: str | None = None,
+    result_serializer: Any = None,
+    on_completion: Iterable[Hook] | None = None,
+    on_failure: Iterable[Hook] | None = None,
+    on_running: Iterable[Hook] | None = None,
+    on_skipped: Iterable[Hook] | None = None,
+    viz_return_value: Any = None,
+    asset_deps: Any = None,
+    cache_policy: CachePolicy | None = NOT_GIVEN,
+    cache_key_fn: Callable[..., str | None] | None = None,
+    cache_expiration: timedelta | float | None = None,
+    refresh_cache: bool | None = None,
+    cache_result_in_memory: bool = True,
 ) -> TaskDecorator: ...
 def task(fn: Any = None, /, **options: Any) -> Any:
     """Turn a function into a task: ``@task`` or ``@task(retries=3, …)``.

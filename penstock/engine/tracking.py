@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from penstock.engine.events import Event, bus, pack
+from penstock.engine.events import Event, bus, pack, unpack
 from penstock.engine.home import Home, usable_home
 from penstock.engine.sender import Sender, Store, StoreUnusable
 from penstock.engine.spool import Spool
@@ -55,6 +55,23 @@ def open_store(home: Home) -> Store:
     return store
 
 
+def drain_spools(home: Home, patience: float) -> bool:
+    """Commit everything that is in the spools of a home, of dead and of living writers.
+
+    Returns
+    -------
+    bool
+        False if another process was still committing.
+
+    Raises
+    ------
+    ConfigurationError, StoreUnavailable
+        If the store takes nothing.
+    """
+    done: bool = importlib.import_module("penstock.api.embedded").drain(home.path, patience)
+    return done
+
+
 class Tracker:
     """Records the events of this process.
 
@@ -70,9 +87,10 @@ class Tracker:
     Attributes
     ----------
     lost : int
-        Transitions that neither the disk nor the memory could hold.
+        Transitions that neither the disk nor the memory held when the process ended.
     dropped_logs : int
-        Events with log lines that were given up for the sake of transitions.
+        Events with log lines that were given up for the sake of transitions. Their lines are
+        counted in the record as soon as it takes something again, and shown with the run.
     """
 
     def __init__(
@@ -84,13 +102,16 @@ class Tracker:
         self._opener = opener
         self._durable = durable
         self._gate = threading.Lock()
+        self._closing = False
         self._begin()
         _trackers.add(self)
 
     def _begin(self) -> None:
-        self._ring: deque[tuple[str, bytes]] = deque()
+        self._ring: deque[tuple[str | None, bytes]] = deque()  # with the root, if it is of a log
         self._retry_at = 0.0
         self._complained = False
+        self._waiting = False
+        self._owed: dict[str, int] = {}  # lines that were given up, by root run
         self._spool: Spool | None = None
         self._retired: list[Spool] = []  # what others know this process by
         self._sender: Sender | None = None
@@ -104,22 +125,53 @@ class Tracker:
 
     # -- in the thread of the run -----------------------------------------------------------
     def record(self, event: Event) -> None:
-        """Keep one event. Never raises, and waits for nothing but the cache of the disk."""
+        """Keep one event. Never raises, and waits for nothing but the cache of the disk.
+
+        There is one exception: while the disk takes nothing and the memory for events is full, it
+        waits for room, so that a run pauses rather than loses what happened.
+        """
         try:
             payload = pack(event)
         except Exception:  # a value that does not fit the format: its text is better than nothing
             payload = pack(replace(event, body=_plain(event.body)))
+        while not self._take(event, payload):
+            time.sleep(DISK_RETRY or 0.001)
+
+    def _take(self, event: Event, payload: bytes) -> bool:
         with self._gate:
-            if event.kind == "log" and self._spool is not None and self._spool.size > LOG_BACKLOG:
-                self.dropped_logs += 1  # the store is away for long; transitions come first
-                return
+            if event.kind == "log" and self._unsent() > LOG_BACKLOG:
+                self._give_up(event.root, payload)  # the store is away for long; transitions come first
+                return True
             if self._ring:
                 self._empty_ring()
-            if self._ring or not self._append(payload):
-                self._keep(event.kind, payload)
+            self._settle()
+            taken = (not self._ring and self._append(payload)) or self._keep(event, payload)
             sender = self._sender
         if sender is not None:
             sender.notify()
+        return taken
+
+    def _unsent(self) -> int:
+        spool, sender = self._spool, self._sender
+        return 0 if spool is None else spool.size - (sender.sent(spool) if sender is not None else 0)
+
+    def _give_up(self, root: str, payload: bytes) -> None:
+        self.dropped_logs += 1
+        try:
+            body = unpack(payload).body
+            lines = len(body.get("lines") or ()) + int(body.get("dropped") or 0) or 1
+        except Exception:
+            lines = 1
+        self._owed[root] = self._owed.get(root, 0) + lines
+
+    def _settle(self) -> None:
+        """Say how many lines were given up, if there is room to say it."""
+        if not self._owed or self._ring or self._unsent() > LOG_BACKLOG:
+            return
+        for root, lines in list(self._owed.items()):
+            if not self._append(pack(Event("log", root, root, time.time(), {"lines": [], "dropped": lines}))):
+                return
+            del self._owed[root]
 
     def _append(self, payload: bytes) -> bool:
         try:
@@ -176,26 +228,44 @@ class Tracker:
             while self._ring and self._append(self._ring[0][1]):
                 self._ring.popleft()
 
-    def _keep(self, kind: str, payload: bytes) -> None:
+    def _keep(self, event: Event, payload: bytes) -> bool:
         if len(self._ring) >= RING:
-            if kind == "log":
-                self.dropped_logs += 1
-                return
-            kept = deque(one for one in self._ring if one[0] != "log")
-            self.dropped_logs += len(self._ring) - len(kept)
-            if len(kept) == RING:
+            if event.kind == "log":
+                self._give_up(event.root, payload)
+                return True
+            kept = deque(one for one in self._ring if one[0] is None)
+            for root, log in self._ring:
+                if root is not None:
+                    self._give_up(root, log)
+            self._ring = kept
+            if len(kept) >= RING:
+                if not self._closing:
+                    self._complain_of_waiting()
+                    return False
                 kept.popleft()
                 self.lost += 1
-            self._ring = kept
-        self._ring.append((kind, payload))
+        self._ring.append((event.root if event.kind == "log" else None, payload))
+        self._waiting = False
+        return True
 
-    def flush(self, timeout: float) -> bool:
+    def _complain_of_waiting(self) -> None:
+        if not self._waiting:
+            self._waiting = True
+            logger.warning(
+                "%s takes no events and %d of them wait in memory; runs of this process pause until there is room.",
+                self.home.spool,
+                len(self._ring),
+            )
+
+    def flush(self, timeout: float, *, patient: bool = True) -> bool:
         """Wait until the store has committed everything recorded so far.
 
         Parameters
         ----------
         timeout : float
             Seconds to wait at most.
+        patient : bool
+            Wait for a store that cannot be reached, too.
 
         Returns
         -------
@@ -205,17 +275,19 @@ class Tracker:
         with self._gate:
             self._retry_at = 0.0
             self._empty_ring()
+            self._settle()
             spool, sender, complete = self._spool, self._sender, not self._ring
             target = spool.last if spool is not None else 0
         if spool is None or sender is None:
             return complete and spool is None
-        return sender.flush(spool, target, timeout) and complete
+        return sender.flush(spool, target, timeout, patient=patient) and complete
 
     def close(self, timeout: float = EXIT_PATIENCE) -> bool:
         """Send what there is and let go of the spool; an event that comes later opens a new one.
 
-        A store that is not loaded yet is not waited for: reading the spool costs the next command
-        less than loading the store would cost this one.
+        A database that is not loaded yet is not waited for: reading the spool costs the next command
+        less than loading it would cost this one. A server has to be told now, unless it is away:
+        the next run from here may come in a year.
 
         Returns
         -------
@@ -226,9 +298,14 @@ class Tracker:
         sender = self._sender
         if self._still is not None:
             self._still()
+        with self._gate:
+            self._retry_at = 0.0
+            self._empty_ring()
+            self._settle()
+            self._closing = bool(self._ring)  # nobody waits for a disk beyond the end of the process
         if sender is not None:
-            if sender.loaded:
-                self.flush(timeout)
+            if sender.loaded or settings().api_url:
+                self.flush(timeout, patient=not settings().api_url)
             sender.stop(max(0.0, deadline - time.monotonic()))
         with self._gate:
             self._retry_at = 0.0
@@ -237,6 +314,7 @@ class Tracker:
             self._begin()
         for old in retired:
             old.close(old.last)
+            self._closing = False
         self._report(len(ring))
         if spool is None:
             return not ring

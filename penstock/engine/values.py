@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 import time
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from penstock import errors
+from penstock.engine import lookups
 from penstock.engine import results as stored
+from penstock.engine.annotations import SKIPPED_AS_NONE, SKIPPED_AS_STATE
 from penstock.engine.calls import Source, TaskRun
 from penstock.engine.failure import Failure
 from penstock.engine.states import State, StateType, Stored, failure_of
@@ -25,6 +29,10 @@ def is_at_hand(run: TaskRun) -> bool:
     """Whether the value of a run is in this process already."""
     if run.items is not None and run.completed:
         return run.value is not None
+    if isinstance(run.value, Stored):  # of a flow in the background, with references in it
+        return False
+    if lookups.is_stored(run):
+        return run.value is not None
     return not run.completed or run.value is not None or run.ref is None or run.carrier.in_process
 
 
@@ -41,6 +49,8 @@ def results(runs: Sequence[TaskRun], *, raise_on_failure: bool = True) -> list[A
     for run in runs:
         if run.items is not None:
             _gather(run)
+        elif run.child_flow_run is not None and isinstance(run.value, Stored):
+            run.value = run.value.load()
     wanted: dict[Any, list[TaskRun]] = {}
     for run in runs:
         if run.completed and run.value is None and run.ref is not None:
@@ -54,13 +64,27 @@ def results(runs: Sequence[TaskRun], *, raise_on_failure: bool = True) -> list[A
             raise
     found = []
     for run in runs:
-        if run.value is None and run.ref is None and run.completed and run.stored is not None:
-            run.value = stored.load(run)  # it had completed before its flow run was resumed
         error = exception_of(run)
         if error is not None and raise_on_failure:
             raise error
+        if lookups.is_stored(run) and run.value is None:
+            found.append(_read(run))
+            continue
         found.append(run.value if error is None else error)
     return found
+
+
+_reading = threading.Lock()
+
+
+def _read(run: TaskRun) -> Any:
+    """Read a value that lies in a storage, once for all who ask, if it may be kept here."""
+    if not run.task.options.results.caching.in_memory:
+        return stored.load(run)
+    with _reading:
+        if run.value is None:
+            run.value = stored.load(run)
+        return run.value
 
 
 def _fetch(session: Session, runs: Sequence[TaskRun]) -> None:
@@ -70,7 +94,7 @@ def _fetch(session: Session, runs: Sequence[TaskRun]) -> None:
     """
     refs = {run.ref.key: run.ref for run in runs if run.ref is not None}
     known = session.fetched
-    missing = [ref for key, ref in refs.items() if key not in known]
+    missing = [ref for ref in refs.values() if ref not in known]
     try:
         found = session.runner.fetch(missing) if missing else []
     except Exception as error:
@@ -90,14 +114,15 @@ def _fetch(session: Session, runs: Sequence[TaskRun]) -> None:
     for run in runs:
         assert run.ref is not None  # it was asked above
         key = run.ref.key
-        value = fetched[key] if key in fetched else known[key]
+        value = fetched[key] if key in fetched else known[run.ref]
         run.value = value if run.place < 0 else value[run.place]
         if not session.in_process:
             session.bytes_fetched += run.nbytes
-    if len(refs) == 1 and runs[0].place >= 0 and fetched:
-        # Who asks for one element mostly asks for its neighbour next.
-        small = worker_runtime.size(next(iter(fetched.values()))) <= KEPT
-        session.fetched = fetched if small else {}
+    if len(refs) == 1 and runs[0].place >= 0 and fetched and not session.in_process:
+        # Who asks for one element mostly asks for its neighbour next. Nobody can once all are dropped.
+        value = next(iter(fetched.values()))
+        small = worker_runtime.size(value) <= KEPT
+        session.fetched = weakref.WeakKeyDictionary({missing[0]: value} if small else {})
 
 
 def _gather(run: TaskRun) -> None:
@@ -136,6 +161,8 @@ def state_of(run: TaskRun) -> State:
     details: dict[str, Any] = {"task_run_id": run.id, "attempt": run.attempt}
     if run.flow_run is not None:
         details["flow_run_id"] = run.flow_run.id
+    if run.type is StateType.SKIPPED and isinstance(run.error, errors.Skip):
+        details["upstream"] = run.error.run_id
     if run.stored is not None:
         details["stored"] = stored.location(run.stored)
     if run.child_flow_run is not None:
@@ -152,8 +179,16 @@ def of_sources(session: Any, sources: Sequence[Source]) -> list[Any]:
         elif source.run.completed:
             found.append(results([source.run])[0])
         else:
-            found.append(exception_of(source.run))
+            found.append(stand_in(source.run, source.tolerant))
     return found
+
+
+def stand_in(run: TaskRun, tolerant: int) -> Any:
+    """Return what a tolerant run gets in the place of a value: an exception, None, or the state of what was skipped."""
+    if run.type is not StateType.SKIPPED:
+        return exception_of(run)
+    as_state = tolerant & SKIPPED_AS_STATE and not tolerant & SKIPPED_AS_NONE
+    return state_of(run) if as_state else None
 
 
 class Value(Stored):

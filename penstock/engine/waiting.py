@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from penstock.engine import context, invoke, values
-from penstock.engine.calls import TaskRun
+from penstock.engine.calls import FlowRun, TaskRun
 from penstock.engine.graph import sources_of
 from penstock.engine.states import StateType, advance
 from penstock.runners import worker_runtime
@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 HOP = 25  # task runs inside one another on one stack; deeper ones go on in a fresh thread
 
 
-def wait(runs: Sequence[TaskRun], timeout: float | None = None, *, until_failure: bool = False) -> None:
+def wait(
+    runs: Sequence[TaskRun],
+    timeout: float | None = None,
+    *,
+    until_failure: bool = False,
+    heed: bool = False,
+) -> None:
     """Wait until runs have ended, or one has failed; no bytes move.
 
     Parameters
@@ -36,21 +42,33 @@ def wait(runs: Sequence[TaskRun], timeout: float | None = None, *, until_failure
         Seconds for all of them together.
     until_failure : bool
         Return as soon as one has failed.
+    heed : bool
+        It is user code that waits: end it if the flow around it is to stop.
     """
+    flow_run = None
+    if heed:
+        scope = context.current()
+        flow_run = scope.flow_run if scope is not None else None
     deadline = None if timeout is None else time.monotonic() + timeout
     by_session: dict[Session, list[TaskRun]] = {}
     for run in runs:
         by_session.setdefault(run.carrier, []).append(run)
     for session, members in by_session.items():
-        _wait(session, members, deadline, until_failure)
+        _wait(session, members, deadline, until_failure, flow_run)
         if until_failure and any(values.has_failed(run) for run in members):
             return
 
 
-def _wait(session: Session, runs: list[TaskRun], deadline: float | None, until_failure: bool) -> None:
+def _wait(
+    session: Session,
+    runs: list[TaskRun],
+    deadline: float | None,
+    until_failure: bool,
+    flow_run: FlowRun | None,
+) -> None:
     if worker_runtime.current() is None:
         session.flush()
-        _wait_here(session, runs, deadline, until_failure)
+        _wait_here(session, runs, deadline, until_failure, flow_run)
         return
     _check(runs)
     while True:
@@ -62,7 +80,7 @@ def _wait(session: Session, runs: list[TaskRun], deadline: float | None, until_f
                 stack.enter_context(
                     session.runner.blocked([ref for ref in pending if ref.handle is not UNSENT])
                 )
-            if _wait_here(session, runs, deadline, until_failure, inside=True):
+            if _wait_here(session, runs, deadline, until_failure, None, inside=True):
                 return
 
 
@@ -71,6 +89,7 @@ def _wait_here(
     runs: list[TaskRun],
     deadline: float | None,
     until_failure: bool,
+    flow_run: FlowRun | None,
     *,
     inside: bool = False,
 ) -> bool:
@@ -80,8 +99,9 @@ def _wait_here(
         while True:
             while position < len(runs) and runs[position].done:
                 position += 1
-            if position == len(runs):
+            if position == len(runs) and not session.hooks.hold_any(runs):
                 return True
+            heed_flow(flow_run)
             if until_failure and session.failures != failures:  # looks at all of them only if any failed
                 failures = session.failures
                 if any(values.has_failed(run) for run in runs):
@@ -92,6 +112,12 @@ def _wait_here(
             if inside and any(run in session.buffer for run in runs):
                 return False
             session.changed.wait(left)
+
+
+def heed_flow(flow_run: FlowRun | None) -> None:
+    """End user code whose flow run was asked to stop."""
+    if flow_run is not None and flow_run.cancelled:
+        raise worker_runtime.Cancelled
 
 
 @contextlib.contextmanager
@@ -147,7 +173,11 @@ def wait_any(runs: Sequence[TaskRun], deadline: float | None) -> None:
         By the monotonic clock.
     """
     session = runs[0].carrier
-    while not any(run.done for run in runs):
+
+    def ended() -> bool:
+        return any(run.done and not session.hooks.holds(run) for run in runs)
+
+    while not ended():
         with session.lock:
             unsent = next((run for run in runs if session.buffer.discard(run)), None)
         session.flush()
@@ -156,7 +186,7 @@ def wait_any(runs: Sequence[TaskRun], deadline: float | None) -> None:
             continue
         pending = [run.ref for run in runs if run.ref is not None and run.ref.handle is not UNSENT]
         with session.runner.blocked(pending), session.changed:
-            while not any(run.done or run in session.buffer for run in runs):
+            while not ended() and not any(run in session.buffer for run in runs):
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     return

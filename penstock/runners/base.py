@@ -105,6 +105,8 @@ class Options:
     crash_retries: int = 0
     once: bool = False
     """The work must not be executed twice, not even to make a lost value again."""
+    native: tuple[tuple[str, Any], ...] = ()
+    """Further options by the names of one back end; the others pass them over."""
 
 
 NO_OPTIONS: Options = Options()
@@ -384,6 +386,11 @@ class TaskRunner(ABC):
         """
 
     # -- optional hooks -------------------------------------------------------------------
+    def unmet(self, options: Options) -> str:
+        """Say why no worker of the backend can run work with these options; empty if one can, or nobody knows."""
+        del options
+        return ""
+
     def missing(self, refs: Sequence[Ref]) -> list[Ref]:
         """Return those references of finished work and of put values whose values are lost.
 

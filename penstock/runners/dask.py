@@ -16,8 +16,18 @@ from pathlib import Path
 from typing import Any, Self
 
 from penstock import errors
-from penstock.runners import attach, dask_graph, dask_put, dask_runtime, worker_runtime
-from penstock.runners.base import Key, OnReports, Ref, Report, RunnerInfo, Submission, TaskRunner, new_tag
+from penstock.runners import attach, dask_graph, dask_put, dask_runtime, dask_wishes, worker_runtime
+from penstock.runners.base import (
+    Key,
+    OnReports,
+    Options,
+    Ref,
+    Report,
+    RunnerInfo,
+    Submission,
+    TaskRunner,
+    new_tag,
+)
 from penstock.runners.dask_watch import Watch
 from penstock.settings import settings
 
@@ -471,6 +481,29 @@ class DaskTaskRunner(TaskRunner):
         return self._direct
 
     # -- work -------------------------------------------------------------------------------
+    def _in_dasks_words(self, submissions: Sequence[Submission]) -> Sequence[Submission]:
+        """Say what tasks ask of their workers as Dask understands it."""
+        asking = [one for one in submissions if not dask_wishes.is_plain(one.options)]
+        if asking:
+            workers = self._workers()
+            for one in asking:
+                one.options = dask_wishes.translated(one.options, workers)
+        return submissions
+
+    def unmet(self, options: Options) -> str:
+        """Say why no worker of the cluster can run a task."""
+        if self._attachment is None or not hasattr(self.client, "scheduler_info"):
+            return ""
+        return dask_wishes.unmet(options, self._workers())
+
+    def _workers(self) -> dask_wishes.Workers:
+        try:
+            found: dask_wishes.Workers = self.client.scheduler_info()["workers"]
+        except Exception as error:  # a scheduler that is away: the task goes as it is
+            log.debug("the scheduler does not tell of its workers: %r", error)
+            return {}
+        return found
+
     def send(self, submissions: Sequence[Submission]) -> list[Ref]:
         """Send one message for each batch, and return references."""
         client, watch, runtime = self.client, self._watch, self._runtime
@@ -481,6 +514,7 @@ class DaskTaskRunner(TaskRunner):
         if dead:
             watch.tell([Report(key, "lost", cause=cause) for key, cause in dead.items()])
             submissions = [one for one in submissions if one.key not in dead]
+        submissions = self._in_dasks_words(submissions)
         if self._placement is not None:
             self._placement.scatter_unseen(submissions, self._scatter_again)
             self._placement.use(submissions)

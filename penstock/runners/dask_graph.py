@@ -99,7 +99,8 @@ def _annotations(submissions: Sequence[Submission], unshared: str) -> dict[str, 
             found.setdefault("penstock_once", {})[one.key] = True
         if options.workers:
             found.setdefault("workers", {})[one.key] = list(options.workers)
-            found.setdefault("allow_other_workers", {})[one.key] = False
+            loose = dict(options.native).get("allow_other_workers", False)
+            found.setdefault("allow_other_workers", {})[one.key] = bool(loose)
     return found
 
 

@@ -100,7 +100,9 @@ def run_one(flags: int, order: bytes, function: bytes, arguments: bytes, *values
         elif value.error is not None:
             value.error.__traceback__ = None  # its frames hold the upstream values
     finally:
-        start.end()
+        if worker.status.name in {"running", "paused"}:
+            start.end()
+        # else it is about to leave, and nobody may hear how the task has ended: that it began stays noted
     value = values = ()
     raise TaskFailure(record)
 

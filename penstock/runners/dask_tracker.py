@@ -82,6 +82,8 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         self._gone: dict[Any, str] = {}  # values lost that must not be made again → stimulus
         self._doomed: dict[str, int] = {}  # worker → resident bytes when its nanny ended it
         self._restarting: set[str] = set()
+        self._restart_workers: Any = None  # Dask's own handler
+        self._watching: Any = None  # ours around it
         self._workers = {address: _known(state) for address, state in scheduler.workers.items()}
 
     # -- hooks of Dask: each is called for everybody's tasks and must not raise -------------
@@ -143,21 +145,24 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         restarted = worker in self._restarting
         self._restarting.discard(worker)
         lost: dict[Any, bool | None] = {}
+        excused: set[Any] = set()
         orphans: list[Any] = []
         for key, given_up in displaced if stimulus == stimulus_id else ():
             task = scheduler.tasks.get(key)
             if task is None:
                 continue
             name = plugin.runtime.start_name(key)
-            if task.suspicious <= self._blamed.get(key, 0):
-                continue  # retired in good order: Dask moves the task
+            moved = restarted or task.suspicious <= self._blamed.get(key, 0)  # or retired: in good order
             self._blamed[key] = task.suspicious
             if task.who_wants and all(self.homes.get(one.client_key) == worker for one in task.who_wants):
                 orphans.append(key)  # who has submitted it died on this worker, too, and bears the blame
                 continue
             began = None if begun is None else name in begun
-            if given_up or not (restarted or began is False):
+            # What had not begun Dask moves by itself; an execution that was cut short has to be counted.
+            if given_up or (began is True if moved else began is not False):
                 lost[key] = began
+                if moved and not given_up:
+                    excused.add(key)
         self.drop(orphans)
         if f"{self.name}-memory" in scheduler.worker_plugins:
             for seconds in SWEEPS:
@@ -165,12 +170,31 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         elements = {name: element for name, (element, _) in (begun or {}).items()}
         if lost:
             self.drop([key for key in lost if scheduler.tasks[key].state != "erred"])
-            scheduler.loop.call_later(PATIENCE, self._announce_loss, lost, known, elements)
+            scheduler.loop.call_later(PATIENCE, self._announce_loss, lost, known, elements, excused)
 
     def log_event(self, topic: str, msg: Any) -> None:
         """Hear of workers that use too much memory."""
         if topic == "worker-restart-memory" and isinstance(msg, dict):
             self._doomed[str(msg.get("worker"))] = msg.get("rss", 0)
+
+    def watch_restarts(self) -> None:
+        """Hear which workers are restarted by somebody's wish; Dask has no hook for that."""
+        inner = self._restart_workers = self.scheduler.handlers.get("restart_workers")
+        if inner is None:
+            return
+
+        async def restart_workers(workers: list[str] | None = None, **wishes: Any) -> Any:
+            self._restarting.update(self.scheduler.workers if workers is None else workers)
+            return await inner(workers=workers, **wishes)
+
+        self._watching = self.scheduler.handlers["restart_workers"] = restart_workers
+
+    def _unwatch_restarts(self) -> None:
+        if (
+            self._restart_workers is not None
+            and self.scheduler.handlers.get("restart_workers") is self._watching
+        ):
+            self.scheduler.handlers["restart_workers"] = self._restart_workers
 
     def remove_client(self, scheduler: Any, client: str) -> None:
         """Leave with the last of our clients."""
@@ -220,12 +244,18 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
             self._add(topic, ("broken", key, b"", 0, worker, {"error": text[:2000]}))
 
     def _announce_loss(
-        self, lost: dict[Any, bool | None], known: dict[str, Any], elements: dict[str, int]
+        self,
+        lost: dict[Any, bool | None],
+        known: dict[str, Any],
+        elements: dict[str, int],
+        excused: set[Any],
     ) -> None:
         known["rss"] = self._doomed.pop(known["worker"], 0)
         for key, began in lost.items():
             element = elements.get(plugin.runtime.start_name(key))
-            details = {**known, "began": began, "shared": len(lost) - 1, "element": element}
+            shared = 0 if key in excused else len(lost) - 1
+            details = {**known, "began": began, "shared": shared, "element": element}
+            details["excused"] = key in excused
             self._add(topic_of(key), ("lost", key, b"", 0, known["worker"], details))
 
     def _refuse(self, keys: list[Any], worker: str) -> None:
@@ -306,6 +336,7 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         self.unsubscribe(client)
         if not self.users and self.scheduler.plugins.get(self.name) is self:
             self.scheduler.remove_plugin(name=self.name)
+            self._unwatch_restarts()
             for name in (f"{self.name}-memory", f"{self.name}-files", f"{self.name}-scheduler-files"):
                 if name in self.scheduler.plugins:
                     self.scheduler.remove_plugin(name=name)
@@ -340,6 +371,7 @@ def join(name: str, client: str, worker: str, dask_scheduler: Any) -> dict[str, 
     if tracker is None:
         tracker = Tracker(name, dask_scheduler)
         dask_scheduler.add_plugin(tracker, name=name)
+        tracker.watch_restarts()
     tracker.users.add(client)
     if worker:
         tracker.homes[client] = worker

@@ -353,7 +353,7 @@ def loss(key: Key, details: dict[str, Any]) -> Exception:
     key : tuple
         The attempt.
     details : dict
-        ``worker, pid, limit, rss, silent, began, shared, element`` as the tracker found them.
+        ``worker, pid, limit, rss, silent, began, shared, element, excused`` as the tracker found them.
 
     Returns
     -------
@@ -371,12 +371,16 @@ def loss(key: Key, details: dict[str, Any]) -> Exception:
             f"worker {worker} (pid {pid}) was ended {when} task {name!r}: it used {_megabytes(details['rss'])} "
             f"of the {_megabytes(details['limit'])} it may"
         )
+    elif details.get("excused"):
+        cause = errors.WorkerLost(
+            f"worker {worker} (pid {pid}) was retired or restarted {when} task {name!r}"
+        )
     elif details.get("silent"):
         cause = errors.WorkerLost(f"worker {worker} (pid {pid}) no longer answered {when} task {name!r}")
     else:
         cause = errors.WorkerLost(f"worker {worker} (pid {pid}) {_death(pid)} {when} task {name!r}")
     cause.began, cause.element = began, details.get("element")
-    cause.shared = details["shared"]
+    cause.shared, cause.excused = details["shared"], details.get("excused", False)
     return cause  # type: ignore[no-any-return]
 
 

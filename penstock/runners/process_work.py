@@ -193,7 +193,7 @@ class Backlog:
         """Take certain work out."""
         work.is_pending = False
         self._withdrawn += 1
-        if self._withdrawn > 1000 and self._withdrawn * 2 > len(self._heap):
+        if self._withdrawn * 2 > len(self._heap):  # it holds values, which nobody may come to take
             self._heap = [entry for entry in self._heap if entry[1].is_pending]
             heapq.heapify(self._heap)
             self._withdrawn = 0

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -67,7 +68,6 @@ class RayTaskRunner(TaskRunner):
 
     name = "ray"
     keeps = True
-    kills_on_timeout = True  # one task per process: nothing else is lost
 
     def __init__(
         self,
@@ -254,7 +254,10 @@ class RayTaskRunner(TaskRunner):
 
     def _remote(self, options: Options, task: str) -> Any:
         """Return the one exported function with options; making either is too slow for each call."""
-        found = self._remotes.get((options, task))
+        try:
+            found = self._remotes.get((options, task))
+        except TypeError:  # an option that has no hash, such as runtime_env: made anew for each call
+            return _exported().options(name=task or "penstock", **_ray_options(options))
         if found is None:
             if len(self._remotes) > 1_000:
                 self._remotes.clear()
@@ -282,6 +285,10 @@ class RayTaskRunner(TaskRunner):
         """Return those whose values Ray has lost, with the node that held them."""
         self._running()
         return [ref for ref in refs if isinstance(ref.handle, Handle) and missing(ref.handle)]
+
+    def unmet(self, options: Options) -> str:
+        """Say why no node of the cluster can run a task."""
+        return ray_nodes.unmet(_ray_options(dataclasses.replace(options, workers=(), native=())))
 
     def release(self, refs: Sequence[Ref]) -> None:
         """Drop our references; Ray frees what nobody else refers to."""
@@ -365,6 +372,7 @@ def _ray_options(options: Options) -> dict[str, Any]:
             wishes[known] = int(amount) if known == "memory" else amount
     if others:
         wishes["resources"] = others
+    wishes.update((name, value) for name, value in options.native if name != "allow_other_workers")
     if options.workers:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as OnNode
 

@@ -7,6 +7,7 @@ import platform
 import re
 import signal
 import warnings
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,25 @@ def _probe() -> Any:
         return found
 
     return versions_here
+
+
+def unmet(wishes: Mapping[str, Any]) -> str:
+    """Say why no node of today can run a task; empty if one can.
+
+    Parameters
+    ----------
+    wishes : mapping
+        ``num_cpus``, ``num_gpus``, ``memory``, ``resources``, as Ray takes them.
+    """
+    named = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
+    wanted = {ours: wishes[name] for name, ours in named.items() if wishes.get(name)}
+    wanted |= wishes.get("resources", {})
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in nodes):
+        return ""
+    wish = ", ".join(f"{name}={amount:g}" for name, amount in wanted.items())
+    most = ", ".join(f"{name}={max((node.get(name, 0) for node in nodes), default=0):g}" for name in wanted)
+    return f"it asks for {wish} on one node, and the most that nodes offer is {most}"
 
 
 def node_id(name: str) -> str:

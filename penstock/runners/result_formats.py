@@ -11,6 +11,7 @@ value is an error.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import gzip
 import importlib
@@ -35,10 +36,12 @@ EXTENSIONS = {
     "zarr": ".zarr.zip",
     "compressed/pickle": ".pkl.gz",
     "compressed/json": ".json.gz",
+    "custom": ".bin",
 }
 """For each format the end of its files' names."""
 
-NAMES = ("auto", *EXTENSIONS)
+NAMES = ("auto", *(name for name in EXTENSIONS if name != "custom"))
+"""What can be asked for by name; "custom" is an object with ``dumps`` and ``loads``."""
 
 
 class CommitError(Exception):
@@ -78,15 +81,15 @@ class Prepared:
         self.details = details
 
 
-def prepare(value: Any, wish: str) -> Prepared:
+def prepare(value: Any, wish: Any) -> Prepared:
     """Choose a format, and do all that can fail for a value before a file is opened.
 
     Parameters
     ----------
     value : object
         What a task returned.
-    wish : str
-        One of `NAMES`.
+    wish : str or tuple
+        One of `NAMES`, or ``("custom", pickle, name)`` of an object with ``dumps`` and ``loads``.
 
     Raises
     ------
@@ -97,6 +100,8 @@ def prepare(value: Any, wish: str) -> Prepared:
     """
     if wish == "auto":
         return _best(value) or _pickled(value)
+    if not isinstance(wish, str):
+        return _custom(value, wish)
     packed = wish.removeprefix("compressed/")
     try:
         prepared = _WISHES[packed](value)
@@ -121,6 +126,20 @@ def read(format: str, details: dict[str, Any], file: Any) -> Any:
         with gzip.GzipFile(fileobj=file, mode="rb") as unpacked:
             return read(format.removeprefix("compressed/"), details, unpacked)
     return _READERS[format](details, file)
+
+
+def _custom(value: Any, wish: tuple[str, bytes, str]) -> Prepared:
+    """Have an object of the user make the bytes; it is stored beside them, so that it can read them."""
+    _, packed, name = wish
+    try:
+        data = memoryview(pickle.loads(packed).dumps(value)).cast("B")
+    except Exception as error:
+        raise _unfit(value, name, f"{type(error).__name__}: {error}") from error
+    return Prepared("custom", lambda file: file.write(data), serializer=base64.b64encode(packed).decode())
+
+
+def _read_custom(details: dict[str, Any], file: Any) -> Any:
+    return pickle.loads(base64.b64decode(details["serializer"])).loads(file.read())
 
 
 def _best(value: Any) -> Prepared | None:
@@ -566,4 +585,5 @@ _READERS: dict[str, Callable[[dict[str, Any], Any], Any]] = {
     "arrow": _read_frame("arrow"),
     "parquet": _read_frame("parquet"),
     "zarr": _read_zarr,
+    "custom": _read_custom,
 }

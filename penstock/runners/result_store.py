@@ -21,8 +21,13 @@ Commit order (primitives, in the work order)
     One of `result_formats.NAMES`.
 ``over``
     Only values of at least so many bytes are stored.
-``shared``
-    The key was chosen by the user: a later run replaces the result of an earlier one.
+``cache`` (optional)
+    The cache key, text: the first result that was stored for it is that of every run with this key,
+    until it expires. It stands in the header, and must be equal there.
+``expires`` (optional)
+    Seconds after which such a result is stored anew, counted from when it was written.
+``refresh`` (optional)
+    Take no result of another run.
 """
 
 from __future__ import annotations
@@ -53,9 +58,13 @@ CHUNK = 1 << 20
 class Absent(Exception):
     """There is no result under a key."""
 
+    _penstock_error = "MissingResult"
+
 
 class Damaged(Exception):
     """A file does not hold what was written; it has been set aside."""
+
+    _penstock_error = "ResultCorrupt"
 
 
 def commit(value: Any, order: dict[str, Any], run: str, attempt: int) -> tuple[Any, dict[str, Any]]:
@@ -85,20 +94,19 @@ def commit(value: Any, order: dict[str, Any], run: str, attempt: int) -> tuple[A
     prepared = formats.prepare(value, order["format"])
     place = _place(order)
     key = order["key"].replace("{run}", run)
-    wished = order["format"] != "auto"
     with _refusals(order, place):
         for _ in range(3):
-            header = _write(place, key, prepared, run, attempt, wished=wished)
+            header = _write(place, key, prepared, run, attempt, order)
             if place.commit(key, header, replace=False):
                 break
             try:
                 present = _header(place, key)
                 if header.is_that_of(present):  # a request was repeated whose answer had got lost
                     break
-                if present["run"] == run:
+                if present["run"] == run or _answers(present, order):
                     stored = _read_value(place, key, present)
                     place.drop(_beside(key, header.data))
-                    return stored, _said(order, key, present, duplicate=True)
+                    return stored, _said(order, key, present, duplicate=present["run"] == run)
             except (Absent, Damaged):
                 place.drop(_beside(key, header.data))
                 continue
@@ -124,6 +132,83 @@ def find(order: dict[str, Any], run: str) -> tuple[Any, dict[str, Any]] | None:
             return _read_value(place, key, header), _said(order, key, header)
     except (Absent, Damaged):
         return None
+
+
+def recall(order: dict[str, Any], run: str) -> tuple[Any, dict[str, Any]] | None:
+    """Return the result that is stored under a cache key, with what the record says of it; None if there is none.
+
+    The record says ``cached`` if another run has made it.
+
+    Raises
+    ------
+    Damaged
+        If a file is not what was written.
+    CommitError
+        If the storage refuses.
+    """
+    place = _place(order)
+    key = order["key"].replace("{run}", run)
+    try:
+        with _refusals(order, place):
+            header = _header(place, key)
+            if header["run"] == run:
+                return _read_value(place, key, header), _said(order, key, header)
+            if not _answers(header, order):
+                return None
+            return _read_value(place, key, header), {**_said(order, key, header), "cached": True}
+    except Absent:
+        return None
+
+
+def peek(order: dict[str, Any], run: str, limit: float) -> dict[str, Any] | None:
+    """Return what `recall` would say of a result of another run, without its value; None if there is none.
+
+    Parameters
+    ----------
+    order, run
+        As for `recall`.
+    limit : float
+        Bytes up to which a file in a directory is read in order to compare its checksum; of a longer one
+        only the length is.
+
+    Raises
+    ------
+    Damaged, CommitError
+        As `recall` does.
+    """
+    place = _place(order)
+    key = order["key"].replace("{run}", run)
+    try:
+        with _refusals(order, place):
+            header = _header(place, key)
+            if not _answers(header, order):
+                return None
+            _verify(place, key, header, limit)
+            return {**_said(order, key, header), "cached": True}
+    except Absent:
+        return None
+
+
+def cache_place(key: str, folder: str | None) -> str:
+    """Return where the result for a cache key lies, if nobody has chosen a place.
+
+    Parameters
+    ----------
+    key : str
+        The cache key.
+    folder : str or None
+        That of the flow run, for keys that are no good in another.
+    """
+    name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+    return f"cache/{name[:2]}/{name}" if folder is None else f"{folder}/{name}"
+
+
+def _answers(header: dict[str, Any], order: dict[str, Any]) -> bool:
+    """Whether a stored result is the one that an order looks for, whoever made it."""
+    if "cache" not in order or order.get("refresh") or header.get("cache") != order["cache"]:
+        return False
+    limits = [limit for limit in (header.get("expires"), order.get("expires")) if limit is not None]
+    return not limits or time.time() < float(header["time"]) + min(limits)
 
 
 def load(where: dict[str, Any], run: str | None = None) -> Any:
@@ -174,7 +259,7 @@ def _refusals(order: dict[str, Any], place: Any) -> Iterator[None]:
 def _said(
     order: dict[str, Any], key: str, header: dict[str, Any], *, duplicate: bool = False
 ) -> dict[str, Any]:
-    said = {name: header[name] for name in ("format", "nbytes", "checksum")}
+    said = {name: header[name] for name in ("format", "nbytes", "checksum", "run")}
     said |= {"storage": order["storage"], "key": key}
     return {**said, "duplicate": True} if duplicate else said
 
@@ -182,8 +267,11 @@ def _said(
 # -- the commit file ------------------------------------------------------------------------
 
 
-def present(order: dict[str, Any], run: str) -> dict[str, Any] | None:
-    """Return what `commit` said of the result of a run, without reading it; None if there is none."""
+def present(order: dict[str, Any], run: str, *, anybodys: bool = False) -> dict[str, Any] | None:
+    """Return what `commit` said of the result of a run, without reading it; None if there is none.
+
+    `anybodys`: also if another run has stored it.
+    """
     place = _place(order)
     key = order["key"].replace("{run}", run)
     try:
@@ -191,7 +279,7 @@ def present(order: dict[str, Any], run: str) -> dict[str, Any] | None:
             header = _header(place, key)
     except (Absent, Damaged):
         return None
-    return _said(order, key, header) if header["run"] == run else None
+    return _said(order, key, header) if anybodys or header["run"] == run else None
 
 
 class _Header:
@@ -222,12 +310,12 @@ def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def _write(place: Any, key: str, prepared: Any, run: str, attempt: int, *, wished: bool) -> _Header:
+def _write(place: Any, key: str, prepared: Any, run: str, attempt: int, order: dict[str, Any]) -> _Header:
     """Write a value, and return the header that makes it a result."""
     extension = formats.EXTENSIONS[prepared.format]
     name = f"{key}-{attempt}-{os.urandom(4).hex()}{extension}"
     # A format that was asked for by name is there for other programs: the file holds nothing else.
-    sink = _Sink(place, name, 0 if wished else INLINE)
+    sink = _Sink(place, name, INLINE if order["format"] == "auto" else 0)
     try:
         prepared.write(sink)
         sink.finish()
@@ -245,6 +333,7 @@ def _write(place: Any, key: str, prepared: Any, run: str, attempt: int, *, wishe
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "time": time.time(),
+        **{name: order[name] for name in ("cache", "expires") if order.get(name) is not None},
     }
     return _Header(fields, bytes(sink.kept))
 
@@ -342,10 +431,37 @@ def _read_value(place: Any, key: str, header: dict[str, Any]) -> Any:
         with place.local(data) as file:
             return _checked(place, key, header, file)
     except FileNotFoundError:
-        raise _damaged(place, key, None, f"{data} is missing") from None
+        return _read_value(place, key, _newer(place, key, header))
 
 
-def _checked(place: Any, key: str, header: dict[str, Any], file: Any) -> Any:
+def _newer(place: Any, key: str, header: dict[str, Any]) -> dict[str, Any]:
+    """Return the header that has taken the place of one whose file is gone."""
+    present = _header(place, key)
+    if present["data"] == header["data"]:
+        raise _damaged(place, key, None, f"{_beside(key, header['data'])} is missing") from None
+    return present
+
+
+def _verify(place: Any, key: str, header: dict[str, Any], limit: float) -> None:
+    """Compare length and checksum of a stored value without reading it as one."""
+    data = _beside(key, header["data"])
+    if data is None:
+        with io.BytesIO(header["inline"]) as file:
+            _compare(place, key, header, file)
+        return
+    try:
+        length = place.length(data)
+        if length != header["nbytes"]:
+            raise _damaged(place, key, data, f"{length} bytes instead of {header['nbytes']}")
+        if length <= limit and isinstance(place, Folder):
+            with place.local(data) as file:
+                _compare(place, key, header, file)
+    except FileNotFoundError:
+        _verify(place, key, _newer(place, key, header), limit)
+
+
+def _compare(place: Any, key: str, header: dict[str, Any], file: Any) -> None:
+    """Raise unless a file is as long as its header says, and has its checksum."""
     data = _beside(key, header["data"])
     length = file.seek(0, os.SEEK_END)
     if length != header["nbytes"]:
@@ -356,6 +472,10 @@ def _checked(place: Any, key: str, header: dict[str, Any], file: Any) -> Any:
         found.update(memoryview(buffer)[:read])
     if found.hexdigest() != header["checksum"]:
         raise _damaged(place, key, data, "its checksum is wrong")
+
+
+def _checked(place: Any, key: str, header: dict[str, Any], file: Any) -> Any:
+    _compare(place, key, header, file)
     file.seek(0)
     try:
         return formats.read(header["format"], header["details"], file)
@@ -402,6 +522,15 @@ def _writer() -> str:
     return f"{host}+{space}"
 
 
+def _to_disk(file: Any) -> None:
+    """Have the bytes on disk before they get a name: after a power cut no name leads to half a result.
+
+    That the name itself outlives it is not waited for; a result without one is made again.
+    """
+    file.flush()
+    getattr(os, "fdatasync", os.fsync)(file.fileno())
+
+
 class Folder:
     """A directory, on this host or shared by many.
 
@@ -434,6 +563,7 @@ class Folder:
 
     def keep(self, file: Any, name: str) -> None:
         """Give a file its name."""
+        _to_disk(file)
         file.close()
         os.rename(file.name, self._path(name))
 
@@ -457,6 +587,7 @@ class Folder:
         file = self.create(key + EXTENSION)
         try:
             file.write(data)
+            _to_disk(file)
             file.close()
             if replace:
                 os.replace(file.name, path)
@@ -485,6 +616,10 @@ class Folder:
                 return file.read()
         except (FileNotFoundError, NotADirectoryError):
             raise Absent(f"there is no {path} on host {socket.gethostname()}") from None
+
+    def length(self, name: str) -> int:
+        """Return the size of a file in bytes."""
+        return os.stat(self._path(name)).st_size
 
     def local(self, name: str) -> Any:
         """Open a file for reading."""
@@ -611,6 +746,11 @@ class Bucket:
         except FileNotFoundError:
             raise Absent(f"there is no {self.name}/{name}") from None
         return data
+
+    def length(self, name: str) -> int:
+        """Return the size of an object in bytes."""
+        self.fs.invalidate_cache()
+        return int(self.fs.size(self._path(name)))
 
     @contextlib.contextmanager
     def local(self, name: str) -> Iterator[Any]:

@@ -468,10 +468,57 @@ def _room(directory: str) -> int:
         with open("/proc/meminfo", "rb") as file:  # a file there is memory, whatever its limit says
             for line in file:
                 if line.startswith(b"MemAvailable:"):
-                    return min(room, int(line.split()[1]) * 1024)
-        return room
+                    room = min(room, int(line.split()[1]) * 1024)
+                    break
+        return min(room, cgroup_room(room))
     except OSError:
         return 0
+
+
+def cgroup_room(most: int, root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> int:
+    """Bytes that this process may still use by the limits of its container and of those around it.
+
+    Parameters
+    ----------
+    most : int
+        The answer where nothing is limited, or nobody can tell.
+    root, own : str
+        Where the system says so; a unified hierarchy (version 2), or the memory controller of version 1.
+    """
+    try:
+        with open(own, encoding="ascii") as file:
+            lines = [line.rstrip("\n").split(":", 2) for line in file]
+    except (OSError, ValueError):
+        return most
+    room = most
+    for number, controllers, path in (line for line in lines if len(line) == 3):
+        if number == "0" and not controllers:
+            base, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base = os.path.join(root, "memory")
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        steps = [step for step in path.split("/") if step and step != ".."]
+        for depth in range(len(steps) + 1):  # in a container its own group may be the root
+            room = min(room, _left_in(os.path.join(base, *steps[:depth]), *names, most=most))
+    return max(room, 0)
+
+
+def _left_in(group: str, limit_name: str, used_name: str, cache_name: str, *, most: int) -> int:
+    """Bytes left in one control group; file pages that nobody has used lately do not count as used."""
+    try:
+        with open(os.path.join(group, limit_name), encoding="ascii") as file:
+            limit = file.read().strip()
+        if limit == "max":
+            return most
+        with open(os.path.join(group, used_name), encoding="ascii") as file:
+            used = int(file.read())
+        with open(os.path.join(group, "memory.stat"), encoding="ascii") as file:
+            stat = dict(line.split() for line in file)
+        return int(limit) - used + int(stat.get(cache_name, 0))
+    except (OSError, ValueError):
+        return most
 
 
 # -- the janitor --------------------------------------------------------------------------

@@ -108,6 +108,7 @@ class ThreadPoolTaskRunner(TaskRunner):
                     if one.key in self._queued:
                         self._queued.discard(one.key)
                         return one, ref
+                    del one, ref  # withdrawn: an idle thread must not keep it
                 self._idle += 1
                 try:
                     self._work.wait()
@@ -154,6 +155,7 @@ class ThreadPoolTaskRunner(TaskRunner):
                     stopped.append(ref.key)
                 else:
                     running.append(ref.key)
+            self._tidy()
         worker_runtime.cancel(running)
         return stopped
 
@@ -169,7 +171,14 @@ class ThreadPoolTaskRunner(TaskRunner):
             if ref.key not in self._queued:
                 return False
             self._queued.discard(ref.key)
+            self._tidy()
             return True
+
+    def _tidy(self) -> None:
+        """Let go of work that was withdrawn, and of the values in it: nobody may come to take it."""
+        if len(self._queue) > 2 * len(self._queued):
+            self._queue = [entry for entry in self._queue if entry[2].key in self._queued]
+            heapq.heapify(self._queue)
 
     @contextlib.contextmanager
     def blocked(self, refs: Sequence[Ref]) -> Iterator[None]:

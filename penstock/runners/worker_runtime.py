@@ -22,6 +22,10 @@ Work order (a pickled dict of primitives)
     What nested code needs to know: ids and names of the flow run, tags, depth, runner.
 ``commit`` (optional)
     Where to store the value before the record is made, see `result_store`.
+``skip_if`` (optional)
+    A function, or its pickle, of args and kwargs: why the run is to be skipped, or None.
+``loads`` (optional)
+    ``{position: where}``: upstream values that are read from a storage, and not among `values`.
 ``picks`` (optional)
     ``{position: place}``: of that upstream value, which is a chunk's, only the item at the place.
 
@@ -106,6 +110,10 @@ class Cancelled(BaseException):
     """Raised in the thread of a task that was asked to stop."""
 
 
+class Skipped(Exception):
+    """Raised in the place of a call whose predicate says that there is nothing to do."""
+
+
 class Failed:
     """Stands where a value would be when its task did not complete."""
 
@@ -129,7 +137,10 @@ class Running:
         self.over = False
         self.logs: list[tuple[float, str, str]] = []
         self.dropped = 0
-        self.stored: Any = None  # what an earlier attempt has stored: then the function does not run again
+        self.unlock: Any = None  # gives back the lock of a cache key
+        self.stored: Any = None  # what the record says of a stored value that is taken: no function runs
+        self.found: Any = None  # that value
+        self.called: Any = None  # function, args and kwargs, once the call is about to be made
         self.nested: Any = None  # set by the engine when the task submits tasks of its own
         self.yielded = -1  # items that were handed on one by one
         self.helps = False  # a coroutine of the task does a child beside its event loop
@@ -195,6 +206,8 @@ def run(
     """
     if isinstance(order, bytes):
         order = pickle.loads(order)
+    if "loads" in order:
+        values = _with_stored(values, order["loads"])
     if "stages" in order:
         return _run_chunk(order, function, arguments, values, key, on_start)
     attempt = Attempt(order, key, scope)
@@ -237,6 +250,15 @@ class Attempt:
             self.running.cancelled = True
         return self
 
+    def pause(self) -> None:
+        """Let other code run for a while that is no part of the attempt."""
+        with contextlib.suppress(ValueError):
+            _running.reset(self._token)
+
+    def resume(self) -> None:
+        """Go on with the attempt."""
+        self._token = _running.set(self.running)
+
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         running = self.running
         while not running.over:
@@ -278,9 +300,15 @@ def _finished(
             details["state"] = state
         if state is None or state["type"] == "COMPLETED":
             value, error = _kept(running, value, details)
+    if running.unlock is not None:
+        running.unlock()
     if error is not None:
         value = None
+        if details["status"] == "failed":
+            _note_inputs(error, running)
         details["error"] = describe(error)
+    if "naming" in running.order:
+        details["named"] = running.order["name"]
     if running.logs:
         details["logs"] = running.logs
     if running.dropped:
@@ -313,23 +341,61 @@ def _call(
     order = running.order
     if running.cancelled:
         raise Cancelled
-    found = stored_before(*_commit_of(order))
-    if found is not None:
-        value, running.stored = found
-        return value
+    if stored_before(running):
+        return running.found
     call = _function(function)
     guard = Guard(order.get("inputs", "readonly"))  # as long as it lives, a frame is copied on write
     args, kwargs = _arguments(arguments, guard.values(map(opened, values)))
     args, kwargs = guard.arguments(args, kwargs, private=isinstance(arguments, bytes))
+    if "naming" in order:
+        order["name"] = name_from(order["naming"], call, args, kwargs)
+    if "skip_if" in order:
+        ask(order["skip_if"], args, kwargs)
+    if stored_under(running, call, args, kwargs):
+        return running.found
+    running.called = (call, args, kwargs)
     if on_start is not None:
         on_start()
     if order.get("prints"):
         route_prints()
     with interrupted_after(order.get("interrupt_after"), order.get("name")):
         value = call(*args, **kwargs)
-    if type(value) in _SIMPLE:
-        return value
-    return _settled(running, value, on_item if order.get("streams") else None)
+        if type(value) in _SIMPLE:
+            return value
+        return _settled(running, value, on_item if order.get("streams") else None)
+
+
+def ask(predicate: Any, args: Any, kwargs: Any) -> None:
+    """Raise `Skipped` if a run is not to be, by the predicate that its work order names."""
+    reason = _function(predicate)(args, kwargs)
+    if reason is not None:
+        raise Skipped(reason)
+
+
+def name_from(naming: Any, call: Any, args: Any, kwargs: Any) -> str:
+    """Make the name of a run from its arguments.
+
+    Parameters
+    ----------
+    naming : str, bytes or callable
+        A template, or a function of nothing or of ``parameters``.
+    call : callable
+        The user's function.
+    args, kwargs
+        Its arguments.
+    """
+    bound = inspect.signature(call).bind(*args, **kwargs)
+    bound.apply_defaults()
+    parameters = dict(bound.arguments)
+    if isinstance(naming, str):
+        return naming.format(**parameters)
+    function = _function(naming)
+    name = function(parameters)
+    if not isinstance(name, str):
+        raise TypeError(
+            f"Callable {function} for 'task_run_name' returned type {type(name).__name__} but a string is required."
+        )
+    return name
 
 
 _INERT = frozenset({type(None), bool, int, float, complex, str, bytes})
@@ -383,6 +449,9 @@ def interrupted_after(seconds: float | None, name: Any) -> Iterator[None]:
     def ring(_signal: int, _frame: Any) -> None:
         raise TimedOut(f"Run {name!r} exceeded timeout of {seconds} second(s)")
 
+    if 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= seconds:  # the time around this one is over first
+        yield
+        return
     before = signal.signal(signal.SIGALRM, ring)
     begun = time.monotonic()
     due, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -410,6 +479,8 @@ def is_signal(error: BaseException) -> bool:
 def _status(error: BaseException, running: Running) -> str:
     if isinstance(error, Cancelled):
         return "cancelled"
+    if isinstance(error, Skipped):
+        return "skipped"
     if isinstance(error, KeyboardInterrupt) and running.cancelled:
         return "cancelled"
     if not isinstance(error, Exception):
@@ -569,12 +640,85 @@ def commit(value: Any, order: dict[str, Any] | None, run: str, attempt: int) -> 
     return committed
 
 
-def stored_before(order: dict[str, Any] | None, run: str, attempt: int) -> tuple[Any, Any] | None:
-    """Return what `commit` returned in an earlier attempt, whose worker may have died right after."""
-    if order is None or attempt == 1:
-        return None
-    found: tuple[Any, Any] | None = _store().find(order, run)
-    return found
+def stored_before(running: Any) -> bool:
+    """Take the stored value of an earlier attempt, whose worker may have died after `commit`, or of a cache key."""
+    order, run, attempt = _commit_of(running.order)
+    if order is None:
+        return False
+    if "cache" in order:
+        return _recalled(running, order, run)
+    found = _store().find(order, run) if attempt > 1 else None
+    if found is None:
+        return False
+    running.found, running.stored = found
+    return True
+
+
+def stored_under(running: Any, call: Any, args: Any, kwargs: Any) -> bool:
+    """Make the cache key of a run from its values, if nobody could before; take what is stored under it."""
+    order = running.order.get("commit")
+    if order is None or "work" not in order:
+        return False
+    try:
+        lookups = importlib.import_module("penstock.engine.lookups")
+    except ImportError:
+        running.log(
+            "WARNING", "caching is off for this run: its worker cannot import penstock to make the key"
+        )
+        return False
+    key = lookups.keyed(order, running, call, args, kwargs)
+    if key is None:
+        return False
+    named = {} if order["named"] else {"key": _store().cache_place(key, order["folder"])}
+    order = running.order["commit"] = {**order, **named, "cache": key}
+    return _recalled(running, order, running.order["run"])
+
+
+def _recalled(running: Any, order: Any, run: str) -> bool:
+    """Take the value that is stored under a cache key; with a lock, wait for whoever makes it."""
+    lock = order.get("lock")
+    if lock is not None:
+        manager = pickle.loads(lock) if isinstance(lock, bytes) else lock
+        holder = f"{run}-{running.order.get('attempt', 1)}"
+        manager.acquire_lock(order["cache"], holder)
+        running.unlock = functools.partial(manager.release_lock, order["cache"], holder)
+    return recall(running)
+
+
+def recall(running: Any) -> bool:
+    """Take the value that is stored under the cache key of a run; a damaged one is made again."""
+    store = _store()
+    try:
+        found = store.recall(running.order["commit"], running.order["run"])
+    except store.Damaged as error:
+        running.log("WARNING", f"CacheCorrupt: {error}; the value is made again")
+        return False
+    if found is None:
+        return False
+    running.found, running.stored = found
+    return True
+
+
+class Kept:
+    """Stands among upstream values for one that lies in a storage."""
+
+    penstock_kept = True
+
+    def __init__(self, where: Any) -> None:
+        self._where = where
+
+    @property
+    def value(self) -> Any:
+        """Read the value."""
+        where = self._where
+        return where() if callable(where) else _store().load(where, where["run"])
+
+
+def _with_stored(values: Any, loads: dict[int, Any]) -> list[Any]:
+    """Put stored values in their places among the others."""
+    others = iter(values)
+    count = len(loads) + len(values)
+    return [Kept(loads[place]) if place in loads else next(others) for place in range(count)]
 
 
 def _commit_of(order: dict[str, Any]) -> tuple[Any, str, int]:
@@ -610,7 +754,7 @@ class _Stage:
     Parameters
     ----------
     order : dict
-        ``map, task, indices, attempts, inputs, prints, context``, perhaps ``names``, ``scopes`` and
+        ``map, task, indices, attempts, inputs, prints, context, ordinal``, perhaps ``names``, ``scopes`` and
         ``commits``.
     function : bytes or callable
         What to call.
@@ -627,7 +771,10 @@ class _Stage:
         self.call = _function(function)
         self.indices, self.attempts = order["indices"], order["attempts"]
         self.names, self.scopes = order.get("names"), order.get("scopes")
-        self.common = {name: order[name] for name in ("map", "task", "inputs", "prints", "context")}
+        self.common = {
+            name: order[name] for name in ("map", "task", "inputs", "prints", "context", "ordinal")
+        }
+        self.skip_if = order.get("skip_if")
         self.commits = order.get("commits")  # one for all elements, or a list with one for each
         mode = self.mode = order["inputs"]
         self.private = isinstance(function, bytes)  # the arguments were unpickled for this chunk
@@ -661,6 +808,8 @@ class _Stage:
         order["attempt"] = attempts if isinstance(attempts, int) else attempts[number]
         if self.commits is not None:
             order["commit"] = self.commits if isinstance(self.commits, dict) else self.commits[number]
+        if "tags" in self.order:
+            order["tags"] = self.order["tags"]
         if self.names is not None:
             order["name"] = self.names[number]
         found = Running(order)
@@ -681,6 +830,11 @@ class _Stage:
                 return value
         if not (_nothing_in(args) and _nothing_in(kwargs.values())):
             args, kwargs = Guard(self.mode).arguments(args, kwargs, private=self.private)
+        if self.skip_if is not None:
+            ask(self.skip_if, args, kwargs)
+        if self.commits is not None and stored_under(running, self.call, args, kwargs):
+            return running.found
+        running.called = (self.call, args, kwargs)
         value = self.call(*args, **kwargs)
         return value if type(value) in _SIMPLE else _settled(running, value)
 
@@ -761,11 +915,10 @@ def _run_element(
         error: BaseException | None = None
         started, clock = time.time(), time.perf_counter()
         try:
-            found = None if stage.commits is None else stored_before(*_commit_of(running.order))
-            if found is None:
-                value = stage.invoke(number, running)
+            if stage.commits is not None and stored_before(running):
+                value = running.found
             else:
-                value, running.stored = found
+                value = stage.invoke(number, running)
         except BaseException as raised:
             error = raised
         if type(value) is Failed:
@@ -959,8 +1112,11 @@ class _Arguments(pickle.Unpickler):
 
 
 def opened(value: Any) -> Any:
-    """Return the value in an envelope of the engine that nobody has pickled on the way."""
-    return value.value if getattr(type(value), "penstock_envelope", False) else value
+    """Return the value in an envelope of the engine that nobody has pickled on the way, or in a storage."""
+    kind = type(value)
+    if getattr(kind, "penstock_envelope", False) or getattr(kind, "penstock_kept", False):
+        return value.value
+    return value
 
 
 def _arguments(arguments: Any, values: Any) -> Any:
@@ -1296,9 +1452,14 @@ def run_coroutine(coroutine: Any) -> Any:
     if threading.current_thread() is threading.main_thread():
         # The main thread is the user's: nothing of ours stays open in it between two tasks.
         loop = asyncio.new_event_loop()
+        task = loop.create_task(coroutine)
         try:
-            return loop.run_until_complete(coroutine)
+            return loop.run_until_complete(task)
         finally:
+            if not task.done():  # interrupted from outside
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    loop.run_until_complete(task)
             loop.close()
     holder = getattr(_loops, "holder", None)
     if holder is None:
@@ -1317,6 +1478,13 @@ class _Loop:
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
             self.loop.close()
+
+
+def close_loop() -> None:
+    """Close the loop of this thread, which is about to end."""
+    holder = _loops.__dict__.pop("holder", None)
+    if holder is not None:
+        holder.loop.close()
 
 
 async def _draw(generator: Any, take: Any) -> None:
@@ -1437,6 +1605,35 @@ def _leave(running: Running) -> None:
         if running.cancelled:  # take back a request that has not been delivered yet
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(running.thread), None)
         running.over = True  # last: whoever is struck in here has to come again
+
+
+class Stoppable:
+    """A block of this thread that `cancel` can stop, and that is no attempt of a task.
+
+    Parameters
+    ----------
+    key : tuple
+        Its name for `cancel`.
+    """
+
+    def __init__(self, key: Any) -> None:
+        self.running = Running({}, key)
+
+    def __enter__(self) -> None:
+        _enter(self.running)
+        if self.running.cancelled:
+            self.__exit__()
+            raise Cancelled
+
+    def __exit__(self, *_: object) -> None:
+        raised: BaseException | None = None
+        while not self.running.over:
+            try:
+                _leave(self.running)
+            except Cancelled as error:  # a request to stop that came in the last moment
+                raised = error
+        if raised is not None:
+            raise raised
 
 
 def cancel(keys: Any) -> list[Any]:
@@ -1760,6 +1957,53 @@ def describe(error: BaseException) -> dict[str, Any]:
     }
 
 
+INPUTS_NOTED = 12  # arguments of a call that a note names
+
+
+def _note_inputs(error: BaseException, running: Running) -> None:
+    """Add to an error what the call got: types, shapes and dtypes, and of values only plain numbers."""
+    called, running.called = running.called, None
+    if called is None or getattr(error, "_penstock_error", None) is not None:
+        return
+    function, args, kwargs = called
+    try:
+        bound = inspect.signature(function).bind(*args, **kwargs).arguments
+        named = list(bound.items())
+    except Exception:  # a function of C tells no names
+        named = [*((f"#{place}", value) for place, value in enumerate(args)), *kwargs.items()]
+    if not named:
+        return
+    texts = [f"{name}: {_outline(value)}" for name, value in named[:INPUTS_NOTED]]
+    if len(named) > INPUTS_NOTED:
+        texts.append(f"{len(named) - INPUTS_NOTED} more")
+    note = f"inputs of {running.order['name']!r}: {', '.join(texts)}"
+    if note not in getattr(error, "__notes__", ()):
+        with contextlib.suppress(Exception):  # an odd class must not hide the failure
+            error.add_note(note)
+
+
+def _outline(value: Any, depth: int = 0) -> str:
+    """Tell what a value is without its content, which may be secret or large."""
+    kind = type(value).__name__
+    if value is None or isinstance(value, (bool, int, float, complex)):
+        text = repr(value)
+        return text if len(text) <= 24 else kind
+    try:
+        shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+        if isinstance(shape, tuple):
+            return f"{kind}{shape}" + (f" {dtype}" if dtype is not None else "")
+        if isinstance(value, (str, bytes, bytearray)):
+            return f"{kind} of {len(value)} {'characters' if isinstance(value, str) else 'bytes'}"
+        if isinstance(value, (list, tuple, set, frozenset, dict)):
+            inner = ""
+            if depth == 0 and isinstance(value, (list, tuple)) and value:
+                inner = f", the first {_outline(value[0], 1)}"
+            return f"{kind} of {len(value)}{inner}"
+    except Exception:  # an odd class must not hide the failure
+        return kind
+    return kind
+
+
 def _strip(error: BaseException | None) -> None:
     """Drop our frames from the traceback of an error and its causes."""
     seen: set[int] = set()
@@ -1879,6 +2123,36 @@ def _place_of_file(reduce: Any) -> int | None:
         if isinstance(one, str) and one not in {"name", "qualname"}
     ]
     return places[0] if made is types.CodeType and len(places) == 1 else None
+
+
+# -- seeds ----------------------------------------------------------------------------------
+
+
+def seed_from(around: int, task: str, ordinal: int, index: int) -> int:
+    """Make the random seed of a task run, 64 bits.
+
+    Parameters
+    ----------
+    around : int
+        Seed of the run whose code calls the task.
+    task : str
+        Name of the task.
+    ordinal : int
+        The how-manieth call of that task it is there.
+    index : int
+        Of an element of a map; -1 for any other call.
+    """
+    text = f"{around}/{task}/{ordinal}/{index}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+
+def seed_of(order: Any) -> int:
+    """Return the random seed of the run that a work order belongs to, the same at every attempt.
+
+    Good for ``random.Random(seed)`` and ``numpy.random.default_rng(seed)``.
+    """
+    around = order["context"].get("seed", 0)
+    return seed_from(around, order["task"], order.get("ordinal", 0), order.get("index", -1))
 
 
 # -- prints, sizes, memory ------------------------------------------------------------------

@@ -356,7 +356,7 @@ def test_a_home_without_runs_and_one_with_a_broken_record(past: Shell, tmp_path:
     )
     done = past("runs", PENSTOCK_HOME=str(tmp_path))
     assert done.code == 1
-    assert "the record cannot be read" in sentence(done)
+    assert "is damaged; run `penstock db reset`" in sentence(done)
 
 
 # --------------------------------------------------------------------------------- the other commands, and all
@@ -510,7 +510,7 @@ def test_a_plan_is_shown_and_nothing_runs(shell: Shell) -> None:
     done = shell("explain", "flows.py:good", "-p", "n=400", "--runner", "processes")
     assert done.code == 0, done.err
     assert "square x 400" in done.out
-    assert "the plan ends here: a future is looked at" in done.out
+    assert "the plan ends here: a value is needed" in done.out
     assert "flows.py" in done.lines[-1]
     plan = shell.json("explain", "flows.py:good")
     assert [node["task"] for node in plan["nodes"]] == ["says", "square"]

@@ -9,10 +9,11 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import penstock
-from penstock import CrashedRun, FailedRun, exponential_backoff, flow, task
+from penstock import CrashedRun, FailedRun, exponential_backoff, flow, task, unmapped
 from penstock.errors import UnserializableArgument, UnserializableResult, WorkerLost
 from penstock.runners.base import TaskRunner
 from tests.conftest import InFlow
@@ -62,6 +63,54 @@ def test_the_traceback_shows_the_users_lines_only(in_flow: InFlow, how: str) -> 
     assert [frame.name for frame in frames][-2:] == ["divide", "inner"]
     assert [frame.filename for frame in frames if frame.filename.startswith(PACKAGE)] == []
     assert {frame.filename for frame in frames[-2:]} == {__file__}
+
+
+@pytest.mark.parametrize("how", ["call", "submit", "map", "async"])
+def test_a_note_tells_the_inputs_and_where(in_flow: InFlow, record: Record, how: str) -> None:
+    @task
+    def use(image: Any, name: str, factor: float = 0.5, extra: Any = None) -> None:
+        raise ValueError("no beam")
+
+    @task
+    async def use_async(image: Any, name: str, factor: float = 0.5, extra: Any = None) -> None:
+        raise ValueError("no beam")
+
+    image = np.zeros((3, 4), np.float32)
+    bodies = {
+        "call": lambda: use(image, "secret", extra=[image]),
+        "submit": lambda: use.submit(identity.submit(image), "secret", extra=[image]).result(),
+        "map": lambda: use.map([image], "secret", extra=unmapped([image])).result(),
+        "async": lambda: use_async.submit(image, "secret", extra=[image]).result(),
+    }
+    with pytest.raises(ValueError, match="no beam") as caught:
+        in_flow(bodies[how])
+    inputs, where = caught.value.__notes__[:2]
+    name = {"map": "use-0", "async": "use_async"}.get(how, "use")
+    assert inputs == (
+        f"inputs of {name!r}: image: ndarray(3, 4) float32, name: str of 6 characters, "
+        "extra: list of 1, the first ndarray(3, 4) float32"
+    )
+    assert where.startswith(f"(task run {name!r}, attempt 1, on ")
+    row = next(row for row in record.tasks() if row.name == name)
+    assert inputs in row.error["text"]
+    assert "secret" not in row.error["text"].split("inputs of")[1]
+
+
+def test_the_cause_chain_comes_along(in_flow: InFlow) -> None:
+    @task
+    def chained() -> None:
+        try:
+            inner(0)
+        except ZeroDivisionError as error:
+            raise LookupError("no station") from error
+
+    with pytest.raises(LookupError) as caught:
+        in_flow(lambda: chained.submit().result())
+    text = "".join(traceback.format_exception(caught.value))
+    assert "no station" in text
+    shown = text + str(getattr(caught.value, "__notes__", ""))
+    assert "ZeroDivisionError" in shown
+    assert PACKAGE not in shown
 
 
 def test_the_record_keeps_the_error(in_flow: InFlow, record: Record) -> None:

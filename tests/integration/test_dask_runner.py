@@ -860,7 +860,8 @@ def test_nothing_is_left_when_the_runner_closes() -> None:
         )
         assert seen == ("1", False)
         session.close()
-    assert not runner.is_open
+        flow(task_runner=runner)(lambda: None)()
+    assert not runner.is_open, "flows keep only what they have started"
     assert {name for name in os.environ if not name.startswith("__DASK")} <= set(environment)
     helpers = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 

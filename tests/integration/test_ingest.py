@@ -3,7 +3,6 @@
 import contextlib
 import random
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,6 @@ from penstock.engine.spool import Batch
 from penstock.engine.tracking import start_tracking, stop_tracking
 from penstock.errors import ConfigurationError
 from tests.story import LOAD, MAP, ROOT, Flow, batch, count_events, current, empty, hurry, story
-
-
-@pytest.fixture
-def home(clean_environment: Path) -> Path:
-    return clean_environment
-
-
-@pytest.fixture
-def database(home: Path) -> Iterator[Database]:
-    found = Database(f"sqlite:///{home / 'penstock.db'}")
-    found.prepare()
-    yield found
-    found.close()
 
 
 @st.composite
@@ -178,7 +164,7 @@ def test_ten_thousand_elements_are_a_matter_of_moments(
 
     monkeypatch.setattr(Database, "upsert", counted)
     ingest(database, [batch(flow.events)])
-    assert len(statements) == 8  # one per table, however many rows
+    assert len(statements) == len(set(statements)) == 9  # one per kind of row, however many rows
     assert count_events(database) == 2
     with database.read() as connection:
         assert len(queries.list_task_runs(connection, ROOT, states=["COMPLETED"], limit=2 * size)) == size
@@ -243,6 +229,10 @@ def test_a_store_from_the_future_is_refused(
 
 
 def test_the_store_is_private_and_survives_power_failures(home: Path, database: Database) -> None:
+    if not database.is_sqlite:
+        with database.write() as connection:
+            assert connection.exec_driver_sql("SHOW synchronous_commit").scalar() == "on"
+        return
     assert (home / "penstock.db").stat().st_mode & 0o077 == 0
     with database.write() as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
@@ -250,11 +240,13 @@ def test_the_store_is_private_and_survives_power_failures(home: Path, database: 
 
 
 def test_readers_cannot_write(database: Database) -> None:
-    with database.read() as connection, pytest.raises(Exception, match="readonly"):
+    with database.read() as connection, pytest.raises(Exception, match=r"readonly|read-only"):
         connection.execute(leases.insert().values(root="r", epoch=1, holder="h", renewed=0.0))
 
 
 def test_a_database_that_was_removed_is_made_anew(home: Path, database: Database) -> None:
+    if not database.is_sqlite:
+        pytest.skip("nobody removes the file of a server")
     ingest(database, [batch(story().events)])
     for path in home.glob("penstock.db*"):
         path.unlink()

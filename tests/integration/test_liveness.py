@@ -14,7 +14,7 @@ from penstock.api import embedded, leases, queries
 from penstock.api.db import Database
 from penstock.api.ingest import ingest
 from penstock.api.leases import NOBODY, Lease
-from penstock.api.reaper import Reaper, reap
+from penstock.api.reaper import Reaper
 from penstock.engine.events import Event, pack
 from penstock.engine.spool import Batch, Spool
 from tests.drivers import SharedStore, Wait, driver
@@ -262,9 +262,9 @@ def test_the_lock_on_a_spool_decides_at_once(home: Path, database: Database) -> 
     (home / "spool").mkdir()
     spool = Spool(home / "spool")
     begin(database, spool.writer)
-    assert reap(database, home, time.time() + HOUR) == []
+    assert Reaper(database, home, local=True).look(time.time() + HOUR) == []
     spool._lock.release()
-    assert reap(database, home) == [ROOT]
+    assert Reaper(database, home, local=True).look() == [ROOT]
     assert shown(database)["message"].endswith("died")
 
 
@@ -273,9 +273,9 @@ def test_a_writer_that_has_gone_on_to_another_spool_still_lives(home: Path, data
     spool = Spool(home / "spool")
     begin(database, spool.writer)
     spool.retire()
-    assert reap(database, home) == []
+    assert Reaper(database, home, local=True).look() == []
     assert embedded.drain(home)
-    assert reap(database, home) == []
+    assert Reaper(database, home, local=True).look() == []
     spool.close(spool.last)
     assert list((home / "spool").iterdir()) == []
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,19 +11,6 @@ from penstock.api.db import Database
 from penstock.api.ingest import ingest
 from penstock.engine.events import element_id
 from tests.story import CHILD, LOAD, MAP, ROOT, Flow, batch, story
-
-
-@pytest.fixture
-def home(clean_environment: Path) -> Path:
-    return clean_environment
-
-
-@pytest.fixture
-def database(home: Path) -> Iterator[Database]:
-    found = Database(f"sqlite:///{home / 'penstock.db'}")
-    found.prepare()
-    yield found
-    found.close()
 
 
 @pytest.fixture
@@ -71,6 +57,8 @@ def test_one_run_as_a_tree(told: Any) -> None:
     assert whole is not None
     assert [node["name"] for node in whole["nodes"][1]["nodes"]] == [f"inc-{index}" for index in range(5)]
     assert queries.get_tree(told, LOAD) is None
+    assert tree["dropped_lines"] == 2
+    assert child["flow"]["dropped_lines"] == 0
 
 
 def test_the_history_of_an_element(told: Any) -> None:
@@ -152,3 +140,4 @@ def test_one_task_run_with_everything(told: Any) -> None:
     flow = queries.get_run(told, ROOT)
     assert flow is not None
     assert flow["flows"] == [CHILD]
+    assert flow["dropped_lines"] == 2

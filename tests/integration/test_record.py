@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import resource
@@ -10,14 +11,16 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from penstock.api import db, embedded, queries
 from penstock.api.db import Database
+from penstock.api.models import events, writers
 from penstock.engine import home as homes
 from penstock.engine import sender
 from penstock.engine.events import Event, bus, new_id, pack
@@ -26,19 +29,6 @@ from penstock.engine.tracking import start_tracking, stop_tracking
 from tests.story import count_events, empty, story
 
 Wait = Callable[..., None]
-
-
-@pytest.fixture
-def home(clean_environment: Path) -> Path:
-    return clean_environment
-
-
-@pytest.fixture
-def database(home: Path) -> Iterator[Database]:
-    found = Database(f"sqlite:///{home / 'penstock.db'}")
-    found.prepare()
-    yield found
-    found.close()
 
 
 def leave(home: Path, found: list[Event]) -> Path:
@@ -56,7 +46,21 @@ def runs(home: Path) -> list[Any]:
         return queries.list_runs(connection)
 
 
-def test_a_recorded_run_is_visible_to_the_next_command(home: Path) -> None:
+def census(database_url: str) -> tuple[int, set[int], bool]:
+    """How many events there are, what their numbers lack to be gapless, whether the file is sound."""
+    database = Database(database_url)
+    with contextlib.closing(database), database.read() as connection:
+        column, func = events.c, sa.func
+        total = connection.execute(sa.select(func.count()).select_from(events)).scalar() or 0
+        lacking = sa.select(func.max(column.seq) - func.count()).group_by(column.writer)
+        gaps = set(connection.execute(lacking).scalars())
+        sound = (
+            not database.is_sqlite or connection.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
+        )
+    return total, gaps, sound
+
+
+def test_a_recorded_run_is_visible_to_the_next_command(home: Path, database_url: str) -> None:
     start_tracking()
     for event in story().events:
         bus.publish(event)
@@ -67,7 +71,7 @@ def test_a_recorded_run_is_visible_to_the_next_command(home: Path) -> None:
     assert list((home / "spool").iterdir()) == []
 
 
-def test_tracking_reaches_the_store(home: Path) -> None:
+def test_tracking_reaches_the_store(home: Path, database_url: str) -> None:
     tracker = start_tracking()
     for event in story().events:
         bus.publish(event)
@@ -77,7 +81,7 @@ def test_tracking_reaches_the_store(home: Path) -> None:
     assert [run["name"] for run in runs(home)] == ["brave-otter"]
 
 
-def test_spools_of_the_dead_are_drained_and_removed(home: Path) -> None:
+def test_spools_of_the_dead_are_drained_and_removed(home: Path, database_url: str) -> None:
     found = story().events
     for number in range(150):  # more than are held at a time
         leave(home, [Event("flow_run", new_id(), f"{number:032x}", 1.0, {"name": str(number)})])
@@ -120,7 +124,7 @@ def test_a_damaged_spool_gives_what_it_can_and_is_kept_aside(
     assert "damaged" in caplog.text
 
 
-def test_a_driver_commits_what_others_left(home: Path, wait_until: Wait) -> None:
+def test_a_driver_commits_what_others_left(home: Path, database_url: str, wait_until: Wait) -> None:
     left = leave(home, story("abc".count("b")).events)
     tracker = start_tracking()
     bus.publish(Event("flow_run", new_id(), new_id(), 1.0, {"name": "mine"}))
@@ -151,7 +155,7 @@ def test_whoever_does_not_get_the_lock_leaves_its_events_to_the_holder(
 
 
 def test_a_foreign_lock_on_the_database_loses_nothing(
-    home: Path, database: Database, caplog: pytest.LogCaptureFixture
+    home: Path, sqlite_database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
     foreign = sqlite3.connect(home / "penstock.db", isolation_level=None, check_same_thread=False)
     foreign.execute("BEGIN EXCLUSIVE")
@@ -165,12 +169,12 @@ def test_a_foreign_lock_on_the_database_loses_nothing(
     timer.join()
     foreign.close()
     assert stop_tracking()
-    assert count_events(database) == len(story().events)
+    assert count_events(sqlite_database) == len(story().events)
     assert caplog.records == []
 
 
 def test_a_lock_that_outlasts_the_patience_of_sqlite_raises_nothing(
-    home: Path, database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    home: Path, sqlite_database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(db, "BUSY_TIMEOUT", 0.1)
     foreign = sqlite3.connect(home / "penstock.db", isolation_level=None)
@@ -229,14 +233,14 @@ def driver(count: int, end: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
 
 
-def test_a_short_script_ends_without_loading_the_store(home: Path) -> None:
+def test_a_short_script_ends_without_loading_the_store(home: Path, database_url: str) -> None:
     out, err = driver(3, "end").communicate(timeout=60)
     assert (out, err) == ("False\n", "")
     (run,) = runs(home)
     assert (run["state"]["type"], run["tasks"]) == ("COMPLETED", {"COMPLETED": 3})
 
 
-def test_processes_that_record_at_once_do_not_meet(home: Path) -> None:
+def test_processes_that_record_at_once_do_not_meet(home: Path, database_url: str) -> None:
     count = 800
     drivers = [driver(count, "flush") for _ in range(3)]
     ends = [one.communicate(timeout=100) for one in drivers]
@@ -244,19 +248,14 @@ def test_processes_that_record_at_once_do_not_meet(home: Path) -> None:
     found = runs(home)
     assert [run["state"]["type"] for run in found] == ["COMPLETED"] * 3
     assert [run["tasks"] for run in found] == [{"COMPLETED": count}] * 3
-    with contextlib.closing(sqlite3.connect(home / "penstock.db")) as connection:
-        total = connection.execute(
-            "SELECT count(*), count(DISTINCT writer || ' ' || seq) FROM events"
-        ).fetchone()
-        gaps = connection.execute("SELECT max(seq) - count(*) FROM events GROUP BY writer").fetchall()
-        healthy = connection.execute("PRAGMA integrity_check").fetchone()
-    assert total == (3 * (2 * count + 3),) * 2
-    assert set(gaps) == {(0,)}
-    assert healthy == ("ok",)
+    total, gaps, healthy = census(database_url)
+    assert total == 3 * (2 * count + 3)
+    assert gaps == {0}
+    assert healthy
     assert list((home / "spool").iterdir()) == []
 
 
-def test_a_killed_driver_has_lost_nothing(home: Path) -> None:
+def test_a_killed_driver_has_lost_nothing(home: Path, database_url: str) -> None:
     with driver(200, "wait") as one:
         assert one.stdout is not None
         assert one.stdout.readline() == "ready\n"
@@ -286,12 +285,12 @@ assert os.waitpid(child, 0)[1] == 0
 """
 
 
-def test_a_forked_process_records_under_a_name_of_its_own(home: Path) -> None:
+def test_a_forked_process_records_under_a_name_of_its_own(home: Path, database_url: str) -> None:
     done = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert {run["name"] for run in runs(home)} == {"before", "parent", "child", "late child"}
-    with contextlib.closing(sqlite3.connect(home / "penstock.db")) as connection:
-        assert connection.execute("SELECT count(*) FROM writers").fetchone() == (2,)
+    with embedded.reading(home) as connection:
+        assert connection.execute(sa.select(sa.func.count()).select_from(writers)).scalar() == 2
 
 
 FULL = """
@@ -339,3 +338,52 @@ def test_a_home_that_cannot_be_written_to_has_a_stand_in(
     with embedded.reading() as connection:  # the next command looks in the same place
         assert [run["name"] for run in queries.list_runs(connection)] == ["brave-otter"]
     assert tracker.home.path.parent.parent == tmp_path
+
+
+# -- commands -------------------------------------------------------------------------------
+
+
+def command(*words: str) -> tuple[int, str, str]:
+    program = [sys.executable, "-c", "from penstock.cli import main; main()", *words]
+    done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=100)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_spools_are_shown_and_drained(home: Path, database_url: str) -> None:
+    assert command("spool", "status") == (0, f"no events wait in {home / 'spool'}\n", "")
+    left = leave(home, story().events)
+    with driver(200, "wait") as one:
+        assert one.stdout is not None
+        assert one.stdout.readline() == "ready\n"
+        code, out, err = command("spool", "status")
+        assert (code, err) == (0, "")
+        assert f"pid {one.pid}" in out
+        assert left.stem[:8] in out
+        assert "dead" in out
+        told = {entry["writer"]: entry for entry in json.loads(command("spool", "status", "--json")[1])}
+        assert told[left.stem]["unsent"] == len(story().events)
+        assert command("spool", "drain")[0] == 0
+        assert not left.exists()
+        database = Database(database_url)  # and not `reading`, which would drain, too
+        with contextlib.closing(database), database.read() as connection:
+            counts = {run["name"]: run["tasks"] for run in queries.list_runs(connection)}
+        assert counts.pop("brave-otter") == {"COMPLETED": 6, "PENDING": 1}
+        assert list(counts.values()) == [{"COMPLETED": 200}]  # of the living one, too
+        one.kill()
+    assert command("spool", "drain")[0] == 0
+    assert list((home / "spool").iterdir()) == []
+
+
+def test_a_record_that_is_switched_off_leaves_nothing(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "flow.py"
+    script.write_text(
+        "from penstock import flow, task\n@task\ndef one(x):\n    return x\n"
+        "@flow\ndef many():\n    return sum(one.map(range(20)).result())\nassert many() == 190\n"
+    )
+    monkeypatch.setenv("PENSTOCK_TRACKING", "off")
+    home.rmdir()
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert not home.exists()

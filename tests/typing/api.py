@@ -12,6 +12,7 @@ from penstock import (
     RayTaskRunner,
     SequentialTaskRunner,
     State,
+    StateType,
     ThreadPoolTaskRunner,
     allow_failure,
     as_completed,
@@ -19,6 +20,7 @@ from penstock import (
     get_run_logger,
     put,
     quote,
+    remote_options,
     tags,
     task,
     unmapped,
@@ -119,3 +121,19 @@ runners: list[Any] = [
 ]
 for runner in runners:
     plain.with_options(task_runner=runner)
+
+
+@bare.on_completion
+def noted(done: Any, run: Any, state: State) -> None: ...
+
+
+@plain.on_failure
+async def told(failed: Any, run: Any, state: State) -> int:
+    return 1
+
+
+assert_type(noted(bare, None, State(StateType.COMPLETED)), None)
+plain.with_options(task_runner={"main": "threads", "big": "dask"}, on_completion=[noted])
+bare.with_options(task_runner="big", resources={"GPU": 1, "memory": "20GB"}, timeout_action="kill_worker")
+with remote_options(num_gpus=1):
+    assert_type(bare.submit(1), PenstockFuture[float])

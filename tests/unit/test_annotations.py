@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from penstock import allow_failure, quote, unmapped
+from penstock import allow_failure, allow_skipped, freeze, opaque, quote, unmapped
 from penstock.engine.annotations import Annotation
 
-MARKS: list[Any] = [unmapped, allow_failure, quote]
+MARKS: list[Any] = [unmapped, allow_failure, allow_skipped, quote, opaque, freeze]
 
 
 @pytest.mark.parametrize("mark", MARKS)

@@ -19,6 +19,12 @@ def lost(
     return cause
 
 
+def retired() -> errors.CrashedRun:
+    cause = lost()
+    cause.excused = True
+    return cause
+
+
 @pytest.mark.parametrize(
     ("cause", "past", "expected"),
     [
@@ -37,6 +43,8 @@ def lost(
         (lost(None), {"idempotent": False}, "CRASHED"),
         (lost(kind=errors.OutOfMemory), {}, "CHARGED"),
         (lost(None, kind=errors.SchedulerLost), {"crashes": 1}, "EXCUSED"),
+        (retired(), {"budget": 0}, "EXCUSED"),
+        (retired(), {"idempotent": False}, "CRASHED"),
         (lost(None, kind=errors.SchedulerLost), {"idempotent": False}, "CRASHED"),
         (lost(False, kind=errors.SchedulerLost), {"idempotent": False}, "UNTOUCHED"),
         (lost(None, kind=errors.SchedulerLost), {"excuses": EXCUSES, "crashes": 1}, "CRASHED"),

@@ -1,6 +1,7 @@
 """Options: what is refused, and what makes a name."""
 
 import datetime as dt
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,8 @@ def test_what_is_said_of_results_inside_wins() -> None:
     merged = inner.over(outer)
     assert (merged.wish, merged.serializer) == (True, "json")
     assert merged.storage == outer.storage
-    assert unpack(merged.pack()) == merged
+    unpacked = unpack(merged.pack())
+    assert unpacked.switches == (False, False, False)
+    assert replace(unpacked, switches=None) == merged
     assert read_options(False, None).over(outer).wish is False
     assert read_options(None, None).over(outer).wish == "large"

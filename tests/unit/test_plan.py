@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from penstock import ProcessPoolTaskRunner, allow_failure, flow, task, unmapped
+from penstock import ProcessPoolTaskRunner, allow_failure, as_completed, flow, task, unmapped, wait
 from penstock.engine.plan import Node, Plan
 
 
@@ -173,3 +173,56 @@ def test_what_the_flow_has_cancelled_is_not_in_the_plan() -> None:
         clean.submit(1)
 
     assert [node.task for node in plan(body).nodes] == ["clean"]
+
+
+def test_a_notebook_shows_a_table() -> None:
+    @task(name="<b>load</b>", chunk_size=4)
+    def load(x: int) -> int:
+        return x
+
+    @task(chunk_size=4)
+    def clean(x: int) -> int:
+        return x
+
+    def body() -> None:
+        clean.map(load.map(range(10))).result()
+
+    shown = flow(task_runner="processes")(body).explain()._repr_html_()
+    assert shown.count("<tr>") == 3
+    assert "&lt;b&gt;load&lt;/b&gt;" in shown
+    assert "<b>load" not in shown
+    assert "fused: travels with" in shown
+    assert "20 task runs in at least 3 units of work" in shown
+    assert "the plan ends here" in shown
+
+
+def test_a_plan_goes_on_after_a_wait() -> None:
+    def body() -> None:
+        first = load.map(range(100))
+        wait(first)
+        assert all(future.state.is_completed() for future in first)
+        second = clean.map(allow_failure(first))
+        second.wait()
+        total = load.with_options(name="total").submit(second)
+        asyncio.run(total.settled())
+        for future in as_completed([total]):
+            load.with_options(name="last").submit(future)
+        second.reduce(load.with_options(name="tree"), order="completion")
+
+    found = plan(body)
+    assert found.end == ""
+    names = [node.task for node in found.nodes]
+    assert names[:4] == ["load", "clean", "total", "last"]
+    assert set(names[4:]) == {"tree"}
+    assert next(node for node in found.nodes if node.task == "clean").not_fused
+
+
+def test_a_value_ends_the_plan() -> None:
+    def body() -> None:
+        first = load.map(range(10))
+        wait(first)
+        clean.map(first[0].result())
+
+    found = plan(body)
+    assert [node.task for node in found.nodes] == ["load"]
+    assert found.end.startswith("a value is needed")

@@ -101,9 +101,9 @@ def test_long_lists_without_a_find_are_given_up() -> None:
 
 
 def test_marks() -> None:
-    seen: list[tuple[Any, bool]] = []
+    seen: list[tuple[Any, int]] = []
 
-    def leaf(value: Any, tolerant: bool) -> Any:
+    def leaf(value: Any, tolerant: int) -> Any:
         seen.append((value, tolerant))
         return value
 
@@ -130,7 +130,7 @@ STRUCTURES = st.recursive(
 def test_slots_out_and_values_in_again(value: Any) -> None:
     values: list[Any] = []
 
-    def out(item: Any, _: bool) -> Any:
+    def out(item: Any, _: int) -> Any:
         if not isinstance(item, int):
             return item
         values.append(item)

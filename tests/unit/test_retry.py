@@ -6,6 +6,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
+from penstock import task
 from penstock.engine.retry import RetryPolicy, exponential_backoff, read_delays, read_jitter
 
 SECONDS = st.floats(0, 1000, allow_nan=False)
@@ -17,6 +18,18 @@ def test_the_budget() -> None:
     assert [policy.after_crash(n) for n in (1, 2)] == [0.0, None]
     assert RetryPolicy().after_failure(1) is None
     assert RetryPolicy().after_crash(1) is None
+
+
+def test_what_ran_out_of_memory_runs_again_only_if_asked_for() -> None:
+    @task
+    def large() -> None: ...
+
+    asked = large.with_options(crash_retries=1)
+    assert (large.options.retry.crash_retries, large.options.retry.memory_retries) == (1, 0)
+    assert (asked.options.retry.crash_retries, asked.options.retry.memory_retries) == (1, 1)
+    assert large.with_options(name="other").options.retry.memory_retries == 0
+    assert asked.with_options(name="other").options.retry.memory_retries == 1
+    assert large.with_options(idempotent=False).options.retry.memory_retries == 0
 
 
 def test_the_last_delay_repeats() -> None:

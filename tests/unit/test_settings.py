@@ -140,6 +140,27 @@ def test_the_list_of_settings_masks_passwords(project: Path) -> None:
     assert rows["PENSTOCK_LOGGING_LOG_PRINTS"] == ("false", "default")
 
 
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://u:p@w@h/d", "postgresql://u:***@h/d"),
+        ("postgresql://u:p:w/x@h/d", "postgresql://u:***@h/d"),
+        ("postgresql://u@h/d?password=pw&sslmode=require", "postgresql://u@h/d?password=***&sslmode=require"),
+        ("sqlite:////tmp/x.db", "sqlite:////tmp/x.db"),
+    ],
+)
+def test_no_password_is_shown(url: str, shown: str) -> None:
+    assert settings.masked(url) == shown
+
+
+def test_the_retention(project: Path) -> None:
+    assert read(project).retention_days == 90.0
+    assert read(project, RETENTION="36h").retention_days == 1.5
+    assert read(project, RETENTION="Never").retention_days is None
+    with pytest.raises(ConfigurationError, match="'90d', or 'never'"):
+        read(project, RETENTION="soon")
+
+
 def test_settings_are_read_once_and_anew_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     first = settings.settings()
     monkeypatch.setenv("PENSTOCK_RUNNER", "ray")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from penstock.runners import shared_memory
-from penstock.runners.shared_memory import SharedMemory
+from penstock.runners.shared_memory import SharedMemory, cgroup_room
 
 LARGE = 300_000  # numbers of eight bytes: more than a message takes
 
@@ -315,3 +315,36 @@ def test_dead_owners_are_swept_and_live_ones_are_not(memory: SharedMemory, roots
 def test_the_time_of_a_start_tells_processes_apart() -> None:
     assert shared_memory._started(os.getpid()).isdecimal()
     assert shared_memory._started(DEAD) == ""
+
+
+def group(folder: Path, limit: str, used: int, cache: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\ninactive_file {cache}\n")
+
+
+def test_room_is_what_the_tightest_container_leaves(tmp_path: Path) -> None:
+    own, root = tmp_path / "own", tmp_path / "fs"
+    own.write_text("0::/outer/inner\n")
+    group(root / "outer", "1000", 700, 100)
+    group(root / "outer" / "inner", "max", 10, 0)
+    assert cgroup_room(5_000, str(root), str(own)) == 400
+    group(root / "outer" / "inner", "50", 10, 0)
+    assert cgroup_room(5_000, str(root), str(own)) == 40
+    group(root / "outer" / "inner", "50", 90, 0)
+    assert cgroup_room(5_000, str(root), str(own)) == 0
+    assert cgroup_room(5_000, str(tmp_path / "nothing"), str(own)) == 5_000
+    assert cgroup_room(5_000, str(root), str(tmp_path / "nobody")) == 5_000
+    own.write_text("not what it should be\n")
+    assert cgroup_room(5_000, str(root), str(own)) == 5_000
+
+
+def test_room_by_the_older_kind_of_limits(tmp_path: Path) -> None:
+    own, folder = tmp_path / "own", tmp_path / "fs" / "memory"
+    own.write_text("9:cpu,cpuacct:/\n4:memory:/docker/1\n")
+    folder.mkdir(parents=True)
+    (folder / "memory.limit_in_bytes").write_text("300")
+    (folder / "memory.usage_in_bytes").write_text("200")
+    (folder / "memory.stat").write_text("total_inactive_file 50")
+    assert cgroup_room(5_000, str(tmp_path / "fs"), str(own)) == 150

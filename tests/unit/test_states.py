@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from penstock import CancelledRun, CrashedRun, FailedRun, PausedRun, UnfinishedRun
 from penstock.engine import states
-from penstock.engine.states import IllegalTransition, Position, State, StateType, Stored, advance, failure_of
+from penstock.engine.states import (
+    IllegalTransition,
+    Position,
+    State,
+    StateGroup,
+    StateType,
+    Stored,
+    advance,
+    failure_of,
+)
 
 TYPES = list(StateType)
 FINAL = [kind for kind in TYPES if kind.is_final]
@@ -167,3 +176,48 @@ def test_states_pickle() -> None:
         "too late",
         "x",
     )
+
+
+def test_a_group_counts() -> None:
+    made = [states.Completed(), states.Failed(), states.Crashed(), states.Cancelled(), states.Running()]
+    group = StateGroup([*made, states.Paused(), states.Skipped()])
+    assert len(group) == group.total_count == 7
+    assert (group.fail_count, group.completed_count, group.not_final_count) == (2, 1, 2)
+    assert group.any_failed()
+    assert group.any_cancelled()
+    assert group.any_paused()
+    assert not group.all_final()
+    assert not group.all_completed()
+    assert group.counts_message() == (
+        "2/7 states are not final, 2/7 states failed, 1/7 states cancelled, 1/7 states paused, "
+        "1/7 states skipped."
+    )
+    good = StateGroup([states.Completed(), states.Skipped()])
+    assert good.all_completed()
+    assert not good.all_skipped()
+    assert good.all_final()
+    assert StateGroup([states.Completed()]).counts_message() == "All states completed."
+    assert StateGroup([states.Skipped()]).all_skipped()
+
+
+def test_a_result_that_cannot_be_read_is_asked_for_once_more() -> None:
+    class Flaky(Stored):
+        asked = 0
+
+        def load(self) -> int:
+            self.asked += 1
+            if self.asked == 1:
+                raise OSError("try again")
+            return 5
+
+    assert State(StateType.COMPLETED, data=Flaky()).result() == 5
+    with pytest.raises(OSError, match="try again"):
+        State(StateType.COMPLETED, data=Flaky()).result(retry_result_failure=False)
+
+
+def test_states_can_be_imported_by_name() -> None:
+    import penstock
+    import penstock.states
+
+    for name in penstock.states.__all__:
+        assert getattr(penstock, name) is getattr(states, name)

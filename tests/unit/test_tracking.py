@@ -27,6 +27,7 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self.kept: dict[tuple[str, int], str] = {}
+        self.bodies: dict[tuple[str, int], dict[str, Any]] = {}
         self.failures: list[Exception] = []
         self.closed = threading.Event()
         self.free = threading.Event()
@@ -40,6 +41,7 @@ class MemoryStore:
         if self.takes:
             for seq, payload in enumerate(batch.payloads, batch.first):
                 self.kept[batch.writer, seq] = unpack(payload).kind
+                self.bodies[batch.writer, seq] = unpack(payload).body
         mine = {seq for writer, seq in self.kept if writer == batch.writer}
         return next(number for number in range(len(mine) + 1) if number + 1 not in mine)
 
@@ -231,26 +233,63 @@ def test_a_full_disk_is_bridged_in_memory_and_in_order(
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
-def test_logs_are_given_up_first(
+def said(count: int) -> Event:
+    return Event("log", "r", "root", 0.0, {"lines": [[0.0, "INFO", "x"]] * count, "dropped": 0})
+
+
+def test_logs_are_given_up_first_and_counted_in_the_record(
     tracker: Tracker, store: MemoryStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     full = {"disk": True}
     fill(monkeypatch, full)
     monkeypatch.setattr(tracking, "RING", 4)
-    note(tracker, "log", "s1", "log", "s2", "s3", "log", "s4")
+    for event in ("s1", "log", "s2", "s3", "log", "s4", "log"):
+        tracker.record(said(5)) if event == "log" else note(tracker, event)
     full["disk"] = False
     assert tracker.flush(10)
-    assert list(store.kept.values()) == ["s1", "s2", "s3", "s4"]
+    assert list(store.kept.values()) == ["s1", "s2", "s3", "s4", "log"]
+    (told,) = [body for body in store.bodies.values() if body]
+    assert told == {"lines": [], "dropped": 15}
     assert (tracker.dropped_logs, tracker.lost) == (3, 0)
-    full["disk"] = True
-    note(tracker, "s5", "s6", "s7", "s8", "s9")
-    full["disk"] = False
-    assert tracker.flush(10)
-    assert tracker.lost == 1
     caplog.clear()
     tracker.close()
     assert "log lines of 3 events" in caplog.text
-    assert "1 events were lost" in caplog.text
+
+
+def test_a_run_pauses_before_a_transition_is_dropped(
+    tracker: Tracker,
+    store: MemoryStore,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    wait_until: Wait,
+) -> None:
+    full = {"disk": True}
+    fill(monkeypatch, full)
+    monkeypatch.setattr(tracking, "RING", 4)
+    run = threading.Thread(target=note, args=(tracker, *"abcdefgh"))
+    run.start()
+    wait_until(lambda: "pause until there is room" in caplog.text)
+    assert run.is_alive()
+    full["disk"] = False
+    run.join(10)
+    assert tracker.flush(10)
+    assert list(store.kept.values()) == list("abcdefgh")
+    assert tracker.lost == 0
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+
+
+def test_the_end_of_the_process_waits_for_no_disk(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wait_until: Wait
+) -> None:
+    fill(monkeypatch, {"disk": True})
+    monkeypatch.setattr(tracking, "RING", 4)
+    run = threading.Thread(target=note, args=(tracker, *"abcde"))
+    run.start()
+    wait_until(lambda: "pause until there is room" in caplog.text)
+    assert not tracker.close()
+    assert "4 events were lost" in caplog.text  # and the fifth begins anew
+    run.join(10)
+    assert not run.is_alive()
 
 
 def test_a_store_that_is_away_for_long_costs_logs(
@@ -258,10 +297,15 @@ def test_a_store_that_is_away_for_long_costs_logs(
 ) -> None:
     monkeypatch.setattr(tracking, "LOG_BACKLOG", 100)
     store.free.clear()
-    note(tracker, *["state"] * 10, "log", "state")
+    note(tracker, *["state"] * 10)
+    tracker.record(said(3))
+    note(tracker, "state")
     store.free.set()
     assert tracker.flush(10)
-    assert list(store.kept.values()) == ["state"] * 11
+    tracker.record(said(1))  # what is sent already does not count
+    assert tracker.flush(10)
+    assert list(store.kept.values()) == ["state"] * 11 + ["log"] * 2
+    assert [body["dropped"] for body in store.bodies.values() if body] == [3, 0]
     assert tracker.dropped_logs == 1
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0003"
-down_revision = "0002"
+revision = "0004"
+down_revision = "0003"
+
+RUN_ID = sa.String(length=32).with_variant(sa.String(length=32, collation="C"), "postgresql")
 
 
 def upgrade() -> None:
     op.create_table(
         "requests",
-        sa.Column("id", sa.String(32), nullable=False),
-        sa.Column("root", sa.String(32), nullable=False),
-        sa.Column("run", sa.String(32), nullable=False),
+        sa.Column("id", RUN_ID, nullable=False),
+        sa.Column("root", RUN_ID, nullable=False),
+        sa.Column("run", RUN_ID, nullable=False),
         sa.Column("kind", sa.String(16), nullable=False),
         sa.Column("by", sa.Text(), nullable=True),
         sa.Column("made", sa.Float(), nullable=True),

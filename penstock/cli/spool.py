@@ -1,0 +1,66 @@
+"""`penstock spool`: events on this machine that the record does not have yet."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from penstock.cli.layout import clean, columns, human_bytes, moment, print_json, stop
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+HEAD = ("writer", "process", "events", "unsent", "bytes", "oldest unsent", "set aside")
+PATIENCE = 60.0  # seconds
+
+
+@app.callback()
+def spool() -> None:
+    """Look after the events that drivers have written down and the record does not have yet."""
+
+
+@app.command("status")
+def status(json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False) -> None:
+    """List the spools of this machine: whose they are, and what is not sent yet."""
+    from penstock.engine.backlog import survey
+    from penstock.engine.home import usable_home
+    from penstock.settings import settings
+
+    home = usable_home(settings().home)
+    found = survey(home.spool)
+    if json:
+        print_json([one.as_dict() for one in found])
+        return
+    if not found:
+        print(f"no events wait in {clean(home.spool)}")
+        return
+    rows = [
+        (
+            one.writer[:8],
+            f"pid {one.pid}" if one.pid else ("alive" if one.alive else "dead"),
+            f"{one.events:,}",
+            f"{one.unsent:,}",
+            human_bytes(one.size),
+            moment(one.oldest) if one.oldest is not None else "",
+            human_bytes(one.rejected) if one.rejected else "",
+        )
+        for one in found
+    ]
+    for line in columns(rows, head=HEAD):
+        print(line)
+
+
+@app.command("drain")
+def drain() -> None:
+    """Send everything that drivers on this machine, dead or alive, have written down so far."""
+    from penstock.engine.backlog import survey
+    from penstock.engine.home import usable_home
+    from penstock.engine.tracking import drain_spools
+    from penstock.settings import settings
+
+    home = usable_home(settings().home)
+    before = survey(home.spool)
+    if not drain_spools(home, PATIENCE):
+        stop("another process is writing to the store; it sends the events, too.")
+    unsent = sum(one.unsent for one in before)
+    print(f"sent what was unsent in {len(before)} spools ({unsent:,} events)" if before else "no events wait")
