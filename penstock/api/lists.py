@@ -393,7 +393,7 @@ def _shown_map(connection: sa.Connection, row: Row) -> Shown:
 def _sums(connection: sa.Connection, map_id: str) -> Shown:
     column, func = task_runs.c, sa.func
     kind = shown_type(task_runs).label("kind")
-    query: sa.Select[Any] = sa.select(
+    query = sa.select(
         kind,
         func.count().label("count"),
         func.min(column.started).label("started"),
@@ -402,7 +402,8 @@ def _sums(connection: sa.Connection, map_id: str) -> Shown:
         func.sum(column.nbytes).label("nbytes"),
         func.max(column.peak).label("peak"),
     ).where(*_elements_of(map_id))
-    rows = select(connection, query.group_by(kind))
+    found: Any = query.group_by(kind)
+    rows = select(connection, found)
     started = [row["started"] for row in rows if row["started"] is not None]
     ended = [row["ended"] for row in rows if row["ended"] is not None]
     return {

@@ -195,7 +195,7 @@ def _task_info(task: Task[..., Any]) -> TaskInfo:
     if code is None:
         code = known["_code"] = hashing.code_of(task.fn)
     kind: Any = task.fn if hasattr(task.fn, "__qualname__") else type(task.fn)
-    place = f"{getattr(kind, '__module__', '')}.{kind.__qualname__}"
+    place = f"{task.module}.{kind.__qualname__}"
     options = task.options
     return TaskInfo(
         options.name,
