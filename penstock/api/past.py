@@ -65,12 +65,17 @@ def get_past(connection: sa.Connection, root: str) -> dict[str, Any] | None:
         "maps": [],
         "flows": [],
     }
-    stand_ins: dict[str, str | None] = {}
+    stand_ins: dict[str, dict[str, Any]] = {}
     begun = {flow_run: _retried(connection, flow_run) for flow_run in [root, *(row["id"] for row in nested)]}
     for flow_run in begun:
         _calls_of(connection, flow_run, found, stand_ins)
+    made = {row["id"] for row in nested}
+    for row_id, one in stand_ins.items():
+        if one["child_flow_run"] not in made:  # its driver died before it had made the flow run itself
+            known = {name: one[name] for name in ("flow_run", "task", "made", "parent", "run_name")}
+            found["flows"].append({**known, "id": one["child_flow_run"], "row": row_id, "attempt": 0})
     for row in nested:
-        around = stand_ins.get(row["parent_task_run"])
+        around = stand_ins.get(row["parent_task_run"], {}).get("parent")
         call = {
             "id": row["id"],
             "flow_run": row["parent_flow_run"],
@@ -100,7 +105,7 @@ def _retried(connection: sa.Connection, flow_run: str) -> int:
 
 
 def _calls_of(
-    connection: sa.Connection, flow_run: str, found: dict[str, Any], stand_ins: dict[str, str | None]
+    connection: sa.Connection, flow_run: str, found: dict[str, Any], stand_ins: dict[str, dict[str, Any]]
 ) -> None:
     # The states as they are: who takes the run decides what becomes of those that a dead driver left.
     result = connection.execute(sa.select(task_runs).where(task_runs.c.flow_run == flow_run))
@@ -119,7 +124,7 @@ def _calls_of(
             call = {name: row[name] for name in _TASK}
             call |= {"made": row["made"] or 0, "type": row["state_type"], "name": row["state_name"]}
             if row["child_flow_run"] is not None:
-                stand_ins[row["id"]] = row["parent"]
+                stand_ins[row["id"]] = {**call, "run_name": row["name"]}
             else:
                 found["tasks"].append(call)
         elif row["map"] in by_map and row["element"] < by_map[row["map"]]["count"]:
