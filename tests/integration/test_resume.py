@@ -279,6 +279,64 @@ def test_a_resume_that_dies_is_resumed(home: Path, wait_until: Wait) -> None:
     assert {one["state"]["type"] for one in tasks_of(home, run["id"])} == {"COMPLETED"}
 
 
+RETRYING = """
+LEDGER = os.environ["LEDGER"]
+
+def note(*words):
+    with open(LEDGER, "a") as file:
+        file.write(" ".join(map(str, words)) + "\\n")
+
+@task(persist_result=True)
+def part(n):
+    note("part", n)
+    return n
+
+@task(persist_result=True)
+def shaky(n):
+    note("shaky", n)
+    if os.environ.get("HANG") and n == 2:
+        time.sleep(60)  # work:
+    return n
+
+@flow
+def child(n):
+    return shaky(n)
+
+@flow(retries=2)
+def retrying():
+    note("attempt")
+    found = part(1)
+    attempts = sum(line == "attempt" for line in open(LEDGER).read().splitlines())
+    if attempts in {1, 3}:
+        raise ValueError("not yet")
+    part(5)
+    return found + child(2) + part(3)
+
+if __name__ == "__main__":
+    retrying()
+"""
+
+
+def test_a_flow_with_retries_goes_on_with_its_latest_attempt(home: Path, wait_until: Wait) -> None:
+    path = home.parent / f"{home.name}-ledger"
+    with driver(home, RETRYING, shared=None, LEDGER=str(path), HANG="1") as process:
+        wait_until(lambda: "shaky 2" in ledger(path), 30)  # in the second attempt
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(10)
+    assert ledger(path) == {"attempt": 2, "part 1": 1, "part 5": 1, "shaky 2": 1}
+    done = command(home, "resume", "retrying", LEDGER=str(path))  # the third fails, the fourth does not
+    assert done.returncode == 0, done.stderr
+    assert ledger(path) == {"attempt": 4, "part 1": 1, "part 5": 1, "shaky 2": 2, "part 3": 1}
+    run = the_run(home, "retrying")
+    assert (run["state"]["type"], run["attempt"]) == ("COMPLETED", 4)
+    with embedded.reading(home) as connection:
+        begun = [(s["name"], s["attempt"]) for s in queries.get_history(connection, run["id"])]
+    assert [one for one in begun if one[0] in {"Running", "Retrying"} and one[1] > 2][-1] == ("Retrying", 4)
+    assert ("Running", 3) in begun
+    states = {one["state"]["type"] for one in tasks_of(home, run["id"])}
+    assert states <= {"COMPLETED", "CRASHED"}
+
+
 AWAITING = """
 @task(persist_result=True)
 async def fetch(n):
