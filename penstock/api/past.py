@@ -49,7 +49,8 @@ def get_past(connection: sa.Connection, root: str) -> dict[str, Any] | None:
     if run is None:
         return None
     lease = find(connection, [root]).get(root)
-    nested = select(connection, sa.select(flow_runs).where(flow_runs.c.root == root, flow_runs.c.id != root))
+    within = sa.select(flow_runs).where(flow_runs.c.root == root, flow_runs.c.id != root)
+    nested = [dict(row._mapping) for row in connection.execute(within)]  # as they are, see `_calls_of`
     found = {
         "id": root,
         "run_name": run["name"],
@@ -73,7 +74,9 @@ def get_past(connection: sa.Connection, root: str) -> dict[str, Any] | None:
     for row_id, one in stand_ins.items():
         if one["child_flow_run"] not in made:  # its driver died before it had made the flow run itself
             known = {name: one[name] for name in ("flow_run", "task", "made", "parent", "run_name")}
-            found["flows"].append({**known, "id": one["child_flow_run"], "row": row_id, "attempt": 0})
+            found["flows"].append(
+                {**known, "id": one["child_flow_run"], "row": row_id, "attempt": 0, "type": "PENDING"}
+            )
     for row in nested:
         around = stand_ins.get(row["parent_task_run"], {}).get("parent")
         call = {
@@ -82,6 +85,7 @@ def get_past(connection: sa.Connection, root: str) -> dict[str, Any] | None:
             "task": row["flow"],
             "made": row["made"] or 0,
             "attempt": row["attempt"],
+            "type": row["state_type"],
         }
         found["flows"].append(
             {**call, "parent": around, "row": row["parent_task_run"], "run_name": row["name"]}

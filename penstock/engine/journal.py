@@ -103,15 +103,14 @@ class Journal:
         known = past.settle(run)
         if known is not None:
             attempt, began = known
-            body = {
-                "of": "task",
-                "type": "CRASHED",
-                "name": "Crashed",
-                "cause": "HeartbeatLost",
-                "began": began,
-            }
-            body["message"] = message or f"its driver died (attempt {attempt})"
+            body = {**_died("task", attempt), "began": began}
+            body["message"] = message or body["message"]
             self.write("state", run, root, body, attempt, TERMINAL)
+
+    def flow_lost(self, flow_run: str, row: str, root: str, attempt: int) -> None:
+        """A nested flow run, and its row in the parent, have died with the driver."""
+        self.write("state", flow_run, root, _died("flow", attempt), attempt, TERMINAL)
+        self.write("state", row, root, _died("task", attempt), attempt, TERMINAL)
 
     def elements_told_again(self, runs: Sequence[TaskRun]) -> bool:
         """Whether elements of a map existed before their flow run is resumed; they are what they were then."""
@@ -235,6 +234,11 @@ class Journal:
         """Publish the events of the runs that a task made, in their order."""
         for data in msgpack.unpackb(packed):
             self.publish(events.unpack(data))
+
+
+def _died(kind: str, attempt: int) -> dict[str, Any]:
+    message = f"its driver died (attempt {attempt})"
+    return {"of": kind, "type": "CRASHED", "name": "Crashed", "cause": "HeartbeatLost", "message": message}
 
 
 def _about(run: TaskRun, parameters: dict[str, Any]) -> dict[str, Any]:

@@ -50,6 +50,7 @@ class Past:
         self._lost = {run: (attempt, began) for run, attempt, began in lost(told)}
         self._rows = {one["row"] for one in told["flows"] if not one["over"]}
         self._rerun = frozenset(rerun)
+        self._open = {one["id"]: one for one in told["flows"] if not StateType(one["type"]).is_final}
         self._gate = threading.Lock()
         self._calls: dict[tuple[str, str, str | None, str], deque[Found]] = {}
         self._orders: dict[str, deque[Found]] = {}  # of the calls in the code of each flow run
@@ -67,7 +68,10 @@ class Past:
     # -- calls ------------------------------------------------------------------------------
     def flow(self, parent: FlowRun, around: str | None, name: str) -> Found | None:
         """Return the flow run that a call within a flow run was; None if it is a new one."""
-        return self._next("flow", parent, around, name)
+        found = self._next("flow", parent, around, name)
+        if found is not None:
+            self._open.pop(found["id"], None)
+        return found
 
     def task(self, run: TaskRun, described: Mapping[str, str], parents: Sequence[tuple[str, str]]) -> bool:
         """Make a new task run the one that it was before; False if it is a new one."""
@@ -171,6 +175,11 @@ class Past:
         """Task runs that were under way, and that nobody has asked for again."""
         with self._gate:
             return list(self._lost)
+
+    @property
+    def unsettled_flows(self) -> list[Found]:
+        """Nested flow runs that had not ended, and that nobody has called again."""
+        return list(self._open.values())
 
     def left(self, flow_run: FlowRun) -> str:
         """Return which call a flow run had made and has not made again, empty if there is none."""

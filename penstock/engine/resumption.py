@@ -48,6 +48,8 @@ class Resumption:
         """Write down that the attempts are over which nobody has asked for again."""
         for run in self.past.unsettled:
             self.journal.attempt_lost(self.past, run, self.id)
+        for one in self.past.unsettled_flows:
+            self.journal.flow_lost(one["id"], one["row"], self.id, one["attempt"])
 
     def row(self, body: dict[str, Any]) -> None:
         """Write the run's row with its new driver, and its old date."""
