@@ -144,7 +144,8 @@ class Running:
         self.nested: Any = None  # set by the engine when the task submits tasks of its own
         self.yielded = -1  # items that were handed on one by one
         self.helps = False  # a coroutine of the task does a child beside its event loop
-        self.awaits = False  # a coroutine of the task has given its slot back
+        self.awaits = 0  # coroutines of the task that wait without its slot
+        self.gap: Any = None  # what takes the slot again
         self.scope: Any = None  # set by the engine where the driver's objects are at hand
 
     def log(self, level: str, message: object) -> None:
