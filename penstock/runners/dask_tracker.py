@@ -25,6 +25,8 @@ with one of the kinds
     Dask could not run it; `details` hold its words.
 ``refused``
     Its value was lost, and it must not be executed twice.
+``losing``
+    Its value was lost, and Dask makes it again; sent at once, so that it is heard before that value.
 ``waiting``
     No worker may run it now.
 ``remark``
@@ -97,8 +99,13 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
                     self._completed(key, details)
             elif start == "memory" and finish == "released":
                 task = self.scheduler.tasks[key]
-                if task.annotations and "penstock_once" in task.annotations and task.who_wants:
+                if not task.who_wants:
+                    return
+                if task.annotations and "penstock_once" in task.annotations:
                     self._gone[key] = stimulus_id
+                elif MADE in (task.metadata or ()):
+                    self._add(topic_of(key), ("losing", key, b"", 0, "", None))
+                    self._flush()
             elif finish == "forgotten":
                 self._blamed.pop(key, None)
             elif finish in {"erred", "no-worker"} or start == "processing":
@@ -444,9 +451,18 @@ async def _arrival(keys: list[Any], dask_scheduler: Any) -> None:
         await asyncio.sleep(0.01)
 
 
-def withdraw(name: str, keys: list[Any], dask_scheduler: Any) -> None:
-    """Withdraw tasks wherever they are."""
-    dask_scheduler.plugins[name].drop([key for key in keys if key in dask_scheduler.tasks])
+def withdraw(name: str, keys: list[Any], dask_scheduler: Any) -> list[Any]:
+    """Withdraw tasks wherever they are, but for those that have ended meanwhile, whose end was told.
+
+    Returns
+    -------
+    list of tuple
+        Keys of which nothing more will be heard.
+    """
+    tasks = dask_scheduler.tasks
+    found = [key for key in keys if key not in tasks or tasks[key].state not in {"memory", "erred"}]
+    dask_scheduler.plugins[name].drop(found)
+    return found
 
 
 def condemn(name: str, workers: list[str], dask_scheduler: Any) -> list[str]:

@@ -187,3 +187,31 @@ def test_a_direct_call_cannot_outlive_ctrl_c(in_flow: InFlow, record: Record) ->
         in_flow(lambda: pressed())
     assert record.task("pressed").type == "CRASHED"
     assert record.flow().type == "CRASHED"
+
+
+def test_a_cancel_that_comes_as_the_run_ends(
+    parallel: TaskRunner, in_flow: InFlow, record: Record, tmp_path: Path
+) -> None:
+    """Completed means that there is a value; cancelled before it started, that nothing was executed."""
+
+    @task
+    def quick(folder: Path, number: int) -> int:
+        (folder / str(number)).touch()
+        return number
+
+    def body() -> list[str]:
+        wrong = []
+        for number in range(60):
+            future = quick.submit(tmp_path, number)
+            future.wait(number % 12 / 2000)
+            future.cancel()
+            value = future.result(timeout=20, raise_on_failure=False)
+            state = future.state
+            if state.is_completed() and value != number:
+                wrong.append(f"{number}: {value!r}")
+            if "before it" in state.message and (tmp_path / str(number)).exists():
+                wrong.append(f"{number}: was executed, and {state.message!r}")
+        return wrong
+
+    assert in_flow(body) == []
+    assert set(record.types("quick")) <= {"COMPLETED", "CANCELLED"}
