@@ -1485,7 +1485,8 @@ def close_loop() -> None:
     """Close the loop of this thread, which is about to end."""
     holder = _loops.__dict__.pop("holder", None)
     if holder is not None:
-        holder.loop.close()
+        with contextlib.suppress(Exception):  # it runs still, if code in it was struck from outside
+            holder.loop.close()
 
 
 async def _draw(generator: Any, take: Any) -> None:
@@ -1519,6 +1520,7 @@ def in_thread(function: Any, *args: Any) -> Any:
             box.append((context.run(function, *args), None))
         except BaseException as error:  # handed to the waiting thread
             box.append((None, error))
+        close_loop()
         requests.put(None)
 
     thread = threading.Thread(target=target, name="penstock-hop", daemon=True)
@@ -1576,6 +1578,7 @@ async def beside_loop(function: Any, *args: Any) -> Any:
             value = context.run(function, *args)
         except BaseException as error:  # handed to the coroutine
             problem = error
+        close_loop()
         with contextlib.suppress(RuntimeError):  # the loop has ended; nobody waits any more
             loop.call_soon_threadsafe(settle, value, problem)
 
