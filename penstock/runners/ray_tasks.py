@@ -117,6 +117,7 @@ def begin(runtime: Any) -> None:
     rt.worker_name = f"{node[:8]}:{os.getpid()}"
     rt.starts().open()
     _tell_exits()
+    _hear_swallowed()
     rt._HIDDEN.add(__file__)
     _WAITS.add(rt.__file__)  # a task whose stack goes on in another thread waits in there
 
@@ -131,6 +132,27 @@ def _tell_exits() -> None:
         leave(status)
 
     os._exit = _exit  # type: ignore[assignment]
+
+
+def _hear_swallowed() -> None:
+    """Make requests to stop again that struck where Python drops every exception: see `worker_runtime`."""
+    rt.hear_swallowed()
+    before = sys.unraisablehook
+
+    def hook(dropped: Any) -> None:
+        task = _task
+        if task is None or not task.interrupted or not issubclass(dropped.exc_type, KeyboardInterrupt):
+            before(dropped)
+            return
+        threading.Thread(target=_interrupt_again, args=(task,), daemon=True).start()
+
+    sys.unraisablehook = hook
+
+
+def _interrupt_again(task: _Task) -> None:
+    time.sleep(rt.AGAIN_SECONDS)
+    if task is _task:
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 # -- one task -----------------------------------------------------------------------------

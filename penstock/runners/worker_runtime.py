@@ -91,6 +91,7 @@ LOG_LINES = 10_000  # per attempt; further lines are counted, not kept
 LOG_LINE_BYTES = 65_536
 ERROR_TEXT = 20_000  # characters of a traceback that travel
 FUNCTIONS_KEPT = 512
+AGAIN_SECONDS = 0.005  # until a request to stop that was swallowed is made again
 
 _HOST = socket.gethostname()
 _HIDDEN = {__file__}  # frames of these files are not the user's
@@ -450,6 +451,8 @@ def interrupted_after(seconds: float | None, name: Any) -> Iterator[None]:
     def ring(_signal: int, _frame: Any) -> None:
         raise TimedOut(f"Run {name!r} exceeded timeout of {seconds} second(s)")
 
+    ring.rings = True  # type: ignore[attr-defined] # marks it for `_ring_again`
+    hear_swallowed()
     if 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= seconds:  # the time around this one is over first
         yield
         return
@@ -1654,6 +1657,7 @@ def cancel(keys: Any) -> list[Any]:
         The keys that are running in this process now.
     """
     found = []
+    hear_swallowed()
     with _active_lock:
         for key in map(tuple, keys):
             running = _active.get(key)
@@ -1669,6 +1673,44 @@ def cancel(keys: Any) -> list[Any]:
                 ctypes.c_ulong(running.thread), ctypes.py_object(Cancelled)
             )
     return found
+
+
+_swallowed = False  # whether `hear_swallowed` has been called
+
+
+def hear_swallowed() -> None:
+    """Send requests to stop again that struck where Python drops every exception.
+
+    Such places are callbacks of the garbage collector and `__del__`: they end there, and the code
+    around them goes on as if nobody had asked.
+    """
+    global _swallowed
+    if _swallowed:
+        return
+    _swallowed = True
+    before = sys.unraisablehook
+
+    def hook(dropped: Any) -> None:
+        if not issubclass(dropped.exc_type, (Cancelled, TimedOut)):
+            before(dropped)
+            return
+        # Another thread has to do it: here it would strike in the same place.
+        again = _stop_again if issubclass(dropped.exc_type, Cancelled) else _ring_again
+        threading.Thread(target=again, args=(threading.get_ident(),), daemon=True).start()
+
+    sys.unraisablehook = hook
+
+
+def _stop_again(thread: int) -> None:
+    time.sleep(AGAIN_SECONDS)
+    with _active_lock:
+        if any(one.thread == thread and one.cancelled for one in _active.values()):
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Cancelled))
+
+
+def _ring_again(_thread: int) -> None:
+    if getattr(signal.getsignal(signal.SIGALRM), "rings", False):
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
 
 
 # -- what has begun here, where it survives a SIGKILL ----------------------------------------

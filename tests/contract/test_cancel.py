@@ -1,5 +1,6 @@
 """Cancel: what has not started is dropped, running code is asked to stop."""
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -215,3 +216,45 @@ def test_a_cancel_that_comes_as_the_run_ends(
 
     assert in_flow(body) == []
     assert set(record.types("quick")) <= {"COMPLETED", "CANCELLED"}
+
+
+class Deaf:
+    """Swallows what strikes while it goes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __del__(self) -> None:
+        (self.folder / "going").touch()
+        end = time.monotonic() + 10
+        while time.monotonic() < end and not (self.folder / "asked").exists():
+            pass
+        end = time.monotonic() + 0.3
+        while time.monotonic() < end:
+            pass
+
+
+@task
+def drop_and_loop(folder: Path) -> str:
+    Deaf(folder)
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        time.sleep(0.005)  # work: something to stop
+    return "not stopped"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_request_that_is_swallowed_is_made_again(
+    parallel: TaskRunner, in_flow: InFlow, tmp_path: Path, wait_until: Any
+) -> None:
+    def body() -> tuple[str, float]:
+        future = drop_and_loop.submit(tmp_path)
+        wait_until((tmp_path / "going").exists)
+        begun = time.monotonic()
+        threading.Timer(0.1, (tmp_path / "asked").touch).start()
+        future.cancel()
+        future.wait(timeout=15)
+        return future.state.name, time.monotonic() - begun
+
+    name, seconds = in_flow(body)
+    assert (name, seconds < 5) == ("Cancelled", True)
