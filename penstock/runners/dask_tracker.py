@@ -40,6 +40,7 @@ import contextlib
 import importlib
 import importlib.util
 import pickle
+import time
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -54,6 +55,7 @@ MADE = f"{MARK}:made"  # in the metadata of a task: its value existed once
 REASON = "penstock: withdrawn"  # why a client's future was cancelled by us
 SHORTEST, LONGEST = 0.002, 0.02  # seconds between two messages of one topic
 SWEEPS = (0.3, 2.0)  # seconds after the death of a worker: its process may take its time to end
+LEAVING_SECONDS = 5.0  # that a worker which was retired or restarted may take to end
 PATIENCE = 0.1  # a nanny says why it ended a worker about when the worker's connection closes
 
 
@@ -148,7 +150,8 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         self._refuse([key for key, why in gone.items() if why == stimulus_id], worker)
         known = self._workers.pop(worker, {"worker": worker, "pid": 0, "limit": 0})
         known["silent"] = "ttl" in stimulus_id  # the process may live, but does not answer
-        begun = plugin.runtime.read_starts(known["pid"], plugin.starts_label(worker))
+        starts = plugin.runtime.LastStarts(known["pid"], plugin.starts_label(worker))
+        begun = starts.read()
         restarted = worker in self._restarting
         self._restarting.discard(worker)
         lost: dict[Any, bool | None] = {}
@@ -174,10 +177,10 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         if f"{self.name}-memory" in scheduler.worker_plugins:
             for seconds in SWEEPS:
                 scheduler.loop.call_later(seconds, plugin.memory.sweep)
-        elements = {name: element for name, (element, _) in (begun or {}).items()}
         if lost:
             self.drop([key for key in lost if scheduler.tasks[key].state != "erred"])
-            scheduler.loop.call_later(PATIENCE, self._announce_loss, lost, known, elements, excused)
+        until = time.monotonic() + (LEAVING_SECONDS if excused else 0.0)
+        scheduler.loop.call_later(PATIENCE, self._announce_loss, lost, known, excused, starts, until)
 
     def log_event(self, topic: str, msg: Any) -> None:
         """Hear of workers that use too much memory."""
@@ -254,9 +257,17 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         self,
         lost: dict[Any, bool | None],
         known: dict[str, Any],
-        elements: dict[str, int],
         excused: set[Any],
+        starts: Any,
+        until: float,
     ) -> None:
+        """Say what was lost; a process that leaves in good order goes on with its work for a moment."""
+        if time.monotonic() < until and starts.is_growing():
+            self.scheduler.loop.call_later(PATIENCE, self._announce_loss, lost, known, excused, starts, until)
+            return
+        begun = starts.read() or {}
+        starts.close()
+        elements = {name: element for name, (element, _) in begun.items()}
         known["rss"] = self._doomed.pop(known["worker"], 0)
         for key, began in lost.items():
             element = elements.get(plugin.runtime.start_name(key))

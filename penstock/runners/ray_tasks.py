@@ -151,7 +151,7 @@ def _hear_swallowed() -> None:
 
 def _interrupt_again(task: _Task) -> None:
     time.sleep(rt.AGAIN_SECONDS)
-    if task is _task:
+    if task is _task and not task.is_over:
         os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -188,18 +188,20 @@ def work(head: bytes, values: Sequence[Any]) -> tuple[Any, Any]:
     key, order, function, arguments, announce, after = pickle.loads(head)
     _listen()
     start = rt.starts().begin(key)
-    _task = _Task(key, announce)
+    task = _task = _Task(key, announce)
     try:
         upstream = [_arrived(value) for value in values[after:]]
         if any(note[0] != COMPLETED for note in values[:after]):
             upstream.append(rt.Failed(b""))
         if isinstance(function, str):
             function = _stored(function)
-        value, record = rt.run(order, function, arguments, upstream, key, _task.begin)
+        value, record = rt.run(order, function, arguments, upstream, key, task.begin)
+        task.is_over = True
+        start.end()  # Ray stores the result after this; the note of what has ended stays for a while
+        return _departing(value, record)
     finally:
         _task = None
-        start.end()  # Ray stores the result after this; the note of what has ended stays for a while
-    return _departing(value, record)
+        start.end()
 
 
 class _Task:
@@ -210,6 +212,7 @@ class _Task:
         self.announce = announce
         self.running: Any = None
         self.interrupted = False
+        self.is_over = False  # its code has ended: a request to stop comes too late
 
     def begin(self) -> None:
         """User code starts now."""
@@ -389,6 +392,8 @@ def _on_interrupt(signum: int, frame: FrameType | None) -> None:
     task = _task
     if task is not None:
         task.interrupted = True
+        if task.is_over:
+            return
         for running in (task.running, rt.current()):
             if running is not None:
                 running.cancelled = True

@@ -1876,6 +1876,45 @@ def read_starts(pid: int, label: str = "", *, remove: bool = True) -> dict[str, 
     return found
 
 
+class LastStarts:
+    """What has begun in a process of this host that is about to end, to be read until it has.
+
+    Parameters
+    ----------
+    pid : int
+        Of the process.
+    label : str
+        Of its table.
+    """
+
+    def __init__(self, pid: int, label: str = "") -> None:
+        self.pid = pid
+        self._path = _starts_file(pid, label)
+        self._file: Any = None
+        with contextlib.suppress(OSError):
+            self._file = open(self._path, "rb", buffering=0)  # noqa: SIM115 - the process may remove it before it ends
+
+    def read(self) -> dict[str, tuple[int, bool]] | None:
+        """Return what `read_starts` does, None if nobody knows."""
+        return None if self._file is None else _starts_in(self._file)
+
+    def is_growing(self) -> bool:
+        """Whether the process lives and may begin more."""
+        try:
+            os.kill(self.pid, 0)
+            with open(f"/proc/{self.pid}/stat", "rb") as file:
+                return self._file is not None and file.read().rpartition(b")")[2].split()[:1] != [b"Z"]
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Delete the table."""
+        if self._file is not None:
+            self._file.close()
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
+
+
 def find_start(key: Any) -> tuple[int, int, bool] | None:
     """Look for an attempt in the files of all processes of this host.
 
@@ -1900,9 +1939,17 @@ def find_start(key: Any) -> tuple[int, int, bool] | None:
 def _read_starts(path: str) -> dict[str, tuple[int, bool]] | None:
     try:
         with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_uid != os.getuid():
-                return None
-            data = file.read()
+            return _starts_in(file)
+    except OSError:
+        return None
+
+
+def _starts_in(file: Any) -> dict[str, tuple[int, bool]] | None:
+    try:
+        if os.fstat(file.fileno()).st_uid != os.getuid():
+            return None
+        file.seek(0)
+        data = file.read()
         cells = memoryview(data)[:_CELLS_END].cast("q")
     except (OSError, TypeError):
         return None
