@@ -1911,8 +1911,12 @@ class LastStarts:
         """Delete the table."""
         if self._file is not None:
             self._file.close()
+            self._file = None
             with contextlib.suppress(OSError):
                 os.unlink(self._path)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def find_start(key: Any) -> tuple[int, int, bool] | None:
