@@ -28,7 +28,7 @@ LOOK_SECONDS = 0.5  # between two looks at what the client knows by itself
 LATE_SECONDS = 5.0  # that a message may be later than what the client knows
 QUIET_SECONDS = 10.0  # without any message, until the scheduler is asked
 STALLED_SECONDS = 60.0  # without an answer
-REMAKING_SECONDS = 10.0  # that the end of a session waits for lost values to be made again
+REMAKING_SECONDS = 5.0  # that the end of a session waits for lost values to be made again
 WAITING_SECONDS = 10.0  # for a worker that may run a task, until the user is told
 
 

@@ -266,7 +266,7 @@ class Program:
 
     def wait(self, i: int, j: int, k: int) -> None:
         for future in self.pick(i).futures:
-            future.wait(30)
+            future.wait(15)
 
     def ask(self, i: int, j: int, k: int) -> None:
         self.check(self.pick(i))
@@ -279,7 +279,7 @@ class Program:
 
     def check(self, one: Held) -> None:
         for future, node in zip(one.futures, one.nodes, strict=True):
-            value = future.result(timeout=30, raise_on_failure=False)
+            value = future.result(timeout=15, raise_on_failure=False)
             name = future.state.name
             if isinstance(value, BaseException) or name == "Cancelled":
                 assert not isinstance(value, errors.CrashedRun), (name, value)
