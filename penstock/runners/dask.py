@@ -461,8 +461,6 @@ class DaskTaskRunner(TaskRunner):
         futures = []
         if self._placement is not None:
             self._placement.ended([ref.key for ref in refs])
-        if watch is not None:
-            watch.let_go([ref.key for ref in refs])
         for ref in refs:
             if watch is not None:
                 watch.outstanding.pop(ref.key, None)
