@@ -122,7 +122,7 @@ class Watch:
             if not left or self.is_away or time.monotonic() > deadline:
                 break
             time.sleep(0.005)
-        self._remaking = {key for key in list(self._remaking) if not key[0].endswith(ending)}
+        self._remaking.difference_update([key for key in list(self._remaking) if key[0].endswith(ending)])
 
     def close(self) -> None:
         """Hear no more."""
