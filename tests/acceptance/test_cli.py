@@ -531,6 +531,10 @@ def test_the_plan_is_alone_on_standard_output_and_an_error_is_the_users(shell: S
 
 def test_the_plan_of_the_demo(shell: Shell) -> None:
     plan = shell.json("explain", "penstock.demo.flow:radio", "--runner", "dask")
-    assert [node["task"] for node in plan["nodes"]] == ["read_visibilities", "find_scans"]
-    assert "find_scans.submit(observation).result()" in plan["end"]
+    found = {node["task"]: node for node in plan["nodes"]}
+    assert list(found)[:3] == ["read_visibilities", "find_scans", "solve_gains"]
+    assert list(found)[-1] == "draw", "the whole flow, up to the value that it returns"
+    assert (found["solve_gains"]["mapped"], found["solve_gains"]["count"]) == (True, None)
+    assert (found["image_channel"]["count"], found["summarise"]["fused_with"]) == (46, "image_channel")
+    assert "return draw_picture" in plan["end"]
     assert "assumed" in plan["runner"], "no cluster is started for a plan"
