@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from penstock.api import embedded, queries
+from tests.serving import served
 
 PENSTOCK = str(Path(sys.executable).parent / "penstock")
 ESCAPE = "\x1b"
@@ -388,6 +389,22 @@ def test_doctor_with_threads_needs_no_dask(past: Shell) -> None:
     topics = {line.split()[1] for line in done.lines[1:]}
     assert topics >= {"driver", "machine", "home", "record", "disk", "ports", "runner", "tasks", "workers"}
     assert len(past.rows()) == 2, "the doctor's own tasks are not recorded"
+
+
+def test_doctor_asks_the_server_that_is_set(past: Shell, tmp_path: Path) -> None:
+    with served(tmp_path) as server:
+        told = {"PENSTOCK_API_URL": server.url, "PENSTOCK_API_TOKEN": server.token}
+        reached = past("doctor", "--runner", "threads", "--json", **told)
+        refused = past("doctor", "--runner", "threads", "--json", **{**told, "PENSTOCK_API_TOKEN": "x"})
+    away = past("doctor", "--runner", "threads", "--json", **told)
+    found = [
+        {one["topic"]: one for one in json.loads(done.out)}["record"] for done in (reached, refused, away)
+    ]
+    assert [one["verdict"] for one in found] == ["ok", "note", "note"]
+    assert "sqlite" in found[0]["text"]
+    assert "token" in found[1]["text"]
+    assert "does not answer" in found[2]["text"]
+    assert "events wait in" in found[2]["text"]
 
 
 @pytest.mark.dask
