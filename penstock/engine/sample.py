@@ -23,6 +23,9 @@ SAMPLE: Final = 2_500
 """Elements of a longer map that are planned: more than go together in most chunks."""
 OURS: Final = tuple(str(Path(__file__).parent.parent / room) for room in ("engine", "runners", "cli"))
 
+TAKERS: Final = frozenset({"as_completed.__init__", "first_completed", "Task.map"})
+"""Functions of the engine that take elements on behalf of the user (the last one their states)."""
+
 
 class Ends(BaseException):
     """The flow asks for what only a run can give; no code of the user shall catch it."""
@@ -130,5 +133,6 @@ def nodes_of_tree(count: int, fanin: int, order: str) -> int:
 
 
 def _asked_by_user() -> bool:
-    """Whether the method that calls this was called by code of the user."""
-    return not sys._getframe(2).f_code.co_filename.startswith(OURS)
+    """Whether the method that calls this was called by code of the user, or on its behalf."""
+    code = sys._getframe(2).f_code
+    return not code.co_filename.startswith(OURS) or code.co_qualname in TAKERS

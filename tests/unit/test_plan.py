@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from penstock import ProcessPoolTaskRunner, allow_failure, as_completed, errors, flow, task, unmapped, wait
+from penstock import (
+    ProcessPoolTaskRunner,
+    allow_failure,
+    as_completed,
+    errors,
+    first_completed,
+    flow,
+    task,
+    unmapped,
+    wait,
+)
 from penstock.engine import sample
 from penstock.engine.plan import Node, Plan
 
@@ -281,6 +291,8 @@ def test_a_map_over_a_generator_task_is_planned() -> None:
         (list, "whose length only a run can tell are taken one by one"),
         (bool, "the length of a map is needed"),
         (lambda futures: futures[0], "one by one"),
+        (as_completed, "one by one"),
+        (first_completed, "one by one"),
         (lambda futures: tuple(futures), "one by one"),
         (lambda futures: operator.add([], futures), "one by one"),
         (lambda futures: operator.add(futures, []), "one by one"),
@@ -360,6 +372,29 @@ def test_the_elements_of_a_long_map_are_not_taken_one_by_one() -> None:
 
     assert "the elements of a map of 50,000 elements are taken one by one" in plan(body).end
     assert "inner.map makes a run for each" in plan(lambda: inner.map(load.map(range(50_000)))).end
+
+
+def test_states_of_a_map_are_those_of_all_its_elements() -> None:
+    def body() -> None:
+        load.map(range(50_000), return_state=True)
+
+    assert "taken one by one" in plan(body).end
+
+
+def test_a_long_map_is_waited_for_and_cancelled_as_a_whole() -> None:
+    def body() -> None:
+        loaded = load.map(range(50_000))
+        wait(loaded)
+        loaded.wait()
+        clean.submit(loaded, wait_for=loaded)
+        load.map(range(50_000)).cancel()
+
+    found = plan(body)
+    assert found.end == ""
+    assert [(node.task, node.count, node.upstream) for node in found.nodes] == [
+        ("load", 50_000, ()),
+        ("clean", None, ("load",)),
+    ]
 
 
 def test_the_plan_of_the_demo_is_whole() -> None:
