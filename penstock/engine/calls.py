@@ -306,6 +306,7 @@ class FlowRun:
         "__weakref__",
         "cancelled",
         "deadline",
+        "digest",
         "finished",
         "flow",
         "id",
@@ -349,6 +350,7 @@ class FlowRun:
         self.live: dict[TaskRun, None] = {}  # runs that have not ended
         self.cancelled = False  # somebody asked it to stop: its code hears of it at its next call to us
         self.ordinals: Ordinals | None = None
+        self.digest: Any = None  # of parameters that have stayed in another process
         self.deadline: Deadline | None = parent.deadline if parent is not None else None
         self.memory: Recollection | None = None  # of a flow that may be tried again
         self.finished = 0

@@ -182,7 +182,7 @@ def sharing_of(task: Task[..., Any], flow_run: FlowRun | None, *, in_process: bo
         cache.looks_at_values(policy),
         said.expiration,
         refreshes if said.refresh is None else said.refresh,
-        flow_run.parameters if flow_run is not None else {},
+        (flow_run.digest or flow_run.parameters) if flow_run is not None else {},
         results.read_storage(policy.key_storage),
         policy.lock_manager if serial else None,
         in_process,
@@ -210,9 +210,9 @@ def _task_info(task: Task[..., Any]) -> TaskInfo:
 
 def parameters_digest(flow_run: FlowRun) -> str | None:
     """Return the hash of a flow's parameters for nested tasks; None if it would cost much or cannot be made."""
+    if flow_run.digest is not None:
+        return str(flow_run.digest.text)
     parameters: Any = flow_run.parameters
-    if type(parameters) is hashing.Digest:
-        return parameters.text
     if not parameters or worker_runtime.size(parameters) > SMALL:
         return None
     try:
