@@ -34,7 +34,7 @@ from penstock.engine.spool import (
 from penstock.errors import ConfigurationError
 from penstock.settings import settings
 
-__all__ = ["HttpStore", "drain", "open_store"]
+__all__ = ["HttpStore"]
 
 logger = logging.getLogger("penstock.tracking")
 
@@ -216,23 +216,6 @@ def pieces(batch: Batch) -> Iterator[Batch]:
 def open_store(home: Path) -> HttpStore:
     """Open the store at the address in the settings."""
     return HttpStore(home, settings().api_url)
-
-
-def drain(home: Path, patience: float) -> bool:
-    """Send what dead drivers of a home have left to the server in the settings; the living send theirs.
-
-    Returns
-    -------
-    bool
-        False if that took longer than `patience` seconds.
-
-    Raises
-    ------
-    Unreachable, ServerError
-        If the server takes nothing.
-    """
-    with contextlib.closing(open_store(home)) as store:
-        return store.sweep(time.monotonic() + patience)
 
 
 def ask_note(home: Path, note: Mapping[str, Any], question: Mapping[str, Any]) -> Any:

@@ -61,9 +61,6 @@ def drain() -> None:
     home = usable_home(settings().home)
     before = survey(home.spool)
     if not drain_spools(home, PATIENCE):
-        stop(
-            f"not everything was sent within {PATIENCE:.0f} s; what is left stays in {clean(home.spool)}, and goes with "
-            "the next run or command."
-        )
+        stop("another process is writing to the store; it sends the events, too.")
     unsent = sum(one.unsent for one in before)
     print(f"sent what was unsent in {len(before)} spools ({unsent:,} events)" if before else "no events wait")

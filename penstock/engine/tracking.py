@@ -58,8 +58,6 @@ def open_store(home: Home) -> Store:
 def drain_spools(home: Home, patience: float) -> bool:
     """Commit everything that is in the spools of a home, of dead and of living writers.
 
-    With a server (``PENSTOCK_API_URL``) those of the living are sent by themselves.
-
     Returns
     -------
     bool
@@ -70,8 +68,7 @@ def drain_spools(home: Home, patience: float) -> bool:
     ConfigurationError, StoreUnavailable
         If the store takes nothing.
     """
-    name = "penstock.api.remote" if settings().api_url else "penstock.api.embedded"
-    done: bool = importlib.import_module(name).drain(home.path, patience)
+    done: bool = importlib.import_module("penstock.api.embedded").drain(home.path, patience)
     return done
 
 

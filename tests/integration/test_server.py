@@ -317,22 +317,6 @@ def test_a_driver_without_its_server_runs_to_its_end_and_delivers_later(
     complete(home)
 
 
-def test_drain_sends_to_the_server_that_is_set(home: Path, elsewhere: Path, script: Path) -> None:
-    url = f"http://127.0.0.1:{free_port()}"
-    assert drive(script, elsewhere, url, "nobody is there").wait(60) == 0
-    failed = command(elsewhere, "spool", "drain", PENSTOCK_API_URL=url, PENSTOCK_API_TOKEN="x")
-    assert failed.returncode == 1
-    assert "does not answer" in failed.stderr
-    with served(home) as server:
-        told = {"PENSTOCK_API_URL": server.url, "PENSTOCK_API_TOKEN": server.token}
-        assert "1 spools" in command(elsewhere, "spool", "drain", **told).stdout
-        assert "no events wait" in command(elsewhere, "spool", "drain", **told).stdout
-        with server.client() as client:
-            runs = client.get("/api/v1/flow-runs").json()["items"]
-    assert [run["tasks"] for run in runs] == [{"COMPLETED": 20}]
-    assert not (elsewhere / "penstock.db").exists(), "it went to the server, not beside it"
-
-
 def test_a_server_that_is_killed_again_and_again_loses_nothing(
     home: Path, elsewhere: Path, script: Path
 ) -> None:
