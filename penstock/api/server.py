@@ -13,12 +13,10 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import sqlalchemy as sa
 import uvicorn
 
 from penstock.api.app import create_app
 from penstock.api.note import remove_note, write_note
-from penstock.api.refusals import refusal
 from penstock.api.service import Service
 from penstock.errors import ConfigurationError
 
@@ -57,8 +55,6 @@ def serve(
     ConfigurationError
         If the address cannot be used, others could reach the server without `hosts`, or another
         server has the home.
-    StoreUnavailable, StoreDamaged
-        If the database takes nothing.
     """
     if not _is_loopback(host) and not hosts:
         raise ConfigurationError(
@@ -67,7 +63,7 @@ def serve(
     with contextlib.closing(_bound(host, port)) as listening:
         service = Service(home)
         try:
-            _prepare(service)
+            service.prepare()
             app = create_app(service, hosts=[*hosts, *([] if _is_anywhere(host) else [_as_host(host)])])
         except BaseException:
             service.close()
@@ -90,14 +86,6 @@ def serve(
         finally:
             remove_note(home)
             service.close()
-
-
-def _prepare(service: Service) -> None:
-    """Make the tables now: what is wrong with the database is one sentence, and not an error of the server's start."""
-    try:
-        service.database.prepare()
-    except sa.exc.SQLAlchemyError as error:
-        raise refusal(service.database, error) from error
 
 
 class _Server(uvicorn.Server):
