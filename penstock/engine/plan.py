@@ -126,7 +126,8 @@ class Plan:
         lines = [f"flow {self.flow} on {self.runner}"]
         for node, alike in itertools.groupby(self.nodes):
             runs = len(list(alike))
-            kind = f" x {_number(node.count)}" if node.mapped else f", {runs:,} times" if runs > 1 else ""
+            kind = f" x {_number(node.count)}" if node.mapped else ""
+            kind += f", {runs:,} times" if runs > 1 else ""
             after = f"  <- {', '.join(node.upstream)}" if node.upstream else ""
             lines.append(f"  {node.task}{kind}{after}")
             lines.extend(f"      {note}" for note in node.notes)

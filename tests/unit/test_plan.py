@@ -397,6 +397,31 @@ def test_a_long_map_is_waited_for_and_cancelled_as_a_whole() -> None:
     ]
 
 
+def test_maps_that_are_alike_are_shown_once_and_counted() -> None:
+    def body() -> None:
+        for _ in range(3):
+            load.map(range(50))
+
+    found = plan(body)
+    assert "  load x 50, 3 times\n" in str(found)
+    assert "150 task runs" in str(found)
+    assert "<td>150</td>" in found._repr_html_()
+
+
+def test_a_long_map_keeps_its_length_through_flows_and_containers() -> None:
+    @flow
+    def inner() -> Any:
+        return load.map(range(50_000))
+
+    def body() -> None:
+        clean.map(inner())
+        clean.submit({"all": load.map(range(50_000))})
+
+    found = plan(body)
+    assert found.end == ""
+    assert [node.runs for node in found.nodes] == [50_000, 50_000, 50_000, 1]
+
+
 def test_the_plan_of_the_demo_is_whole() -> None:
     pytest.importorskip("ducc0")
     from penstock.demo import radio
