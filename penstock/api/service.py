@@ -15,6 +15,7 @@ import sqlalchemy as sa
 
 from penstock.api.embedded import EmbeddedStore
 from penstock.api.note import is_alive, read_note, take_lock
+from penstock.api.refusals import refusal
 from penstock.api.writer import Writer
 from penstock.engine.home import network_type
 from penstock.engine.spool import FileLock
@@ -98,9 +99,22 @@ class Service:
         """Commit everything that is in the spools of this home; in the thread that writes."""
         self.store._sweep(None)
 
+    def prepare(self) -> None:
+        """Make the tables.
+
+        Raises
+        ------
+        ConfigurationError, StoreUnavailable, StoreDamaged
+            If the database takes nothing: one sentence, and no traceback of a server that did not start.
+        """
+        try:
+            self.database.prepare()
+        except sa.exc.SQLAlchemyError as error:
+            raise refusal(self.database, error) from error
+
     def start(self) -> None:
         """Make the tables and begin to write."""
-        self.database.prepare()
+        self.prepare()
         self.writer.start()
 
     def _turn(self) -> None:

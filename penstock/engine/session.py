@@ -76,6 +76,7 @@ class Session:
     """Whether it only captures calls (`plan`): flows within it open no runner and wait for nothing."""
 
     def __init__(self, runner: TaskRunner, journal: Journal) -> None:
+        self.totals: dict[str, int] = {}  # in a plan: lengths of maps of which it holds only some elements
         self.runner = runner
         self.in_process = runner.in_process
         self.tag = new_tag()
