@@ -285,6 +285,10 @@ _DEMO = str(Path(__file__).parent / "demo") + "/"
 _LIBRARIES = tuple({path for name in ("stdlib", "purelib", "platlib") if (path := sysconfig.get_path(name))})
 
 
+hides_frames = True
+"""Whether `hide_frames` does anything; off in debug mode."""
+
+
 def hide_frames(error: BaseException) -> None:
     """Drop penstock's own frames from the traceback of an error, and of its causes.
 
@@ -297,6 +301,8 @@ def hide_frames(error: BaseException) -> None:
         Changed in place. An error without a single frame of the user keeps all its frames,
         since then they are the only clue.
     """
+    if not hides_frames:
+        return
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:

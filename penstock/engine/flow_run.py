@@ -21,6 +21,7 @@ from penstock.engine import (
     deadline,
     heartbeat,
     hook_calls,
+    kernel,
     parameters,
     refs,
     signals,
@@ -92,6 +93,7 @@ class FlowRunScope:
         self._holds = contextlib.ExitStack()  # runner and session
         self._submitted = False  # runs beside the code that submitted it
         self._made = False
+        self._validated = False
         self._lock = threading.RLock()  # a request to stop comes from any thread
         self._over = self._expired = self._force = False
         self._alarm: Alarm | None = None
@@ -116,7 +118,7 @@ class FlowRunScope:
         """Write the run's row, before anything can fail."""
         outer, flow = self.outer, self.flow
         if outer is None:
-            self._interrupts = self._ends.enter_context(signals.watched())
+            self._interrupts = self._ends.enter_context(signals.watched(blocks=not flow.isasync))
         tags = flow.options.tags | current_tags()
         around = None
         if outer is not None:
@@ -149,13 +151,14 @@ class FlowRunScope:
             self.flow_run.position = Position(StateType.PENDING, "Pending", row.attempt + 1)
         if outer is None:
             heartbeat.begin(self.flow_run, self.journal)
+            self._ends.enter_context(kernel.shown(self.flow_run.id))
         described: dict[str, str] = {}
         try:
             self.arguments = parameters.bind(flow.signature, flow.name, self.args, self.kwargs)
             described = describe_all(self.arguments)
-            self.flow_run.name = run_name(
-                flow.options.flow_run_name, self.flow_run.name, self.arguments, "flow_run_name"
-            )
+            template = flow.options.flow_run_name
+            if template is not None and self._are_fit():
+                self.flow_run.name = run_name(template, self.flow_run.name, self.arguments, "flow_run_name")
         except Exception as error:
             self._problem = error
         self._write_row(described, around)
@@ -185,6 +188,16 @@ class FlowRunScope:
         else:
             self.outer.session.hold([row], self.outer)
         return row
+
+    def _are_fit(self) -> bool:
+        """Coerce the parameters before the run is named after them; with futures among them that is too early."""
+        if self.flow.options.validate_parameters and not self._futures():
+            try:
+                self.arguments = parameters.validate(self.flow.fn, self.flow.signature, self.arguments)
+            except errors.ParameterTypeError:
+                return False  # said when the run begins
+            self._validated = True
+        return True
 
     def _write_row(self, described: dict[str, str], around: TaskRun | None) -> None:
         run = self.flow_run
@@ -236,7 +249,7 @@ class FlowRunScope:
             runs = [] if isinstance(value, (quote, freeze)) else self._wanted(plain, hint, marked)
             yield Wait(runs)
             self.arguments[name] = self._resolved(value, runs) if runs else plain
-        if self.flow.options.validate_parameters:
+        if self.flow.options.validate_parameters and not self._validated:
             try:
                 self.arguments = parameters.validate(self.flow.fn, self.flow.signature, self.arguments)
             except errors.ParameterTypeError as error:
@@ -750,7 +763,7 @@ class FlowRunScope:
             self._leave_behind(left)
         else:
             self._holds.close()
-        if self._interrupts.received is not None:
+        if self._interrupts.received is not None and not kernel.is_here():
             # Now and not at exit: code that is compiled there makes Python forget the signal,
             # and the exit code of the process would be 1 instead of 130.
             shutdown_all()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
+import contextlib
 import logging
 import os
 import signal
@@ -14,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from penstock import errors
+from penstock.engine import kernel
 from penstock.engine.clock import clock
 from penstock.runners import worker_runtime
 
@@ -42,6 +45,8 @@ class Interrupts:
             if _wanted.pop()():  # nobody sent a signal: code in this thread is to end
                 raise worker_runtime.Cancelled
             return
+        if self.heard and kernel.is_here():
+            return  # the flow ends soon, the kernel does not
         if self.heard:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -68,6 +73,9 @@ class Interrupts:
         def note(number: int, frame: FrameType | None) -> None:
             self.received = number
             handler(number, frame)
+            # The handler of a notebook's cell puts a call into the loop, but the loop sleeps on.
+            with contextlib.suppress(RuntimeError):
+                asyncio.get_running_loop().call_soon_threadsafe(lambda: None)
 
         return note
 
@@ -101,17 +109,25 @@ def _is_asyncios(handler: Any) -> bool:
 
 
 @contextmanager
-def watched() -> Iterator[Interrupts]:
-    """Watch for signals in a block; does nothing outside of the main thread."""
+def watched(*, blocks: bool = True) -> Iterator[Interrupts]:
+    """Watch for signals in a block; does nothing outside of the main thread.
+
+    Parameters
+    ----------
+    blocks : bool
+        The block runs sync code: while it does, no event loop can react to a signal.
+    """
     interrupts = Interrupts()
     before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             present = signal.getsignal(number)
             # A handler that the user installed stays; an ignored signal stays ignored.
-            if present in (signal.default_int_handler, signal.SIG_DFL):
+            of_cell = kernel.is_its_handler(present)
+            if present in (signal.default_int_handler, signal.SIG_DFL) or (of_cell and blocks):
                 before[number] = signal.signal(number, interrupts)
-            elif _is_asyncios(present):  # it cancels the main task; we only take note
+            elif of_cell or _is_asyncios(present):
+                # It cancels the task of the loop; we only take note.
                 before[number] = signal.signal(number, interrupts.noting(present))
     try:
         yield interrupts
