@@ -18,6 +18,7 @@ import uvicorn
 from penstock.api.app import create_app
 from penstock.api.note import remove_note, write_note
 from penstock.api.service import Service
+from penstock.engine import destination
 from penstock.errors import ConfigurationError
 
 __all__ = ["HOST", "PORT", "serve"]
@@ -68,6 +69,7 @@ def serve(
             service.close()
             raise
         url = f"http://{_as_host('127.0.0.1' if _is_anywhere(host) else host)}:{listening.getsockname()[1]}"
+        service.store.destinations.add(destination.server(url))  # what drivers of this home left for it
         write_note(home, url)
         config = uvicorn.Config(
             app,
