@@ -21,6 +21,7 @@ from tests.chaos.victims import Start, Victims
 from tests.postgres import free_port
 from tests.serving import COMMAND, start
 
+SECONDS = float(os.environ.get("PENSTOCK_TEST_KILLS", "60"))
 ROOT = Path(__file__).parents[2]
 RUNNERS = ("threads", "threads", "processes")
 
@@ -65,6 +66,18 @@ class Storm:
         )
 
 
+def drain(home: Path, url: str) -> None:
+    command = [sys.executable, "-c", COMMAND, "spool", "drain"]
+    environment = {**os.environ, "PENSTOCK_HOME": str(home), "PENSTOCK_API_URL": url}
+    deadline = time.monotonic() + 600  # what waits may be more than one command has time for
+    while spools(home / "spool") and time.monotonic() < deadline:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0 or "not all is sent" in done.stderr, done.stderr
+    assert spools(home / "spool") == []
+
+
 def rage(
     home: Path, database_url: str, folder: Path, name: str, seconds: float, kills: int, tasks: int
 ) -> None:
@@ -107,8 +120,7 @@ def test_row_8_servers_and_drivers_die_and_stop_at_random(
     home: Path, database_url: str, tmp_path: Path
 ) -> None:
     kind = database_url.partition(":")[0]
-    seconds = float(os.environ.get("PENSTOCK_TEST_KILLS", "60"))
-    rage(home, database_url, tmp_path, f"kills-{kind}-short", seconds, int(seconds / 3), 40)
+    rage(home, database_url, tmp_path, f"kills-{kind}-short", SECONDS, int(SECONDS / 3), 40)
 
 
 @pytest.mark.soak
