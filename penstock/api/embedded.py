@@ -27,6 +27,7 @@ from penstock.api.note import running
 from penstock.api.reaper import EVERY, Reaper
 from penstock.api.refusals import explain, refusal
 from penstock.api.upkeep import retain
+from penstock.engine import destination
 from penstock.engine.home import usable_home
 from penstock.engine.sender import StoreUnusable
 from penstock.engine.spool import (
@@ -188,6 +189,7 @@ class EmbeddedStore:
         self._reaper = Reaper(self.database, home, local=self.database.is_sqlite and not serves)
         self._reaped = 0.0
         self._retain_at = 0.0
+        self.destinations = {destination.store()}  # of the spools that are for this store
 
     # -- the seam ---------------------------------------------------------------------------
     def send(self, batch: Batch) -> int:
@@ -304,7 +306,8 @@ class EmbeddedStore:
         `living`: also what is in the spools of processes that live. Where each process has a
         connection of its own that is for commands only, which want to see everything.
         """
-        paths = [path for path in spools(self.home / "spool") if path.stem not in self._own]
+        found = spools(self.home / "spool", *self.destinations)
+        paths = [path for path in found if path.stem not in self._own]
         for gone in self._readers.keys() - {path.stem for path in paths}:
             self._readers.pop(gone).close()
         if not paths:
@@ -319,7 +322,8 @@ class EmbeddedStore:
                 orphan = take_orphan(path)
                 if orphan is not None:
                     locks.callback(orphan.release)
-                reader = self._reader(path) if living or orphan is not None else None
+                alive = living and not destination.is_server(destination.read(path))  # these send themselves
+                reader = self._reader(path) if alive or orphan is not None else None
                 if reader is not None:
                     harvest.gather(path, reader, dead=orphan is not None)
                 if len(harvest.dead) >= ORPHANS:

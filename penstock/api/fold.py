@@ -7,7 +7,7 @@ repetition matters. Rows are plain tuples in the order of the column lists below
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from penstock.api.db import Upsert
@@ -64,6 +64,7 @@ _LARGEST = (1 << 63) - 1
 _MOST_LINES = 1 << 48  # in one batch: the sum must fit its column
 _NO_ERROR = (None, None, None)
 _PENDING = (0, 0, 0, 0, "Pending", "PENDING")
+_PENDING_KEY = _PENDING[:5]
 _FLOW_KEY, _TASK_KEY = slice(2, 7), slice(4, 9)  # where the key is in a row of a state
 
 UPSERTS = {
@@ -86,6 +87,14 @@ UPSERTS = {
     ),
 }
 """How each kind of row gets into its table."""
+
+_WHOLE = Upsert(
+    task_runs,
+    ["id", "root", *_TASK, *_STATE, *_USAGE],
+    UPSERTS["task_runs"].update,
+    UPSERTS["task_runs"].order,
+    also=[UPSERTS["task_states"]],
+)
 
 _MADE = {
     name: upsert.columns.index(upsert.order[0]) for name, upsert in UPSERTS.items() if len(upsert.order) == 1
@@ -120,6 +129,25 @@ class Fold:
         present, made = self.rows[name].get(key), _MADE[name]
         if present is None or row[made] > present[made]:
             self.rows[name][key] = row
+
+    def writes(self) -> Iterator[tuple[str, Upsert, list[tuple[Any, ...]]]]:
+        """Yield what is to be written: a name, how, and the rows.
+
+        A task run that is made and has reached a state is one row: to insert it and to change it
+        at once would cost the time of both, and twice the room in PostgreSQL.
+        """
+        made, states = self.rows["task_runs"], self.rows["task_states"]
+        both = {
+            run: states[run] for run in made.keys() & states.keys() if states[run][_TASK_KEY] > _PENDING_KEY
+        }
+        whole = [made[run][: -len(_PENDING)] + state[4:] for run, state in both.items()]
+        for name, upsert in UPSERTS.items():
+            rows = self.rows[name]
+            if both and (rows is made or rows is states):
+                yield name, upsert, [row for run, row in rows.items() if run not in both]
+            else:
+                yield name, upsert, list(rows.values())
+        yield "whole_tasks", _WHOLE, whole
 
     # -- a run exists -----------------------------------------------------------------------
     def _flow_run(self, event: Event) -> None:
@@ -302,6 +330,9 @@ def _order(event: Event) -> int:
     return event.epoch << 40 | event.rseq
 
 
+_write_json = json.JSONEncoder(ensure_ascii=False, default=str).encode  # `dumps` would make one each time
+
+
 # -- values ---------------------------------------------------------------------------------
 
 
@@ -332,7 +363,7 @@ def _column(values: list[Any] | None, length: int) -> list[Any]:
 
 
 def _json(value: Any) -> str | None:
-    return json.dumps(value, ensure_ascii=False, default=str) if value else None
+    return _write_json(value) if value else None
 
 
 def _tags(value: Any) -> str | None:

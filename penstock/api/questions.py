@@ -10,13 +10,31 @@ import sqlalchemy as sa
 from penstock.api import queries
 from penstock.api.models import flow_runs, maps, task_runs
 
-__all__ = ["READ", "bound", "exists"]
+__all__ = ["READ", "bound", "exists", "fits"]
 
 READ: Mapping[str, Callable[..., Any]] = queries.ANSWERS
 """Questions that change nothing."""
 
 
 LIMITS = {"limit": 1000, "elements": 10_000}
+DEPTH = 32
+VALUES = 20_000
+
+
+def fits(details: Mapping[str, Any]) -> bool:
+    """Whether the arguments of a question are few and flat enough for anybody to look at them."""
+    level: list[Any] = [details]
+    count = 0
+    for _ in range(DEPTH):
+        following: list[Any] = []
+        for one in level:
+            count += len(one)
+            if count > VALUES:
+                return False
+            inner = one.values() if isinstance(one, Mapping) else one
+            following += [value for value in inner if isinstance(value, (list, dict))]
+        level = following
+    return not level
 
 
 def bound(details: dict[str, Any]) -> None:

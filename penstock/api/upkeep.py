@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from penstock.api import db
 from penstock.api.db import Database
-from penstock.api.fold import UPSERTS, Fold
+from penstock.api.fold import Fold
 from penstock.api.ingest import read
 from penstock.api.models import (
     ACCEPTED,
@@ -96,8 +96,8 @@ def rebuild(database: Database) -> int:
                 if event is not None:
                     with contextlib.suppress(Exception):  # from before this kind's body was what it is now
                         fold.add(event)
-            for name, upsert in UPSERTS.items():
-                database.upsert(connection, name, upsert, list(fold.rows[name].values()))
+            for name, upsert, rows in fold.writes():
+                database.upsert(connection, name, upsert, rows)
             count += len(page)
     return count
 

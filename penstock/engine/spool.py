@@ -4,7 +4,7 @@ A file ``<writer>.log`` starts with `MAGIC`; then follow frames ``length | crc32
 first frame is event 1 of its writer, the second event 2: sequence numbers have no gaps, and the
 checksum covers them. A writer holds a lock on its file as long as it lives; a lock that can be
 taken is the proof that the writer is dead. ``<writer>.ack`` says up to where a store has
-committed.
+committed, ``<writer>.to`` which store that is (`penstock.engine.destination`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
+
+from penstock.engine import destination as destinations
 
 MAGIC = b"penspool\x01\r\n\x1a\n\x00\x00\x00"
 HEADER = struct.Struct("<II")
@@ -93,7 +95,7 @@ class Spool:
         Length of the file in bytes.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, destination: str | None = None) -> None:
         self.writer = secrets.token_hex(16)
         self.path = directory / f"{self.writer}.log"
         self.last = 0
@@ -110,10 +112,13 @@ class Spool:
         try:
             if os.write(lock.handle, MAGIC) != len(MAGIC):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(unborn))
+            # Before it gets its name, too: nobody may take it to a wrong place.
+            destinations.write(self.path, destinations.present() if destination is None else destination)
             unborn.rename(self.path)
         except OSError:
             lock.release()
             unborn.unlink(missing_ok=True)
+            destinations.remove(self.path)
             raise
 
     def append(self, payload: bytes) -> int:
@@ -284,12 +289,13 @@ def _frames(data: bytes, number: int) -> Iterator[bytes]:
 # -- files of other writers -----------------------------------------------------------------
 
 
-def spools(directory: Path) -> list[Path]:
-    """Return the spools in a directory, those of living and of dead writers."""
+def spools(directory: Path, *destination: str) -> list[Path]:
+    """Return the spools in a directory, of living and dead writers: those with a destination, or all."""
     try:
-        return sorted(directory.glob("*.log"))
+        found = sorted(directory.glob("*.log"))
     except OSError:
         return []
+    return [path for path in found if not destination or destinations.read(path) in destination]
 
 
 def take_orphan(path: Path) -> FileLock | None:
@@ -391,3 +397,5 @@ def remove(path: Path) -> None:
     for name in (path, path.with_suffix(".ack")):
         with contextlib.suppress(OSError):
             name.unlink()
+    with contextlib.suppress(OSError):
+        destinations.remove(path)

@@ -21,10 +21,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from penstock.engine import destination
 from penstock.engine.events import Event, bus, pack, unpack
 from penstock.engine.home import Home, usable_home
 from penstock.engine.sender import Sender, Store, StoreUnusable
-from penstock.engine.spool import Spool
+from penstock.engine.spool import Spool, spools
 from penstock.settings import settings
 
 __all__ = ["Store", "StoreUnusable", "Tracker", "hear", "open_store", "start_tracking", "stop_tracking"]
@@ -56,19 +57,28 @@ def open_store(home: Home) -> Store:
 
 
 def drain_spools(home: Home, patience: float) -> bool:
-    """Commit everything that is in the spools of a home, of dead and of living writers.
+    """Commit everything that is in the spools of a home, each where it is to go.
+
+    What is for the database is taken from dead and living writers; what is for a server from the dead:
+    the living send it themselves. What is for a database that the settings do not name stays.
 
     Returns
     -------
     bool
-        False if another process was still committing.
+        False if another process was still committing, or there was no time for all.
 
     Raises
     ------
-    ConfigurationError, StoreUnavailable
-        If the store takes nothing.
+    ConfigurationError, StoreUnavailable, ServerError
+        If a store takes nothing.
     """
-    done: bool = importlib.import_module("penstock.api.embedded").drain(home.path, patience)
+    deadline = time.monotonic() + patience
+    places = {destination.read(path) for path in spools(home.spool)}
+    done = True
+    if not settings().api_url or destination.store() in places:
+        done = importlib.import_module("penstock.api.embedded").drain(home.path, patience)
+    for url in sorted(filter(destination.is_server, places)):
+        done &= importlib.import_module("penstock.api.remote").drain(home.path, url, deadline)
     return done
 
 

@@ -90,6 +90,23 @@ def test_any_history_is_folded_anew_to_the_same(database: Database, found: list[
     assert current(database) == before
 
 
+def test_large_pages_are_folded_one_after_the_other(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow = Flow()  # of each page so many rows that they travel in bulk
+    runs = [new_id() for _ in range(300)]
+    for run in runs:
+        flow.add("task_run", run, flow_run=flow.root, task="t", name="t")
+    for kind in ("RUNNING", "COMPLETED"):
+        for run in runs:
+            flow.state(run, kind)
+    ingest(database, [batch(flow.events)])
+    before = current(database)
+    monkeypatch.setattr(upkeep, "PAGE", 300)
+    assert upkeep.rebuild(database) == len(flow.events)
+    assert current(database) == before
+
+
 def test_folding_anew_goes_page_by_page(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upkeep, "PAGE", 3)
     ingest(database, [batch(story().events), batch(story().events, "b" * 32)])

@@ -37,8 +37,15 @@ async def ask(request: Request, question: Question) -> Any:
     return {"answer": await _read(request, question)}
 
 
-async def _read(request: Request, question: Question) -> Any:
+def _details(question: Question) -> dict[str, Any]:
     details = dict(question.model_extra or {})
+    if not questions.fits(details):
+        raise HTTPException(400, "The question has too many arguments, or they are nested too deeply.")
+    return details
+
+
+async def _read(request: Request, question: Question) -> Any:
+    details = _details(question)
     questions.bound(details)
     service = service_of(request)
 
@@ -54,7 +61,7 @@ async def tell(request: Request, question: Question) -> Any:
     """Answer a question of a driver, which may also change something, such as its sign of life."""
     if question.what in questions.READ:
         return {"answer": await _read(request, question)}
-    details = dict(question.model_extra or {})
+    details = _details(question)
     service = service_of(request)
     if question.what == "sweep":  # commit what drivers beside us have written down
         return {"answer": await _answered(_called(request, lambda database: service.sweep()))}
