@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
 import logging
 import sqlite3
 import threading
@@ -54,12 +52,12 @@ class Service:
         self.swept = 0.0
         self.streams = 0
         self.stopping = threading.Event()
-        self.store = EmbeddedStore(home)
+        self.store = EmbeddedStore(home, serves=True)
         self.database = self.store.database
         self._lock = self._take()
         self._chores: list[Callable[[], Any]] = []
         self._chores_done = time.monotonic()
-        self._bind_reaper()
+        self.chore(self.store.reap)
         self.chore(self.store._retain)
         self.writer = Writer(self.database, self._turn)
 
@@ -92,15 +90,6 @@ class Service:
             return take_lock(self.store._lock_path, patience)
         except OSError as error:
             raise ConfigurationError(f"The store cannot be written to: {error}.") from error
-
-    def _bind_reaper(self) -> None:
-        """Let the reaper look at all drivers, also those elsewhere, of which only leases tell."""
-        if importlib.util.find_spec("penstock.api.reaper") is not None:
-            reaper = importlib.import_module("penstock.api.reaper").Reaper(
-                self.database, self.home, local=False
-            )
-            self.store._reaper = reaper  # type: ignore[attr-defined]
-            self.chore(self.store._reap)  # type: ignore[attr-defined]
 
     def chore(self, work: Callable[[], Any]) -> None:
         """Do something every five seconds, in the thread that writes."""

@@ -266,7 +266,10 @@ class Making:
         self._captured = {place: self._capture.one(value, place) for place, value in self._same.items()}
         self._reason = alone(task.options)
         self._packer = packing(task.options, session.runner, self.window, count, self._reason)
-        self._map_id = events.new_id()
+        past = scope.flow_run.past if scope.flow_run is not None else None
+        around = scope.task_run.id if scope.task_run is not None else None
+        known = past.map(scope.flow_run, around, task.name, count) if past and scope.flow_run else None
+        self._map_id = known or events.new_id()
         self._ordinal = next_ordinal(scope, task.name)
         self._keys = MapPlan(task, scope.flow_run, in_process=session.in_process)
         tags = task.options.tags | current_tags()
@@ -325,7 +328,8 @@ class Making:
         body = {"name": task.name, "start": start, "count": count, **_edges(runs, named, mapped)}
         if names is not None:
             body["names"] = names
-        scope.session.journal.map_made(runs[0], body, self._bound.arguments)
+        if not scope.session.journal.elements_told_again(runs):
+            scope.session.journal.map_made(runs[0], body, self._bound.arguments)
         return runs
 
     def _plan_keys(self, runs: list[TaskRun], parts: dict[int | str, Part]) -> None:

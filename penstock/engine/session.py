@@ -283,6 +283,8 @@ class Session:
             self._scopes.setdefault(scope.flow_run, scope)
             for run in runs:
                 self._adopt(run, scope)
+                if run.done:
+                    continue
                 for source in self.graph.foreign(run):
                     run.waiting += 1
                     foreign.append((run, source))
@@ -321,6 +323,11 @@ class Session:
     def _adopt(self, run: TaskRun, scope: Scope) -> None:
         run.session = self
         run.inside = scope.depth + 1
+        if run.done:  # before its flow run was resumed
+            if scope.flow_run is not None:
+                scope.flow_run.runs += 1
+                scope.flow_run.finished += 1
+            return
         self.live[run] = None
         if scope.flow_run is not None:
             scope.flow_run.live[run] = None

@@ -201,6 +201,7 @@ class Task(Generic[P, R]):
         check_choices(inputs, chunk_size, timeout_seconds, timeout_action)
         skipping.check(on_skip)
         self.fn = fn
+        self.module = revision.module_of(fn)  # here: a worker has another main script
         inner = _called(fn)
         self.isasync = inspect.iscoroutinefunction(inner)
         self.yields = inspect.isgeneratorfunction(inner) or inspect.isasyncgenfunction(inner)
