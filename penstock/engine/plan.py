@@ -241,6 +241,7 @@ class _Planning(Session):
         """Somebody waits: all that was made goes, and is taken to go well; its values nobody has."""
         self.pause()
         while waiting := [run for run in self.live if not run.done]:
+            waiting = [run for run in waiting if run.key is not None] or waiting  # what is gone ends first
             for run in waiting:
                 running = advance(run.position, StateType.RUNNING, None, 1)
                 run.position = advance(running, StateType.COMPLETED)
@@ -288,15 +289,16 @@ def explain(flow: Flow[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
     run = FlowRun(flow, flow.name)
     end = ""
     try:
-        with context.entered(Scope(session, run)):
-            value = flow.body(*positional, **named)
-            if inspect.iscoroutine(value):
-                worker_runtime.run_coroutine(value)
-    except sample.Ends as reason:
-        end = f"{reason}{_where(reason)}"
+        try:
+            with context.entered(Scope(session, run)):
+                value = flow.body(*positional, **named)
+                if inspect.iscoroutine(value):
+                    worker_runtime.run_coroutine(value)
+        except sample.Ends as reason:
+            end = f"{reason}{_where(reason)}"
+        session.flush()  # a flow waits for what it has made
     finally:
         session.close()
-    session.pause()
     units = session.taken
     where = f"{runner.name} with {threads} slots{'' if known else ' (assumed: it is not started)'}"
     return Plan(flow.name, where, _nodes(session, units), _messages(session, units), end)

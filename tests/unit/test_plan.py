@@ -397,6 +397,15 @@ def test_a_long_map_is_waited_for_and_cancelled_as_a_whole() -> None:
     ]
 
 
+def test_what_waits_for_the_end_of_each_element_is_counted() -> None:
+    def body() -> None:
+        loaded = load.with_options(chunk_size=10).map(range(100))
+        clean.with_options(chunk_size=1).map(allow_failure(loaded))
+        clean.submit(allow_failure(loaded[0]))
+
+    assert plan(body).messages == 10 + 100 + 1
+
+
 def test_maps_that_are_alike_are_shown_once_and_counted() -> None:
     def body() -> None:
         for _ in range(3):
