@@ -29,6 +29,8 @@
         ├── ResultTooLarge            a result does not fit where it was made
         ├── TaskTimeout               (TimeoutError) a run exceeded its `timeout_seconds`
         ├── CancelledRun              somebody asked for the run to stop
+        ├── RunOwnedElsewhere         another driver has taken the run
+        ├── ResumeDiverged            a run that is resumed asks for other things than before
         ├── PausedRun                 the run waits for somebody
         ├── UnfinishedRun             the run has no result yet, or will never start
         ├── UpstreamTaskError         `.map` over a future whose task did not complete
@@ -70,7 +72,9 @@ __all__ = [
     "ResultCorrupt",
     "ResultLost",
     "ResultTooLarge",
+    "ResumeDiverged",
     "RunError",
+    "RunOwnedElsewhere",
     "RunnerUnavailable",
     "SchedulerLost",
     "Skip",
@@ -226,6 +230,14 @@ class TaskTimeout(RunError, TimeoutError):
 
 class CancelledRun(RunError):
     """Somebody asked for the run to stop."""
+
+
+class RunOwnedElsewhere(RunError):
+    """Another driver owns the run: it is alive, or it took the run when this one was presumed dead."""
+
+
+class ResumeDiverged(RunError):
+    """A run that is resumed asks for other things than it did before; the message names the first one."""
 
 
 class PausedRun(RunError):

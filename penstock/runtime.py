@@ -49,6 +49,10 @@ class Namespace:
         override = os.environ.get(f"{_PREFIX}{self.__name}__{name}".upper())
         return find() if override is None else _cast(override, kind)
 
+    def __reduce__(self) -> str:
+        """Travel as a name: code that uses one as a global is sent to workers by value."""
+        return self.__name
+
     def __dir__(self) -> list[str]:
         """List the attributes."""
         return sorted(self.__fields)

@@ -192,7 +192,7 @@ def _task_info(task: Task[..., Any]) -> TaskInfo:
     if code is None:
         code = known["_code"] = hashing.code_of(task.fn)
     kind: Any = task.fn if hasattr(task.fn, "__qualname__") else type(task.fn)
-    place = f"{getattr(kind, '__module__', '')}.{kind.__qualname__}"
+    place = f"{task.module}.{kind.__qualname__}"
     options = task.options
     return TaskInfo(
         options.name,
@@ -479,7 +479,9 @@ def find(session: Session, runs: Sequence[TaskRun]) -> None:
 
 def _is_worth_a_look(run: TaskRun) -> bool:
     made = run.caching
-    return made is not None and made.key is not None and made.sharing is not None and not made.sharing.refresh
+    if made is None or made.key is None or run.done:  # the last: before its flow run was resumed
+        return False
+    return made.sharing is not None and not made.sharing.refresh
 
 
 def _peek(session: Session, run: TaskRun, order: Any) -> tuple[dict[str, Any] | None, str]:

@@ -325,6 +325,15 @@ def location(stored: Mapping[str, Any]) -> str:
     return f"{str(stored['storage']).rstrip('/')}/{stored['key']}{result_store.EXTENSION}"
 
 
+def order_at(where: str, order: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a commit order for the place that `location` told of a run."""
+    storage, whole = str(order["storage"]).rstrip("/"), where.removesuffix(result_store.EXTENSION)
+    if whole.startswith(f"{storage}/"):
+        return {**order, "key": whole[len(storage) + 1 :]}
+    other, _, key = whole.rpartition("/")  # the settings are others today
+    return {**order, "storage": other, "options": {}, "key": key}
+
+
 def load(run: TaskRun) -> Any:
     """Return the stored copy of a run's value.
 

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from penstock import errors
 from penstock.engine import kernel
 from penstock.engine.clock import clock
+from penstock.runners import worker_runtime
 
 AGAIN = 0.5  # seconds after which a signal that nobody heard is raised once more
 
@@ -40,6 +41,10 @@ class Interrupts:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Interrupt the main thread; a signal while the flow is stopping ends the process at once."""
         del frame
+        if _wanted:
+            if _wanted.pop()():  # nobody sent a signal: code in this thread is to end
+                raise worker_runtime.Cancelled
+            return
         if self.heard and kernel.is_here():
             return  # the flow ends soon, the kernel does not
         if self.heard:
@@ -73,6 +78,29 @@ class Interrupts:
                 asyncio.get_running_loop().call_soon_threadsafe(lambda: None)
 
         return note
+
+
+_wanted: list[Callable[[], bool]] = []
+
+
+def interrupt_main(still: Callable[[], bool]) -> bool:
+    """Raise `worker_runtime.Cancelled` in the main thread, also in a system call that blocks.
+
+    Parameters
+    ----------
+    still : callable
+        Called in the main thread: whether it is still in the code that is to end.
+
+    Returns
+    -------
+    bool
+        False if the handlers are not ours, so that nothing was done.
+    """
+    if not isinstance(signal.getsignal(signal.SIGINT), Interrupts):
+        return False
+    _wanted[:] = [still]
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    return True
 
 
 def _is_asyncios(handler: Any) -> bool:

@@ -100,6 +100,7 @@ class ThreadPoolTaskRunner(TaskRunner):
         while (taken := self._take()) is not None:
             self._do(*taken)
             del taken  # the thread waits for its next task without holding the last one's objects
+        worker_runtime.close_loop()
 
     def _take(self) -> tuple[Submission, Ref] | None:
         with self._work:

@@ -168,6 +168,33 @@ def test_a_lost_result_is_made_again_and_said_so(
     assert record.task("sums").type == "COMPLETED"
 
 
+@task
+def falls(ledger: Path, when: int) -> str:
+    """Die at one of the executions."""
+    if enter(ledger, "falls") == when:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "alive"
+
+
+def test_a_death_while_a_lost_result_is_made_again_counts(
+    run: Run, runner: DaskTaskRunner, record: Record, tmp_path: Path, wait_until: WaitUntil
+) -> None:
+    ledger = tmp_path / "ledger"
+
+    def body() -> Any:
+        made = falls.submit(ledger, 2)
+        made.wait()
+        kill_holder(runner, made, wait_until)  # Dask makes it again, and kills the next worker with it
+        wait_until(lambda: made.state.state_details["attempt"] == 3 and made.state.is_completed(), 30.0)
+        return made.result()
+
+    assert run(body) == "alive"
+    row = record.task("falls")
+    assert executions(ledger) == {"falls": 3}
+    assert (row.type, row.attempt) == ("COMPLETED", 3)
+    check_count(record, row, 3)
+
+
 def test_a_lost_result_of_what_must_not_run_twice_is_a_crash(
     run: Run, runner: DaskTaskRunner, record: Record, tmp_path: Path, wait_until: WaitUntil
 ) -> None:
@@ -258,10 +285,6 @@ def test_a_worker_that_needs_too_much_memory_says_how_much(run: Run, record: Rec
     assert record.task("grows").attempt == 1
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="known defect: what Dask makes again while a worker is retired is not always counted",
-)
 def test_a_worker_that_is_retired_takes_nothing_along(record: Record, tmp_path: Path) -> None:
     ledger = tmp_path / "ledger"
     kwargs = {"n_workers": 2, "threads_per_worker": 1, "memory_limit": 0, "dashboard_address": None}
@@ -436,7 +459,21 @@ def test_a_few_random_deaths(runner: DaskTaskRunner, record: Record, tmp_path: P
     random_deaths(runner, record, tmp_path, 3)
 
 
-def random_deaths(runner: DaskTaskRunner, record: Record, tmp_path: Path, orders: int) -> None:
+@pytest.mark.parametrize("orders", [2, pytest.param(40, marks=pytest.mark.soak)])
+def test_random_deaths_under_chunks(
+    runner: DaskTaskRunner, record: Record, tmp_path: Path, orders: int
+) -> None:
+    random_deaths(runner, record, tmp_path, orders, chunk_size="auto", elements=48)
+
+
+def random_deaths(
+    runner: DaskTaskRunner,
+    record: Record,
+    tmp_path: Path,
+    orders: int,
+    chunk_size: Any = 1,
+    elements: int = 12,
+) -> None:
     """Kill workers from outside while chains run, in a different order each time."""
     for order in range(orders):
         dice = random.Random(order)
@@ -444,15 +481,15 @@ def random_deaths(runner: DaskTaskRunner, record: Record, tmp_path: Path, orders
         record.events.clear()
 
         def body(dice: random.Random = dice, ledger: Path = ledger) -> Any:
-            patient = works.with_options(crash_retries=9, chunk_size=1)
-            first = patient.map(ledger, range(12), 0.02)
-            second = follows.with_options(crash_retries=9, chunk_size=1).map(first)
+            patient = works.with_options(crash_retries=9, chunk_size=chunk_size)
+            first = patient.map(ledger, range(elements), 0.02)
+            second = follows.with_options(crash_retries=9, chunk_size=chunk_size).map(first)
             for _ in range(2):
-                first[dice.randrange(12)].wait()
+                first[dice.randrange(elements)].wait()
                 workers = list(scheduler_of(runner).workers.values())
                 if workers:
                     os.kill(dice.choice(workers).pid, signal.SIGKILL)
             return second.result()
 
-        assert flow(task_runner=runner)(body)() == list(range(12)), f"order {order}"
+        assert flow(task_runner=runner)(body)() == list(range(elements)), f"order {order}"
         check_random(record, executions(ledger))
