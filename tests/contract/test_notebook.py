@@ -51,13 +51,13 @@ def test_what_a_notebook_shows(in_flow: InFlow, runner: TaskRunner) -> None:
 def test_what_a_notebook_shows_of_a_run(runner: TaskRunner) -> None:
     @task(tags=["a<b"])
     def within(x: Any) -> str:
-        run: Any = get_run_context().task_run
-        return str(run._repr_html_())
+        around: Any = get_run_context()
+        return str(around.task_run._repr_html_())
 
     @flow(name="night", task_runner=runner)
     def night(data: list[int], star: str = "<b>sun</b>") -> list[str]:
-        run: Any = get_run_context().flow_run
-        return [run._repr_html_(), within.submit(data).result()]
+        around: Any = get_run_context()
+        return [around.flow_run._repr_html_(), within.submit(data).result()]
 
     of_flow, of_task = night(list(range(100_000)))
     assert "Flow run" in of_flow
