@@ -157,7 +157,7 @@ def test_a_flow_that_ends_well(shell: Shell) -> None:
     assert re.search(r"^run \S+  flow good  id [0-9a-f]{8}$", done.err, re.MULTILINE)
     assert re.search(r"^on threads: \d+ slots?$", done.err, re.MULTILINE)
     assert re.search(r"^  square +4/4 ", done.err, re.MULTILINE)
-    assert re.search(r"^Completed in .*s$", done.err, re.MULTILINE)
+    assert re.search(r"^Completed in [0-9.]+ m?s(, after .* to start)?$", done.err, re.MULTILINE)
     for figure in ("tasks       5", "overhead", "per task", "peak memory driver", "came through the driver"):
         assert figure in done.err
     row = shell.newest()
