@@ -49,6 +49,10 @@ class Namespace:
         override = os.environ.get(f"{_PREFIX}{self.__name}__{name}".upper())
         return find() if override is None else _cast(override, kind)
 
+    def __reduce__(self) -> str:
+        """Travel as a name: code that uses one as a global is sent to workers by value."""
+        return self.__name
+
     def __dir__(self) -> list[str]:
         """List the attributes."""
         return sorted(self.__fields)
@@ -95,7 +99,8 @@ def _page(kind: str, find: Callable[[], Any]) -> Callable[[], str | None]:
     """Make what finds the page of a run in the user interface of the server."""
 
     def page() -> str | None:
-        base, run_id = settings().api_url.rstrip("/").removesuffix("/api"), find()
+        known, run_id = settings(), find()
+        base = known.ui_url.rstrip("/") or known.api_url.rstrip("/").removesuffix("/api")
         return f"{base}/{kind}/{run_id}" if base and run_id else None
 
     return page

@@ -128,8 +128,8 @@ def start(home: Path, arguments: Sequence[str] = (), code: str = COMMAND, port: 
 
 
 @contextlib.contextmanager
-def served(home: Path, arguments: Sequence[str] = (), code: str = COMMAND) -> Iterator[Served]:
-    found = start(home, arguments, code)
+def served(home: Path, arguments: Sequence[str] = (), code: str = COMMAND, port: int = 0) -> Iterator[Served]:
+    found = start(home, arguments, code, port)
     try:
         yield found
     finally:

@@ -9,6 +9,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from penstock.api.auth import Keyring
@@ -82,6 +83,7 @@ def create_app(
         app.router.routes += router.routes  # as they are, so that `app.routes` shows each with its scope
     app.add_exception_handler(BadCursor, _bad_cursor)
     app.add_exception_handler(sa.exc.OperationalError, _unavailable)
+    app.add_exception_handler(RequestValidationError, _unsound)
     app.add_exception_handler(sa.exc.DataError, _unfit)
     app.add_exception_handler(UnicodeEncodeError, _unfit)
     app.add_middleware(Guard, hosts=hosts, rate=rate)
@@ -90,6 +92,13 @@ def create_app(
 
 async def _bad_cursor(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": str(error)}, 400)
+
+
+async def _unsound(request: Request, error: Exception) -> JSONResponse:
+    """Say what is wrong, and do not send back all that came."""
+    assert isinstance(error, RequestValidationError)
+    found = [{name: one[name] for name in ("type", "loc", "msg")} for one in error.errors()[:20]]
+    return JSONResponse({"detail": found}, 422)
 
 
 async def _unfit(request: Request, error: Exception) -> JSONResponse:

@@ -19,7 +19,7 @@ from penstock.api import postgres
 from penstock.api.models import metadata
 from penstock.errors import ConfigurationError
 
-REVISIONS = ("0001", "0002", "0003")
+REVISIONS = ("0001", "0002", "0003", "0004")
 """Revisions of the schema, oldest first; the last one is what `models` describes."""
 
 BUSY_TIMEOUT = 10.0
@@ -55,6 +55,7 @@ class Database:
         self._inode = 0
         self._statements: dict[str, tuple[str, bool]] = {}
         self._copies: dict[str, tuple[postgres.Copy, Any]] = {}
+        self._copied: set[str] = set()  # in this transaction
 
     @property
     def name(self) -> str:
@@ -77,6 +78,7 @@ class Database:
             caller holds the lock of the writer. On PostgreSQL several write side by side.
         """
         connection = self._writing()
+        self._copied.clear()
         try:
             with connection.begin():
                 if not self.is_sqlite:
@@ -190,7 +192,8 @@ class Database:
                 statement.build(self.engine.dialect.name, copy.source(statement.keys)),
             )
         copy, insert = self._copies[name]
-        copy.send(connection, rows)
+        copy.send(connection, rows, afresh=name in self._copied)
+        self._copied.add(name)
         connection.execute(insert)
 
 
@@ -211,6 +214,8 @@ class Upsert:
         Instead of the primary key, the columns that make a row unique.
     add, replace : str, optional
         A column whose values are added up, or which the new row replaces in any case.
+    also : sequence of Upsert
+        Others of the same table, whose columns are replaced by an order of their own.
     """
 
     def __init__(
@@ -222,6 +227,7 @@ class Upsert:
         conflict: Sequence[str] = (),
         add: str | None = None,
         replace: str | None = None,
+        also: Sequence[Upsert] = (),
     ) -> None:
         self.table = table
         self.keys = list(conflict) or [column.name for column in table.primary_key.columns]
@@ -230,6 +236,7 @@ class Upsert:
         self.order = list(order)
         self.add = add
         self.replace = replace
+        self.also = list(also)
 
     def build(self, dialect: str, source: sa.Select[Any] | None = None) -> Any:
         """Return the statement for a dialect: for one row, or for all rows of a source."""
@@ -249,15 +256,22 @@ class Upsert:
         if not self.update:
             return statement.on_conflict_do_nothing(index_elements=keys)
         new = statement.excluded
-        if len(self.order) == 1:
-            old = table.c[self.order[0]]
-            later: Any = sa.or_(old.is_(None), new[self.order[0]] > old)
-        else:
-            later = sa.tuple_(*(new[name] for name in self.order)) > sa.tuple_(
-                *(table.c[name] for name in self.order)
-            )
+        if self.also:
+            several = {
+                name: sa.case((part._later(new), new[name]), else_=table.c[name])
+                for part in (self, *self.also)
+                for name in part.update
+            }
+            return statement.on_conflict_do_update(index_elements=keys, set_=several)
         changes = {name: new[name] for name in self.update}
-        return statement.on_conflict_do_update(index_elements=keys, set_=changes, where=later)
+        return statement.on_conflict_do_update(index_elements=keys, set_=changes, where=self._later(new))
+
+    def _later(self, new: Any) -> Any:
+        """Return the condition that a new row comes after the one that is there."""
+        old = self.table.c
+        if len(self.order) == 1:
+            return sa.or_(old[self.order[0]].is_(None), new[self.order[0]] > old[self.order[0]])
+        return sa.tuple_(*(new[name] for name in self.order)) > sa.tuple_(*(old[name] for name in self.order))
 
 
 def _address(url: str) -> sa.URL:

@@ -7,11 +7,11 @@ repetition matters. Rows are plain tuples in the order of the column lists below
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from penstock.api.db import Upsert
-from penstock.api.models import dropped_lines, flow_runs, maps, task_runs
+from penstock.api.models import dropped_lines, flow_runs, maps, requests, task_runs
 from penstock.engine.events import Event, element_id
 
 PARAMETERS = 4096  # characters of a description that are kept
@@ -64,6 +64,7 @@ _LARGEST = (1 << 63) - 1
 _MOST_LINES = 1 << 48  # in one batch: the sum must fit its column
 _NO_ERROR = (None, None, None)
 _PENDING = (0, 0, 0, 0, "Pending", "PENDING")
+_PENDING_KEY = _PENDING[:5]
 _FLOW_KEY, _TASK_KEY = slice(2, 7), slice(4, 9)  # where the key is in a row of a state
 
 UPSERTS = {
@@ -81,8 +82,19 @@ UPSERTS = {
     "task_states": Upsert(
         task_runs, ["id", "root", "map", "element", *_STATE, *_USAGE], [*_STATE, *_USAGE], _KEY
     ),
+    "requests": Upsert(
+        requests, ["id", "root", "run", "kind", "settled", "outcome"], ["settled", "outcome"], ["settled"]
+    ),
 }
 """How each kind of row gets into its table."""
+
+_WHOLE = Upsert(
+    task_runs,
+    ["id", "root", *_TASK, *_STATE, *_USAGE],
+    UPSERTS["task_runs"].update,
+    UPSERTS["task_runs"].order,
+    also=[UPSERTS["task_states"]],
+)
 
 _MADE = {
     name: upsert.columns.index(upsert.order[0]) for name, upsert in UPSERTS.items() if len(upsert.order) == 1
@@ -117,6 +129,25 @@ class Fold:
         present, made = self.rows[name].get(key), _MADE[name]
         if present is None or row[made] > present[made]:
             self.rows[name][key] = row
+
+    def writes(self) -> Iterator[tuple[str, Upsert, list[tuple[Any, ...]]]]:
+        """Yield what is to be written: a name, how, and the rows.
+
+        A task run that is made and has reached a state is one row: to insert it and to change it
+        at once would cost the time of both, and twice the room in PostgreSQL.
+        """
+        made, states = self.rows["task_runs"], self.rows["task_states"]
+        both = {
+            run: states[run] for run in made.keys() & states.keys() if states[run][_TASK_KEY] > _PENDING_KEY
+        }
+        whole = [made[run][: -len(_PENDING)] + state[4:] for run, state in both.items()]
+        for name, upsert in UPSERTS.items():
+            rows = self.rows[name]
+            if both and (rows is made or rows is states):
+                yield name, upsert, [row for run, row in rows.items() if run not in both]
+            else:
+                yield name, upsert, list(rows.values())
+        yield "whole_tasks", _WHOLE, whole
 
     # -- a run exists -----------------------------------------------------------------------
     def _flow_run(self, event: Event) -> None:
@@ -267,6 +298,12 @@ class Fold:
             "backends", event.run, (event.run, event.root, _json(event.body), _order(event), *_PENDING)
         )
 
+    def _request(self, event: Event) -> None:
+        body = event.body
+        request, outcome = str(body["id"])[:32], _text(body.get("outcome"))
+        row = (request, event.root, event.run, str(body.get("what"))[:16], event.time, outcome)
+        self._make("requests", request, row)
+
 
 _NUMBERS = frozenset({int, float, type(None)})
 _COLUMNS = ("attempt", "time", "started", "seconds", "nbytes", "peak", "worker")
@@ -279,6 +316,7 @@ _HANDLERS: dict[str, Callable[[Fold, Event], None]] = {
     "states": Fold._states,
     "log": Fold._log,
     "runner": Fold._runner,
+    "request": Fold._request,
 }
 
 
@@ -290,6 +328,9 @@ def _reach(rows: dict[Any, tuple[Any, ...]], row: tuple[Any, ...], key: slice) -
 
 def _order(event: Event) -> int:
     return event.epoch << 40 | event.rseq
+
+
+_write_json = json.JSONEncoder(ensure_ascii=False, default=str).encode  # `dumps` would make one each time
 
 
 # -- values ---------------------------------------------------------------------------------
@@ -322,7 +363,7 @@ def _column(values: list[Any] | None, length: int) -> list[Any]:
 
 
 def _json(value: Any) -> str | None:
-    return json.dumps(value, ensure_ascii=False, default=str) if value else None
+    return _write_json(value) if value else None
 
 
 def _tags(value: Any) -> str | None:

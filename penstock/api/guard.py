@@ -27,6 +27,7 @@ LOCAL = ("localhost", "127.0.0.1", "[::1]")
 TYPES = ("application/json", "application/msgpack")
 FORMS = {"/login": "application/x-www-form-urlencoded"}  # the one form; a browser sends it with its origin
 UNMETERED = ("/api/v1/ingest",)
+CLOSE = {"Connection": "close"}
 
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -74,7 +75,8 @@ class Guard:
             await self._forward(scope, receive, send)
             return
         status, detail = refusal
-        await JSONResponse({"detail": detail}, status)(scope, receive, send)
+        # A body that nobody wants is not read to its end either.
+        await JSONResponse({"detail": detail}, status, CLOSE)(scope, receive, send)
 
     def _refusal(self, scope: Scope, headers: Headers) -> tuple[int, str] | None:
         host = headers.get("host", "")
@@ -109,11 +111,11 @@ class Guard:
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
             except TimeoutError:
-                raise HTTPException(408, "The body did not arrive in time.") from None
+                raise HTTPException(408, "The body did not arrive in time.", CLOSE) from None
             received += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if received > limit:
-                raise HTTPException(413, f"The body is larger than {limit} bytes.")
+                raise HTTPException(413, f"The body is larger than {limit} bytes.", CLOSE)
             return message
 
         await self.app(scope, limited, send)

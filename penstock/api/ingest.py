@@ -14,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from penstock.api.db import Database, Upsert
-from penstock.api.fold import UPSERTS, Fold
+from penstock.api.fold import Fold
 from penstock.api.models import ACCEPTED, STALE, UNREADABLE, events, leases, writers
 from penstock.engine.events import Event, unpack
 from penstock.engine.spool import Batch
@@ -105,8 +105,8 @@ def _commit(
         order = (event.epoch, event.attempt, event.rank, event.rseq)
         rows.append((writer.number, seq, event.kind, event.run, event.root, *order, verdict, payload))
     database.upsert(connection, "events", _EVENTS, rows)
-    for name, upsert in UPSERTS.items():
-        database.upsert(connection, name, upsert, list(fold.rows[name].values()))
+    for name, upsert, some in fold.writes():
+        database.upsert(connection, name, upsert, some)
     _acknowledge(connection, known)
     return {name: writer.acknowledged for name, writer in known.items()}
 

@@ -143,8 +143,12 @@ class Copy:
         columns = self._temporary.columns
         return sa.select(*columns).order_by(*(columns[key] for key in keys))
 
-    def send(self, connection: sa.Connection, rows: Sequence[tuple[Any, ...]]) -> None:
-        """Stream rows into the table of the session.
+    def send(
+        self, connection: sa.Connection, rows: Sequence[tuple[Any, ...]], *, afresh: bool = False
+    ) -> None:
+        """Stream rows into the table of the session, which is empty when a transaction begins.
+
+        `afresh`: it has been used in this one.
 
         Raises
         ------
@@ -154,6 +158,8 @@ class Copy:
         import psycopg
 
         connection.exec_driver_sql(self._create)
+        if afresh:
+            connection.exec_driver_sql(f"TRUNCATE pg_temp.{self._temporary.name}")
         raw: Any = connection.connection.driver_connection
         try:
             with raw.cursor() as cursor, cursor.copy(self._stream) as stream:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,13 +10,31 @@ import sqlalchemy as sa
 from penstock.api import queries
 from penstock.api.models import flow_runs, maps, task_runs
 
-__all__ = ["READ", "bound", "commands", "exists", "request_maker"]
+__all__ = ["READ", "bound", "exists", "fits"]
 
 READ: Mapping[str, Callable[..., Any]] = queries.ANSWERS
 """Questions that change nothing."""
 
 
 LIMITS = {"limit": 1000, "elements": 10_000}
+DEPTH = 32
+VALUES = 20_000
+
+
+def fits(details: Mapping[str, Any]) -> bool:
+    """Whether the arguments of a question are few and flat enough for anybody to look at them."""
+    level: list[Any] = [details]
+    count = 0
+    for _ in range(DEPTH):
+        following: list[Any] = []
+        for one in level:
+            count += len(one)
+            if count > VALUES:
+                return False
+            inner = one.values() if isinstance(one, Mapping) else one
+            following += [value for value in inner if isinstance(value, (list, dict))]
+        level = following
+    return not level
 
 
 def bound(details: dict[str, Any]) -> None:
@@ -26,28 +42,6 @@ def bound(details: dict[str, Any]) -> None:
     for name, most in LIMITS.items():
         if name in details and (details[name] is None or type(details[name]) is int):
             details[name] = most if details[name] is None else max(0, min(details[name], most))
-
-
-def commands() -> Mapping[str, Callable[..., Any]]:
-    """Return what drivers ask that also writes; each is called with a connection in a transaction."""
-    found: Mapping[str, Callable[..., Any]] = getattr(_module("penstock.api.commands"), "COMMANDS", {})
-    return found
-
-
-def request_maker() -> Callable[[sa.Connection, str, str, str], str] | None:
-    """Return what writes a wish down; None if this version has no such thing."""
-    requests, leases = _module("penstock.api.requests"), _module("penstock.api.leases")
-    if requests is None or leases is None:
-        return None
-
-    def make(connection: sa.Connection, run: str, kind: str, by: str) -> str:
-        return str(requests.make(connection, run, kind, by, leases.store_time(connection)))
-
-    return make
-
-
-def _module(name: str) -> Any:
-    return importlib.import_module(name) if importlib.util.find_spec(name) is not None else None
 
 
 def exists(connection: sa.Connection, run: str) -> bool:

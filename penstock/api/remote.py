@@ -19,6 +19,7 @@ from typing import Any
 import msgpack
 
 from penstock.api.connection import Answer, Connection, ServerError, Unreachable
+from penstock.engine import destination
 from penstock.engine.events import Event, pack
 from penstock.engine.sender import StoreUnusable
 from penstock.engine.spool import (
@@ -92,8 +93,8 @@ class HttpStore:
         self._asking.close()
 
     def sweep(self, deadline: float | None = None) -> bool:
-        """Send the spools of dead drivers of this home, and remove them; False if there was no time for all."""
-        for path in spools(self.home / "spool"):
+        """Send what dead drivers of this home left for this server, and remove it; False if it took too long."""
+        for path in spools(self.home / "spool", destination.server(self._sending.url)):
             if deadline is not None and time.monotonic() > deadline:
                 return False
             orphan = take_orphan(path)
@@ -216,6 +217,12 @@ def pieces(batch: Batch) -> Iterator[Batch]:
 def open_store(home: Path) -> HttpStore:
     """Open the store at the address in the settings."""
     return HttpStore(home, settings().api_url)
+
+
+def drain(home: Path, url: str, deadline: float) -> bool:
+    """Send a server what dead drivers of a home left for it; False if there was no time for all."""
+    with contextlib.closing(HttpStore(home, url)) as store:
+        return store.sweep(deadline)
 
 
 def ask_note(home: Path, note: Mapping[str, Any], question: Mapping[str, Any]) -> Any:

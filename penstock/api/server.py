@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
 import logging
@@ -14,10 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from penstock.api.app import create_app
 from penstock.api.note import remove_note, write_note
 from penstock.api.service import Service
+from penstock.engine import destination
 from penstock.errors import ConfigurationError
 
 __all__ = ["HOST", "PORT", "serve"]
@@ -26,6 +29,7 @@ HOST = "127.0.0.1"
 PORT = 4270
 DRAIN_SECONDS = 10
 CONNECTIONS = 512
+HEADER_SECONDS = 10.0  # to ask something, at least; twice that at most
 
 
 def serve(
@@ -63,11 +67,13 @@ def serve(
     with contextlib.closing(_bound(host, port)) as listening:
         service = Service(home)
         try:
+            service.prepare()
             app = create_app(service, hosts=[*hosts, *([] if _is_anywhere(host) else [_as_host(host)])])
         except BaseException:
             service.close()
             raise
         url = f"http://{_as_host('127.0.0.1' if _is_anywhere(host) else host)}:{listening.getsockname()[1]}"
+        service.store.destinations.add(destination.server(url))  # what drivers of this home left for it
         write_note(home, url)
         config = uvicorn.Config(
             app,
@@ -79,12 +85,33 @@ def serve(
             timeout_keep_alive=30,
             limit_concurrency=CONNECTIONS,
             ws="none",
+            http=_Protocol,
         )
         try:
             _Server(config, service, url, app.state.keyring.link(), tell).run(sockets=[listening])
         finally:
             remove_note(home)
             service.close()
+
+
+class _Protocol(H11Protocol):
+    """HTTP in pure Python, whose headers have a limit, and which waits for nobody who only dribbles."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to watch a connection."""
+        super().connection_made(transport)
+        self._idle_with: object = self
+        self._watch()
+
+    def _watch(self) -> None:
+        if self.transport.is_closing():
+            return
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self._idle_with is self.cycle:  # nothing was asked since the last look
+            self.transport.close()
+            return
+        self._idle_with = self.cycle if idle else self
+        self.loop.call_later(HEADER_SECONDS, self._watch)
 
 
 class _Server(uvicorn.Server):

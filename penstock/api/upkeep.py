@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from penstock.api import db
 from penstock.api.db import Database
-from penstock.api.fold import UPSERTS, Fold
+from penstock.api.fold import Fold
 from penstock.api.ingest import read
 from penstock.api.models import (
     ACCEPTED,
@@ -27,6 +27,7 @@ from penstock.api.models import (
     flow_runs,
     leases,
     maps,
+    requests,
     task_runs,
     upkeep,
     writers,
@@ -85,6 +86,9 @@ def rebuild(database: Database) -> int:
     with database.write(alone=True) as connection:
         for table in _FOLDED:
             connection.execute(table.delete())
+        # What was asked for is no event, only what came of it.
+        connection.execute(requests.delete().where(requests.c.made.is_(None)))
+        connection.execute(requests.update().values(settled=None, outcome=None))
         for page in _pages(connection):
             fold = Fold()
             for payload in page:
@@ -92,8 +96,8 @@ def rebuild(database: Database) -> int:
                 if event is not None:
                     with contextlib.suppress(Exception):  # from before this kind's body was what it is now
                         fold.add(event)
-            for name, upsert in UPSERTS.items():
-                database.upsert(connection, name, upsert, list(fold.rows[name].values()))
+            for name, upsert, rows in fold.writes():
+                database.upsert(connection, name, upsert, rows)
             count += len(page)
     return count
 
@@ -205,7 +209,7 @@ def _forget(database: Database, root: str, before: float) -> int:
         connection.execute(task_runs.delete().where(outside, task_runs.c.root == root))
         connection.execute(maps.delete().where(maps.c.flow_run.in_(flows)))
         connection.execute(maps.delete().where(maps.c.flow_run.is_(None), maps.c.root == root))
-        for table in (events, leases, dropped_lines, flow_runs):
+        for table in (events, leases, requests, dropped_lines, flow_runs):
             connection.execute(table.delete().where(table.c.root == root))
     return 1
 

@@ -10,7 +10,7 @@ from penstock.cli.layout import clean, columns, human_bytes, moment, print_json,
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
-HEAD = ("writer", "process", "events", "unsent", "bytes", "oldest unsent", "set aside")
+HEAD = ("writer", "process", "events", "unsent", "bytes", "oldest unsent", "set aside", "goes to")
 PATIENCE = 60.0  # seconds
 
 
@@ -43,6 +43,7 @@ def status(json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = F
             human_bytes(one.size),
             moment(one.oldest) if one.oldest is not None else "",
             human_bytes(one.rejected) if one.rejected else "",
+            clean(one.destination) or "this home",
         )
         for one in found
     ]
@@ -52,7 +53,7 @@ def status(json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = F
 
 @app.command("drain")
 def drain() -> None:
-    """Send everything that drivers on this machine, dead or alive, have written down so far."""
+    """Send everything that drivers on this machine have written down so far, each to where it is to go."""
     from penstock.engine.backlog import survey
     from penstock.engine.home import usable_home
     from penstock.engine.tracking import drain_spools
@@ -61,6 +62,12 @@ def drain() -> None:
     home = usable_home(settings().home)
     before = survey(home.spool)
     if not drain_spools(home, PATIENCE):
-        stop("another process is writing to the store; it sends the events, too.")
-    unsent = sum(one.unsent for one in before)
-    print(f"sent what was unsent in {len(before)} spools ({unsent:,} events)" if before else "no events wait")
+        stop(
+            "not all is sent: another process is writing to the store and sends the rest, or it is too much."
+        )
+    left = {one.writer: one for one in survey(home.spool) if not one.alive and one.events}
+    sent = [one for one in before if one.writer not in left]
+    unsent = sum(one.unsent for one in sent)
+    for place in sorted({one.destination for one in left.values()}):
+        print(f"what is for {clean(place)} stays: it is sent with that in PENSTOCK_DATABASE_URL")
+    print(f"sent what was unsent in {len(sent)} spools ({unsent:,} events)" if sent else "no events wait")

@@ -7,6 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from penstock.engine import destination as destinations
 from penstock.engine.events import unpack
 from penstock.engine.spool import SpoolReader, holder, read_ack, spools, take_orphan
 
@@ -32,6 +33,8 @@ class Backlog:
         When the oldest unsent event was made, in seconds since 1970.
     rejected : int
         Bytes that were set aside because they could not be read.
+    destination : str
+        Where its events are to go, see `penstock.engine.destination`.
     """
 
     writer: str
@@ -42,6 +45,7 @@ class Backlog:
     size: int
     oldest: float | None
     rejected: int
+    destination: str = destinations.LOCAL
 
     def as_dict(self) -> dict[str, object]:
         """Return it as it is written as JSON."""
@@ -83,6 +87,7 @@ def _look(path: Path) -> Backlog | None:
                 path.stat().st_size,
                 oldest,
                 rejected,
+                destinations.read(path),
             )
     return None
 

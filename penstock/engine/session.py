@@ -76,6 +76,7 @@ class Session:
     """Whether it only captures calls (`plan`): flows within it open no runner and wait for nothing."""
 
     def __init__(self, runner: TaskRunner, journal: Journal) -> None:
+        self.totals: dict[str, int] = {}  # in a plan: lengths of maps of which it holds only some elements
         self.runner = runner
         self.in_process = runner.in_process
         self.tag = new_tag()
@@ -282,6 +283,8 @@ class Session:
             self._scopes.setdefault(scope.flow_run, scope)
             for run in runs:
                 self._adopt(run, scope)
+                if run.done:
+                    continue
                 for source in self.graph.foreign(run):
                     run.waiting += 1
                     foreign.append((run, source))
@@ -320,6 +323,11 @@ class Session:
     def _adopt(self, run: TaskRun, scope: Scope) -> None:
         run.session = self
         run.inside = scope.depth + 1
+        if run.done:  # before its flow run was resumed
+            if scope.flow_run is not None:
+                scope.flow_run.runs += 1
+                scope.flow_run.finished += 1
+            return
         self.live[run] = None
         if scope.flow_run is not None:
             scope.flow_run.live[run] = None

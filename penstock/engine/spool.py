@@ -4,7 +4,7 @@ A file ``<writer>.log`` starts with `MAGIC`; then follow frames ``length | crc32
 first frame is event 1 of its writer, the second event 2: sequence numbers have no gaps, and the
 checksum covers them. A writer holds a lock on its file as long as it lives; a lock that can be
 taken is the proof that the writer is dead. ``<writer>.ack`` says up to where a store has
-committed.
+committed, ``<writer>.to`` which store that is (`penstock.engine.destination`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
 
+from penstock.engine import destination as destinations
+
 MAGIC = b"penspool\x01\r\n\x1a\n\x00\x00\x00"
 HEADER = struct.Struct("<II")
 LONGEST = 1 << 30  # a frame that claims to be longer is damage
+LIVING = ".live"  # ends the name of what is left of a spool whose writer has gone on to another one
 BATCH_BYTES = 1 << 20
 BATCH_EVENTS = 5000
 
@@ -92,7 +95,7 @@ class Spool:
         Length of the file in bytes.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, destination: str | None = None) -> None:
         self.writer = secrets.token_hex(16)
         self.path = directory / f"{self.writer}.log"
         self.last = 0
@@ -109,10 +112,13 @@ class Spool:
         try:
             if os.write(lock.handle, MAGIC) != len(MAGIC):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(unborn))
+            # Before it gets its name, too: nobody may take it to a wrong place.
+            destinations.write(self.path, destinations.present() if destination is None else destination)
             unborn.rename(self.path)
         except OSError:
             lock.release()
             unborn.unlink(missing_ok=True)
+            destinations.remove(self.path)
             raise
 
     def append(self, payload: bytes) -> int:
@@ -156,6 +162,15 @@ class Spool:
         if size > self._synced:
             os.fdatasync(self._lock.handle)
             self._synced = size
+
+    def retire(self) -> None:
+        """Drop the file, whose events are all in a store; its name and lock stay as a sign of life."""
+        with self._gate, contextlib.suppress(OSError):
+            self.path.with_suffix(".ack").unlink(missing_ok=True)
+            living = self.path.with_suffix(LIVING)
+            self.path.rename(living)
+            os.ftruncate(self._lock.handle, 0)
+            self.path = living
 
     def close(self, acknowledged: int = 0) -> None:
         """End the life of the writer; the file goes once everything in it is in a store."""
@@ -274,12 +289,13 @@ def _frames(data: bytes, number: int) -> Iterator[bytes]:
 # -- files of other writers -----------------------------------------------------------------
 
 
-def spools(directory: Path) -> list[Path]:
-    """Return the spools in a directory, those of living and of dead writers."""
+def spools(directory: Path, *destination: str) -> list[Path]:
+    """Return the spools in a directory, of living and dead writers: those with a destination, or all."""
     try:
-        return sorted(directory.glob("*.log"))
+        found = sorted(directory.glob("*.log"))
     except OSError:
         return []
+    return [path for path in found if not destination or destinations.read(path) in destination]
 
 
 def take_orphan(path: Path) -> FileLock | None:
@@ -292,6 +308,31 @@ def take_orphan(path: Path) -> FileLock | None:
         lock.release()
         return None
     return lock
+
+
+def writer_lives(directory: Path, writer: str) -> bool | None:
+    """Whether the process of a writer lives; None if nothing here tells."""
+    known: bool | None = None
+    for path in (directory / f"{writer}.log", directory / f"{writer}{LIVING}"):
+        try:
+            lock = FileLock.take(path)
+        except OSError:
+            continue
+        if lock is None:
+            return True
+        lock.release()
+        known = False
+    return known
+
+
+def remove_signs(directory: Path) -> None:
+    """Remove what says of processes that are dead that they live."""
+    with contextlib.suppress(OSError):
+        for path in directory.glob(f"*{LIVING}"):
+            lock = take_orphan(path)
+            if lock is not None:
+                path.unlink(missing_ok=True)
+                lock.release()
 
 
 def holder(path: Path) -> int | None:
@@ -356,3 +397,5 @@ def remove(path: Path) -> None:
     for name in (path, path.with_suffix(".ack")):
         with contextlib.suppress(OSError):
             name.unlink()
+    with contextlib.suppress(OSError):
+        destinations.remove(path)

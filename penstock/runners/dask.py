@@ -209,6 +209,8 @@ class DaskTaskRunner(TaskRunner):
         named = self._wish.cluster if self._wish.cluster is not None else None
         return self._wish.address or str(getattr(named, "scheduler_address", "") or "")
 
+    starting_text = "The task runner must be started before submitting work."
+
     def duplicate(self) -> Self:
         """Return the runner itself: it is counted, and one cluster serves all flows that use it."""
         return self

@@ -80,6 +80,28 @@ def test_each_route_with_each_credential(told: Api) -> None:
     assert tried > 140
 
 
+@pytest.mark.parametrize("name", ["health", "ready", "docs", "login"])
+def test_a_name_that_ends_like_an_open_door_opens_none(told: Api, name: str) -> None:
+    for path in (
+        f"/api/v1/flows/{name}",
+        f"/api/v1/flow-runs/{name}",
+        f"/api/v1/runs/{name}/logs",
+        f"/api/v1/runs/x{name}/state",
+        f"/api/v1/flow-runs/x%2F{name}",
+        f"/api/v1/flows?/{name}",
+        f"/api/v1/flow-runs/{ROOT}/{name}",
+        f"/api/v1/flow-runs/{ROOT};/{name}",
+        f"/api/v1//{name}",
+        f"/x/api/v1/{name}",
+    ):
+        for method in ("GET", "POST"):
+            answer = told.request(
+                method, path, None, content=b"{}", headers={"content-type": "application/json"}
+            )
+            assert answer.status_code in {401, 404, 405}, (method, path, answer.status_code)
+            assert "runs" not in answer.text
+
+
 @pytest.mark.parametrize(
     "header", ["", "Bearer", "Bearer ", "Basic dXNlcjpwYXNz", "bearer \xe9", "Bearer " + "a" * 5000]
 )

@@ -174,6 +174,17 @@ def test_other_machines_are_let_in_only_by_name(home: Path, host: str) -> None:
         assert httpx.get(f"{server.url}/api/v1/flows").status_code == 401
 
 
+@pytest.mark.parametrize("options", [(), ("--background",)])
+def test_a_database_that_is_away_is_one_sentence(home: Path, options: tuple[str, ...]) -> None:
+    url = f"postgresql://reader:secret@127.0.0.1:{free_port()}/none"
+    done = command(home, "server", "start", "--port", "0", *options, PENSTOCK_DATABASE_URL=url)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("penstock: The PostgreSQL server of PENSTOCK_DATABASE_URL")
+    assert "secret" not in line
+    assert command(home, "server", "status").returncode == 3
+
+
 def test_it_listens_on_loopback_only(home: Path) -> None:
     import psutil
 
@@ -294,8 +305,8 @@ def test_a_driver_without_its_server_runs_to_its_end_and_delivers_later(
     assert driver.wait(30) == 0
     assert time.monotonic() - begun < 5
     assert len(spools(elsewhere / "spool")) == 1
-    with served(home) as server:
-        assert drive(script, elsewhere, server.url, server.token).wait(30) == 0  # brings the other's along
+    with served(home, port=port) as server:
+        assert drive(script, elsewhere, url, server.token).wait(30) == 0  # brings the other's along
         store = remote.HttpStore(elsewhere, server.url, server.token)
         assert store.sweep()
         store.close()
@@ -334,11 +345,12 @@ def test_a_server_that_is_killed_again_and_again_loses_nothing(
 def test_a_driver_that_is_killed_is_delivered_by_the_next_one(
     home: Path, elsewhere: Path, script: Path, wait_until: Wait
 ) -> None:
-    driver = drive(script, elsewhere, f"http://127.0.0.1:{free_port()}", "", 200, 0.05)
+    port = free_port()
+    driver = drive(script, elsewhere, f"http://127.0.0.1:{port}", "", 200, 0.05)
     wait_until(lambda: sum(path.stat().st_size for path in spools(elsewhere / "spool")) > 2000, 20)
     driver.kill()
     driver.wait()
-    with served(home) as server:
+    with served(home, port=port) as server:
         assert drive(script, elsewhere, server.url, server.token).wait(30) == 0
         store = remote.HttpStore(elsewhere, server.url, server.token)
         assert store.sweep()
@@ -630,6 +642,9 @@ def test_the_client_lists_into_frames(
     assert client.ask("runs")[0]["id"] == ROOT
     with pytest.raises(ServerError) as caught:
         client.set_state(ROOT, "pause")
+    assert caught.value.status == 501
+    with pytest.raises(ServerError, match=f"penstock resume {ROOT}") as caught:
+        client.set_state(ROOT, "resume")
     assert caught.value.status == 501
     with pytest.raises(ServerError) as caught:
         client.flow_run("f" * 32)
