@@ -89,6 +89,9 @@ class Session:
         self._inbox: deque[list[Report]] = deque()
         self._sent: dict[Key, TaskRun | Chunk] = {}
         self.made = recipes.Made()
+        self.remaking: dict[
+            Key, list[TaskRun]
+        ] = {}  # their values are made again: they are held until that is written down
         # A nested flow run that has ended is gone with its runs: its row holds what it returned.
         self._prints: ByFlow[bool] = ByFlow()
         self._results: ByFlow[tuple[Any, ...]] = ByFlow()
@@ -581,7 +584,7 @@ class Session:
     def _read(self, reports: list[Report]) -> None:
         with self.changing():
             for report in reports:
-                if report.kind in {"again", "gone"}:
+                if report.kind in {"losing", "again", "gone"}:
                     self._about_value(report)
                     continue
                 run = self._sent.get(report.key)
@@ -659,6 +662,11 @@ class Session:
     def _about_value(self, report: Report) -> None:
         """A value that existed was lost: made again by the backend, or gone."""
         runs = [run for run in self.made.find(report.key) if run.completed]
+        if report.kind == "losing":
+            if runs:
+                self.remaking[report.key] = runs
+            return
+        self.remaking.pop(report.key, None)
         if runs and report.kind == "again":
             remaking.made_again(self, runs, report)
             return
