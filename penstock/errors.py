@@ -29,6 +29,8 @@
         ├── ResultTooLarge            a result does not fit where it was made
         ├── TaskTimeout               (TimeoutError) a run exceeded its `timeout_seconds`
         ├── CancelledRun              somebody asked for the run to stop
+        ├── RunOwnedElsewhere         another driver has taken the run
+        ├── ResumeDiverged            a run that is resumed asks for other things than before
         ├── PausedRun                 the run waits for somebody
         ├── UnfinishedRun             the run has no result yet, or will never start
         ├── UpstreamTaskError         `.map` over a future whose task did not complete
@@ -70,7 +72,9 @@ __all__ = [
     "ResultCorrupt",
     "ResultLost",
     "ResultTooLarge",
+    "ResumeDiverged",
     "RunError",
+    "RunOwnedElsewhere",
     "RunnerUnavailable",
     "SchedulerLost",
     "Skip",
@@ -228,6 +232,14 @@ class CancelledRun(RunError):
     """Somebody asked for the run to stop."""
 
 
+class RunOwnedElsewhere(RunError):
+    """Another driver owns the run: it is alive, or it took the run when this one was presumed dead."""
+
+
+class ResumeDiverged(RunError):
+    """A run that is resumed asks for other things than it did before; the message names the first one."""
+
+
 class PausedRun(RunError):
     """The run waits for somebody."""
 
@@ -273,6 +285,10 @@ _DEMO = str(Path(__file__).parent / "demo") + "/"
 _LIBRARIES = tuple({path for name in ("stdlib", "purelib", "platlib") if (path := sysconfig.get_path(name))})
 
 
+hides_frames = True
+"""Whether `hide_frames` does anything; off in debug mode."""
+
+
 def hide_frames(error: BaseException) -> None:
     """Drop penstock's own frames from the traceback of an error, and of its causes.
 
@@ -285,6 +301,8 @@ def hide_frames(error: BaseException) -> None:
         Changed in place. An error without a single frame of the user keeps all its frames,
         since then they are the only clue.
     """
+    if not hides_frames:
+        return
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:

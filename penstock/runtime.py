@@ -99,7 +99,8 @@ def _page(kind: str, find: Callable[[], Any]) -> Callable[[], str | None]:
     """Make what finds the page of a run in the user interface of the server."""
 
     def page() -> str | None:
-        base, run_id = settings().api_url.rstrip("/").removesuffix("/api"), find()
+        known, run_id = settings(), find()
+        base = known.ui_url.rstrip("/") or known.api_url.rstrip("/").removesuffix("/api")
         return f"{base}/{kind}/{run_id}" if base and run_id else None
 
     return page

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from penstock import errors
 from penstock.errors import ConfigurationError
 
 __all__ = ["Settings", "load", "refresh", "settings"]
@@ -41,6 +43,8 @@ class Settings:
         Where tasks run if the code does not say it: "threads", "processes", "dask", "ray" or a URL.
     api_url : str
         Address of a penstock server; empty to record into the store in `home`.
+    ui_url : str
+        Where people look at its pages, if that is not the place of `api_url`: behind a proxy.
     api_token : str
         Proves to that server who we are; empty for the one that lies in `home`.
     database_url : str
@@ -56,6 +60,8 @@ class Settings:
     results_persist_by_default : {"false", "true", "large"}
         Whether results are stored where neither task nor flow say it; "large": from
         `large_argument` bytes.
+    tasks_default_persist_result : {"", "false", "true", "large"}
+        Likewise for tasks that do not say it themselves, whatever their flow says; empty to follow the flow.
     default_result_storage : str
         Where: a directory or a URL of fsspec; empty for ``storage`` in `home`.
     results_default_serializer : str
@@ -68,11 +74,16 @@ class Settings:
         Whether only tasks with a ``cache_policy`` or ``cache_key_fn`` are cached.
     shared_memory : {"auto", "off"}
         Whether the processes of one host share large values on Dask instead of sending copies.
+    progress : {"auto", "off"}
+        Whether a flow shows what it does below the cell of the notebook that calls it.
     tracking : {"on", "off"}
         Whether runs are recorded.
     spool_sync : {"process", "power"}
         What a recorded event survives as soon as it is on disk: the end of the process, or a
         power failure.
+    debug_mode : bool
+        For those who look for an error in penstock itself: tracebacks keep its own lines, and its loggers
+        write everything from DEBUG on.
     retention : str
         How long the record keeps a run after its end: "90d", "36h", or "never" to forget none.
     """
@@ -80,6 +91,7 @@ class Settings:
     home: Path
     runner: str = ""
     api_url: str = ""
+    ui_url: str = ""
     api_token: str = field(default="", repr=False)
     database_url: str = ""
     tasks_max_nesting: int = 2000
@@ -88,14 +100,17 @@ class Settings:
     flow_default_retries: int = 0
     large_argument: int = 1 << 20
     results_persist_by_default: Literal["false", "true", "large"] = "false"
+    tasks_default_persist_result: Literal["", "false", "true", "large"] = ""
     default_result_storage: str = ""
     results_default_serializer: str = "auto"
     tasks_refresh_cache: bool = False
     tasks_disable_caching: bool = False
     tasks_default_no_cache: bool = False
     shared_memory: Literal["auto", "off"] = "auto"
+    progress: Literal["auto", "off"] = "auto"
     tracking: Literal["on", "off"] = "on"
     spool_sync: Literal["process", "power"] = "process"
+    debug_mode: bool = False
     retention: str = "90d"
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
@@ -157,15 +172,34 @@ def settings() -> Settings:
     """Return the settings in force; they are read once per process."""
     global _current
     if _current is None:
-        _current = load()
+        _current = _in_force(load())
     return _current
 
 
 def refresh() -> Settings:
     """Read the settings anew, after the environment or a file has changed."""
     global _current
-    _current = load()
+    _current = _in_force(load())
     return _current
+
+
+_log = logging.getLogger("penstock")
+_lines = logging.StreamHandler()
+_lines.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s - %(message)s"))
+
+
+def _in_force(found: Settings) -> Settings:
+    """Do what cannot wait until somebody asks for the value."""
+    if found.debug_mode:
+        errors.hides_frames = False
+        _log.setLevel(logging.DEBUG)
+        if not logging.getLogger().handlers and _lines not in _log.handlers:
+            _log.addHandler(_lines)  # a program that has handlers of its own gets the lines there
+    elif not errors.hides_frames:
+        errors.hides_frames = True
+        _log.setLevel(logging.NOTSET)
+        _log.removeHandler(_lines)
+    return found
 
 
 def load(environment: Mapping[str, str] | None = None, directory: Path | None = None) -> Settings:
@@ -357,6 +391,10 @@ def _persistence(raw: Any, label: str, base: Path) -> str:
     return str(truth).lower()
 
 
+def _task_persistence(raw: Any, label: str, base: Path) -> str:
+    return "" if raw == "" else _persistence(raw, label, base)
+
+
 def _storage(raw: Any, label: str, base: Path) -> str:
     text = _text(raw, label, base)
     return text if "://" in text or not text else str(_path(text, label, base))
@@ -391,6 +429,7 @@ _CHECKS: Mapping[str, _Check] = {
     "home": _path,
     "runner": _text,
     "api_url": _text,
+    "ui_url": _text,
     "api_token": _text,
     "database_url": _text,
     "tasks_max_nesting": _whole(1),
@@ -399,13 +438,16 @@ _CHECKS: Mapping[str, _Check] = {
     "flow_default_retries": _whole(0),
     "large_argument": _size,
     "results_persist_by_default": _persistence,
+    "tasks_default_persist_result": _task_persistence,
     "default_result_storage": _storage,
     "results_default_serializer": _one_of(*FORMATS),
     "tasks_refresh_cache": _truth,
     "tasks_disable_caching": _truth,
     "tasks_default_no_cache": _truth,
     "shared_memory": _automatic,
+    "progress": _automatic,
     "tracking": _switch,
     "spool_sync": _one_of("process", "power"),
+    "debug_mode": _truth,
     "retention": _span,
 }

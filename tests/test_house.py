@@ -184,6 +184,58 @@ def test_the_map_shows_every_module() -> None:
     assert [named(path) for path in rooms if f"`{path.name}`" not in drawn] == []
 
 
+# ---------------------------------------------------------------------------------- the table of features
+
+FEATURES = ROOT / "docs" / "features.md"
+TEST_ID = re.compile(r"`(?P<file>tests/[\w/]+\.py|…)?(?:::(?P<test>test_\w+))?`")
+LINK = re.compile(r"\]\((?P<page>[\w./-]*)(?:#(?P<anchor>[\w-]+))?\)")
+
+
+def named_tests(line: str) -> Iterator[tuple[str, str | None]]:
+    """File and test of each test id in a line; one that begins with `::` belongs to the file before it."""
+    file = ""
+    for found in TEST_ID.finditer(line):
+        if found["file"] is None and found["test"] is None:
+            continue
+        file = found["file"] if found["file"] not in {None, "…"} else file
+        yield file, found["test"]
+
+
+def feature_rows() -> list[str]:
+    lines = FEATURES.read_text().splitlines()
+    return [
+        line for line in lines if line.startswith("|") and not line.startswith(("|---", "| |", "| feature"))
+    ]
+
+
+def test_every_feature_names_tests_that_exist() -> None:
+    defined: dict[str, set[str]] = {}
+    built, _, missing = FEATURES.read_text().partition("\n## Not yet\n")
+    for line in feature_rows():
+        named_here = list(named_tests(line))
+        assert named_here or line in missing, f"no test stands behind: {line}"
+        for file, test in named_here:
+            if file not in defined:
+                assert (ROOT / file).is_file(), f"{file} does not exist: {line}"
+                functions = ast.FunctionDef | ast.AsyncFunctionDef
+                defined[file] = {
+                    one.name for one in ast.walk(parsed(ROOT / file)) if isinstance(one, functions)
+                }
+            assert test is None or test in defined[file], f"{file}::{test} does not exist"
+    asked = {int(number) for number in re.findall(r"^\| F(\d+) \|", built + missing, re.MULTILINE)}
+    assert asked == set(range(1, 44))
+
+
+def test_every_feature_links_to_a_section_that_exists() -> None:
+    for line in feature_rows():
+        for found in LINK.finditer(line):
+            page = FEATURES.parent / found["page"] if found["page"] else FEATURES
+            assert page.is_file(), f"{page} does not exist: {line}"
+            heads = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+            assert found["anchor"] is None or found["anchor"] in anchors, f"no such section: {found[0]}"
+
+
 # ------------------------------------------------------------------------------ what is sent to the workers
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from penstock.api.models import FINAL, flow_runs, task_runs
-from penstock.api.rows import select
+from penstock.api.rows import select, shown_type
 
 __all__ = ["count_states", "get_activity", "get_durations"]
 
@@ -188,6 +188,7 @@ def count_states(connection: sa.Connection) -> dict[str, dict[str, int]]:
     """Return how many flow runs and task runs there are in each type of state."""
     found: dict[str, dict[str, int]] = {}
     for name, table in (("flow", flow_runs), ("task", task_runs)):
-        query = sa.select(table.c.state_type, sa.func.count()).group_by(table.c.state_type)
+        kind = shown_type(table).label("kind")
+        query = sa.select(kind, sa.func.count()).group_by(kind)
         found[name] = {str(state): int(count) for state, count in connection.execute(query)}
     return found

@@ -19,7 +19,7 @@ from penstock.api import postgres
 from penstock.api.models import metadata
 from penstock.errors import ConfigurationError
 
-REVISIONS = ("0001", "0002", "0003")
+REVISIONS = ("0001", "0002", "0003", "0004")
 """Revisions of the schema, oldest first; the last one is what `models` describes."""
 
 BUSY_TIMEOUT = 10.0

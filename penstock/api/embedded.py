@@ -19,10 +19,12 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from penstock.api import queries
+from penstock.api import leases, queries
+from penstock.api.commands import COMMANDS
 from penstock.api.db import REVISIONS, Database, schema_version
 from penstock.api.ingest import acknowledged, ingest
 from penstock.api.note import running
+from penstock.api.reaper import EVERY, Reaper
 from penstock.api.refusals import explain, refusal
 from penstock.api.upkeep import retain
 from penstock.engine import destination
@@ -36,6 +38,7 @@ from penstock.engine.spool import (
     SpoolReader,
     mend,
     remove,
+    remove_signs,
     spools,
     take_orphan,
 )
@@ -163,6 +166,8 @@ class EmbeddedStore:
     ----------
     home : Path
         Holds the spools and, by default, the database.
+    serves : bool
+        It is that of a server: drivers that do not share the home reach it.
 
     Raises
     ------
@@ -170,7 +175,7 @@ class EmbeddedStore:
         If the URL of the database is wrong.
     """
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, *, serves: bool = False) -> None:
         self.home = home
         self.database = Database(settings().database_url or f"sqlite:///{home / 'penstock.db'}")
         beside = self.database.path or home / "store"
@@ -180,6 +185,9 @@ class EmbeddedStore:
         self._readers: dict[str, SpoolReader] = {}
         self._own: dict[str, int] = {}  # writers of this process, and what is committed of them
         self._swept = 0.0
+        # Drivers elsewhere reach a database server, but a file of ours only through a server.
+        self._reaper = Reaper(self.database, home, local=self.database.is_sqlite and not serves)
+        self._reaped = 0.0
         self._retain_at = 0.0
         self.destinations = {destination.store()}  # of the spools that are for this store
 
@@ -191,8 +199,10 @@ class EmbeddedStore:
             if held:
                 self._own |= ingest(self.database, [batch])
                 if time.monotonic() - self._swept >= SWEEP:
-                    self._sweep(time.monotonic() + ROUND, living=self.database.is_sqlite)
+                    removed = self._sweep(time.monotonic() + ROUND, living=self.database.is_sqlite)
                     self._swept = time.monotonic()
+                    if removed or self._swept - self._reaped >= EVERY:
+                        self.reap()
                     self._retain()
         if not held and (self.database.path is None or self.database.path.exists()):
             # The holder of the lock may be making the tables this very moment.
@@ -201,10 +211,30 @@ class EmbeddedStore:
         return self._own[batch.writer]
 
     def ask(self, question: Mapping[str, Any]) -> Any:
-        """Answer ``{"what": name, …}``: a query of `penstock.api.queries` and its arguments."""
+        """Answer ``{"what": name, …}``: a query of `penstock.api.queries` and its arguments, or of `penstock.api.commands`."""
         details = dict(question)
+        if details["what"] in COMMANDS:
+            return self._write(**details)
         with self.database.read() as connection:
             return queries.ANSWERS[details.pop("what")](connection, **details)
+
+    def _write(self, what: str, **details: Any) -> Any:
+        if what == "beat" and self.database.path is not None:
+            # Here the lock on its spool says that a driver lives, so it has nothing to write.
+            if not self.database.path.exists():
+                return {"lost": [], "presumed": [], "requests": []}
+            with self.database.read() as connection:
+                return leases.beat(connection, **details, write=False)
+        note = running(self.home, self._lock_path)
+        if note is not None:
+            remote = importlib.import_module("penstock.api.remote")
+            return remote.ask_note(self.home, note, {"what": what, **details})
+        with self._locked(PATIENCE) as held, _explained(self.database):
+            if not held:
+                raise StoreUnavailable(
+                    f"Another process is writing to the store {self.database.name}; try again."
+                )
+            return COMMANDS[what](self.database, **details)
 
     def close(self) -> None:
         """Close the database and the spools."""
@@ -225,8 +255,15 @@ class EmbeddedStore:
             if held:
                 self.database.prepare()
                 self._sweep(None)
+                self.reap()
                 self._retain()
         return held
+
+    def reap(self) -> None:
+        """Show as Crashed what drivers that died have left; the caller holds the lock."""
+        self._reaped = time.monotonic()
+        remove_signs(self.home / "spool")
+        self._reaper.look()
 
     def commit_first(self) -> None:
         """Commit what the dead have left, if the database can be used at all; the caller holds the lock."""
@@ -263,8 +300,8 @@ class EmbeddedStore:
             if done is not None and done.runs:
                 logger.info("%d runs older than PENSTOCK_RETENTION were removed from the record.", done.runs)
 
-    def _sweep(self, deadline: float | None, *, living: bool = True) -> None:
-        """Commit what is in the spools of all other writers, and remove those of the dead.
+    def _sweep(self, deadline: float | None, *, living: bool = True) -> bool:
+        """Commit what is in the spools of all other writers; remove those of the dead, if there are any.
 
         `living`: also what is in the spools of processes that live. Where each process has a
         connection of its own that is for commands only, which want to see everything.
@@ -274,7 +311,8 @@ class EmbeddedStore:
         for gone in self._readers.keys() - {path.stem for path in paths}:
             self._readers.pop(gone).close()
         if not paths:
-            return
+            return False
+        removed = 0
         harvest = _Harvest(self.database, [path.stem for path in paths], deadline)
         with contextlib.ExitStack() as locks:
             for path in paths:
@@ -289,9 +327,10 @@ class EmbeddedStore:
                 if reader is not None:
                     harvest.gather(path, reader, dead=orphan is not None)
                 if len(harvest.dead) >= ORPHANS:
-                    self._forget(harvest.commit())
+                    removed += self._forget(harvest.commit())
                     locks.close()
-            self._forget(harvest.commit())
+            removed += self._forget(harvest.commit())
+        return removed > 0
 
     def _reader(self, path: Path) -> SpoolReader | None:
         if path.stem not in self._readers:
@@ -301,9 +340,11 @@ class EmbeddedStore:
                 return None  # finished by somebody else a moment ago
         return self._readers[path.stem]
 
-    def _forget(self, removed: Sequence[str]) -> None:
+    def _forget(self, removed: Sequence[str]) -> int:
         for writer in removed:
             self._readers.pop(writer).close()
+        self._reaper.dead.update(removed)
+        return len(removed)
 
 
 class _Harvest:

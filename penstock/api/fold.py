@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from penstock.api.db import Upsert
-from penstock.api.models import dropped_lines, flow_runs, maps, task_runs
+from penstock.api.models import dropped_lines, flow_runs, maps, requests, task_runs
 from penstock.engine.events import Event, element_id
 
 PARAMETERS = 4096  # characters of a description that are kept
@@ -81,6 +81,9 @@ UPSERTS = {
     "dropped_lines": Upsert(dropped_lines, ["root", "lines"], add="lines"),
     "task_states": Upsert(
         task_runs, ["id", "root", "map", "element", *_STATE, *_USAGE], [*_STATE, *_USAGE], _KEY
+    ),
+    "requests": Upsert(
+        requests, ["id", "root", "run", "kind", "settled", "outcome"], ["settled", "outcome"], ["settled"]
     ),
 }
 """How each kind of row gets into its table."""
@@ -295,6 +298,12 @@ class Fold:
             "backends", event.run, (event.run, event.root, _json(event.body), _order(event), *_PENDING)
         )
 
+    def _request(self, event: Event) -> None:
+        body = event.body
+        request, outcome = str(body["id"])[:32], _text(body.get("outcome"))
+        row = (request, event.root, event.run, str(body.get("what"))[:16], event.time, outcome)
+        self._make("requests", request, row)
+
 
 _NUMBERS = frozenset({int, float, type(None)})
 _COLUMNS = ("attempt", "time", "started", "seconds", "nbytes", "peak", "worker")
@@ -307,6 +316,7 @@ _HANDLERS: dict[str, Callable[[Fold, Event], None]] = {
     "states": Fold._states,
     "log": Fold._log,
     "runner": Fold._runner,
+    "request": Fold._request,
 }
 
 

@@ -11,7 +11,19 @@ import sqlalchemy as sa
 
 from penstock.api.models import flow_runs, maps, task_runs
 from penstock.api.paging import Order, read_page
-from penstock.api.rows import MANY, Row, Shown, count_tasks, decoded, edge, select, show, show_task
+from penstock.api.rows import (
+    MANY,
+    Row,
+    Shown,
+    count_tasks,
+    decoded,
+    edge,
+    in_state,
+    select,
+    show,
+    show_task,
+    shown_type,
+)
 from penstock.engine.events import element_id
 
 __all__ = [
@@ -140,9 +152,10 @@ def list_flows(
 def _states_of_flows(connection: sa.Connection, names: Sequence[str]) -> dict[str, dict[str, int]]:
     column, found = flow_runs.c, dict[str, dict[str, int]]()
     for start in range(0, len(names), MANY):
-        query = sa.select(column.flow, column.state_type, sa.func.count())
+        kind = shown_type(flow_runs).label("kind")
+        query = sa.select(column.flow, kind, sa.func.count())
         query = query.where(column.flow.in_(names[start : start + MANY]))
-        for flow, state, count in connection.execute(query.group_by(column.flow, column.state_type)):
+        for flow, state, count in connection.execute(query.group_by(column.flow, kind)):
             found.setdefault(flow, {})[state] = count
     return found
 
@@ -271,7 +284,7 @@ def _common(
     if name is not None:
         query = query.where(column.name.contains(name, autoescape=True))
     if states:
-        query = query.where(column.state_type.in_(list(states)))
+        query = query.where(in_state(table, states))
     if tag is not None:  # tags are a JSON list of texts
         query = query.where(column.tags.contains(json.dumps(tag, ensure_ascii=False), autoescape=True))
     if root is not None:
@@ -379,8 +392,9 @@ def _shown_map(connection: sa.Connection, row: Row) -> Shown:
 
 def _sums(connection: sa.Connection, map_id: str) -> Shown:
     column, func = task_runs.c, sa.func
+    kind = shown_type(task_runs).label("kind")
     query = sa.select(
-        column.state_type,
+        kind,
         func.count().label("count"),
         func.min(column.started).label("started"),
         func.max(column.state_time).label("ended"),
@@ -388,11 +402,12 @@ def _sums(connection: sa.Connection, map_id: str) -> Shown:
         func.sum(column.nbytes).label("nbytes"),
         func.max(column.peak).label("peak"),
     ).where(*_elements_of(map_id))
-    rows = select(connection, query.group_by(column.state_type))
+    found: Any = query.group_by(kind)
+    rows = select(connection, found)
     started = [row["started"] for row in rows if row["started"] is not None]
     ended = [row["ended"] for row in rows if row["ended"] is not None]
     return {
-        "states": {row["state_type"]: row["count"] for row in rows},
+        "states": {row["kind"]: row["count"] for row in rows},
         "started": min(started, default=None),
         "ended": max(ended, default=None),
         "seconds": sum(float(row["seconds"] or 0) for row in rows),
@@ -409,17 +424,14 @@ def _elements_of(map_id: str) -> tuple[sa.ColumnElement[bool], ...]:
 
 def _ranges(connection: sa.Connection, map_id: str) -> dict[str, list[list[int]]]:
     """Return which elements are in which state: neighbours in one state have the same distance to their rank."""
-    column = task_runs.c
-    rank = sa.func.row_number().over(partition_by=column.state_type, order_by=column.element)
-    ranked = (
-        sa.select(column.state_type, column.element, (column.element - rank).label("island"))
-        .where(*_elements_of(map_id))
-        .subquery()
-    )
+    element = task_runs.c.element
+    known = sa.select(shown_type(task_runs).label("kind"), element).where(*_elements_of(map_id)).subquery()
+    rank = sa.func.row_number().over(partition_by=known.c.kind, order_by=known.c.element)
+    ranked = sa.select(known, (known.c.element - rank).label("island")).subquery()
     first, last = sa.func.min(ranked.c.element), sa.func.max(ranked.c.element)
-    query = sa.select(ranked.c.state_type, first, last).group_by(ranked.c.state_type, ranked.c.island)
+    query = sa.select(ranked.c.kind, first, last).group_by(ranked.c.kind, ranked.c.island)
     found: dict[str, list[list[int]]] = {}
-    for state, begin, end in connection.execute(query.order_by(ranked.c.state_type, first)):
+    for state, begin, end in connection.execute(query.order_by(ranked.c.kind, first)):
         spans = found.setdefault(state, [])
         if len(spans) < SPANS:
             spans.append([begin, end])

@@ -40,6 +40,9 @@ WORD = Text().with_variant(Text(collation="C"), "postgresql")
 FINAL = frozenset({"COMPLETED", "FAILED", "CRASHED", "CANCELLED", "SKIPPED"})
 """Types of state in which a run ends."""
 
+PRESUMED = 1
+"""Rank of a state that a reaper presumes; 2 is that of a last state which the owner of the run tells."""
+
 # Verdicts on an event, kept with it because they depend on when it arrived.
 ACCEPTED = 0
 STALE = 1  # its sender no longer owned the run
@@ -84,6 +87,23 @@ leases = Table(
     Column("renewed", Float, nullable=False),
     sqlite_with_rowid=False,
 )
+
+
+requests = Table(
+    "requests",
+    metadata,
+    Column("id", RUN_ID, primary_key=True),
+    Column("root", RUN_ID, nullable=False),
+    Column("run", RUN_ID, nullable=False),  # what it is about: a flow run, task run or map of the root
+    Column("kind", String(16), nullable=False),  # cancel, resume, retry
+    Column("by", Text),
+    Column("made", Float),
+    Column("settled", Float),
+    Column("outcome", Text),
+    sqlite_with_rowid=False,
+)
+_is_open = requests.c.settled.is_(None)
+Index("ix_requests_open", requests.c.root, sqlite_where=_is_open, postgresql_where=_is_open)
 
 
 def _state_columns() -> list[Column[object]]:
@@ -131,6 +151,8 @@ flow_runs = Table(
     sqlite_with_rowid=False,
 )
 Index(None, flow_runs.c.root)
+_not_over = flow_runs.c.rank < 2  # those a reaper has to look at, and those that one took for dead
+Index("ix_flow_runs_rank", flow_runs.c.rank, sqlite_where=_not_over, postgresql_where=_not_over)
 
 task_runs = Table(
     "task_runs",

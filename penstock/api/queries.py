@@ -11,17 +11,21 @@ message, cause, time}`` and ``error`` is ``{type, message, text}`` or None.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 
+from penstock.api import leases
 from penstock.api.history import get_history, get_logs
 from penstock.api.models import flow_runs, task_runs
+from penstock.api.past import get_past
+from penstock.api.requests import get as get_request
 from penstock.api.rows import (
     Shown,
     count_dropped_lines,
     count_tasks,
+    in_state,
     names_of,
     piece_of,
     select,
@@ -78,7 +82,7 @@ def list_runs(
     if before is not None:
         query = query.where(flow_runs.c.id < before)
     if states:
-        query = query.where(flow_runs.c.state_type.in_([state.upper() for state in states]))
+        query = query.where(in_state(flow_runs, states))
     if flow is not None:
         query = query.where(flow_runs.c.flow == flow)
     if not nested:
@@ -113,7 +117,7 @@ def list_task_runs(
     """
     query = sa.select(task_runs).where(task_runs.c.flow_run == flow_run).order_by(task_runs.c.id).limit(limit)
     if states:
-        query = query.where(task_runs.c.state_type.in_([state.upper() for state in states]))
+        query = query.where(in_state(task_runs, states))
     if after is not None:
         query = query.where(task_runs.c.id > after)
     return [show("task", row) for row in select(connection, query)]
@@ -180,6 +184,11 @@ def _search(connection: sa.Connection, limit: int, flows: Any, tasks: Any) -> li
     return found
 
 
+def listen(connection: sa.Connection, *, holder: str, roots: Mapping[str, int]) -> dict[str, Any]:
+    """Tell a driver what it has to know; see `penstock.api.leases.beat`."""
+    return leases.beat(connection, holder, roots, write=False)
+
+
 ANSWERS: dict[str, Callable[..., Any]] = {
     "runs": list_runs,
     "task_runs": list_task_runs,
@@ -188,5 +197,8 @@ ANSWERS: dict[str, Callable[..., Any]] = {
     "tree": get_tree,
     "history": get_history,
     "logs": get_logs,
+    "listen": listen,
+    "request": get_request,
+    "past": get_past,
 }
 """Questions that a `Store` answers."""

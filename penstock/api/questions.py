@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +10,7 @@ import sqlalchemy as sa
 from penstock.api import queries
 from penstock.api.models import flow_runs, maps, task_runs
 
-__all__ = ["READ", "bound", "commands", "exists", "fits", "request_maker"]
+__all__ = ["READ", "bound", "exists", "fits"]
 
 READ: Mapping[str, Callable[..., Any]] = queries.ANSWERS
 """Questions that change nothing."""
@@ -44,28 +42,6 @@ def bound(details: dict[str, Any]) -> None:
     for name, most in LIMITS.items():
         if name in details and (details[name] is None or type(details[name]) is int):
             details[name] = most if details[name] is None else max(0, min(details[name], most))
-
-
-def commands() -> Mapping[str, Callable[..., Any]]:
-    """Return what drivers ask that also writes; each is called with a connection in a transaction."""
-    found: Mapping[str, Callable[..., Any]] = getattr(_module("penstock.api.commands"), "COMMANDS", {})
-    return found
-
-
-def request_maker() -> Callable[[sa.Connection, str, str, str], str] | None:
-    """Return what writes a wish down; None if this version has no such thing."""
-    requests, leases = _module("penstock.api.requests"), _module("penstock.api.leases")
-    if requests is None or leases is None:
-        return None
-
-    def make(connection: sa.Connection, run: str, kind: str, by: str) -> str:
-        return str(requests.make(connection, run, kind, by, leases.store_time(connection)))
-
-    return make
-
-
-def _module(name: str) -> Any:
-    return importlib.import_module(name) if importlib.util.find_spec(name) is not None else None
 
 
 def exists(connection: sa.Connection, run: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from penstock.api.models import FINAL, dropped_lines, flow_runs, maps, task_runs
+from penstock.api.models import FINAL, PRESUMED, dropped_lines, flow_runs, maps, task_runs
 from penstock.engine.events import element_id
 
 Row = dict[str, Any]
@@ -32,10 +32,61 @@ _HIDDEN = ("made", "backend_order", "epoch", "rank", "rseq", *(column for _, col
 
 
 def select(connection: sa.Connection, query: sa.Select[Any]) -> list[Row]:
-    """Return the rows that a query finds."""
+    """Return the rows that a query finds; runs that a dead driver left are shown Crashed."""
     result = connection.execute(query)
     names = list(result.keys())
-    return [dict(zip(names, row, strict=True)) for row in result]
+    rows = [dict(zip(names, row, strict=True)) for row in result]
+    if "root" in names and "state_type" in names:
+        _show_abandoned(connection, rows)
+    return rows
+
+
+# -- runs whose driver is dead --------------------------------------------------------------
+
+ABANDONED = sa.select(flow_runs.c.id).where(flow_runs.c.rank == PRESUMED)
+"""Root flow runs whose driver is presumed dead, and that nobody has taken."""
+
+
+def shown_type(table: sa.Table) -> sa.ColumnElement[str]:
+    """Return the type of state that a flow or task run is shown in."""
+    column = table.c.state_type
+    left = sa.and_(column.not_in(FINAL), table.c.root.in_(ABANDONED))
+    return sa.case((left, sa.literal_column("'CRASHED'")), else_=column)
+
+
+def in_state(table: sa.Table, states: Sequence[str]) -> sa.ColumnElement[bool]:
+    """Return the condition that a flow or task run is shown in one of some types of state."""
+    types = [state.upper() for state in states]
+    column = table.c.state_type
+    left = sa.and_(column.not_in(FINAL), table.c.root.in_(ABANDONED))
+    shown = sa.and_(column.in_(types), sa.not_(left))
+    return sa.or_(shown, left) if "CRASHED" in types else shown
+
+
+def abandoned(connection: sa.Connection, flows: Sequence[str]) -> set[str]:
+    """Return those of some flow runs whose driver is presumed dead."""
+    query = sa.select(flow_runs.c.id).where(flow_runs.c.root.in_(ABANDONED))
+    found: set[str] = set()
+    for start in range(0, len(flows), MANY):
+        some = query.where(flow_runs.c.id.in_(flows[start : start + MANY]))
+        found.update(connection.execute(some).scalars())
+    return found
+
+
+def _show_abandoned(connection: sa.Connection, rows: Sequence[Row]) -> None:
+    open_ones = [row for row in rows if row["state_type"] not in FINAL]
+    roots = sorted({row["root"] for row in open_ones})
+    reasons: dict[str, Any] = {}
+    for start in range(0, len(roots), MANY):
+        query = sa.select(flow_runs.c.id, flow_runs.c.message, flow_runs.c.state_time, flow_runs.c.cause)
+        some = query.where(flow_runs.c.rank == PRESUMED, flow_runs.c.id.in_(roots[start : start + MANY]))
+        reasons |= {row.id: row for row in connection.execute(some)}
+    for row in open_ones if reasons else ():
+        reason = reasons.get(row["root"])
+        if reason is not None:
+            shown = {"state_type": "CRASHED", "state_name": "Crashed", "cause": reason.cause}
+            shown |= {"message": reason.message, "state_time": reason.state_time}
+            row.update({name: value for name, value in shown.items() if name in row})
 
 
 def select_one(connection: sa.Connection, query: sa.Select[Any]) -> Row | None:
@@ -124,6 +175,11 @@ def count_tasks(connection: sa.Connection, flows: Sequence[str]) -> dict[str, di
         query = query.where(column.flow_run.in_(flows[start : start + MANY]))
         for flow_run, state, count in connection.execute(query.group_by(column.flow_run, column.state_type)):
             found.setdefault(flow_run, {})[state] = count
+    left = [flow for flow, counts in found.items() if not counts.keys() <= FINAL]
+    for flow in abandoned(connection, left):
+        counts = found[flow]
+        over = sum(counts.pop(state) for state in list(counts) if state not in FINAL)
+        counts["CRASHED"] = counts.get("CRASHED", 0) + over
     return found
 
 

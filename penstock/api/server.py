@@ -68,6 +68,7 @@ def serve(
     with contextlib.closing(_bound(host, port)) as listening:
         service = Service(home)
         try:
+            service.prepare()
             app = create_app(service, hosts=[*hosts, *([] if _is_anywhere(host) else [_as_host(host)])])
         except BaseException:
             service.close()

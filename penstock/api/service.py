@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
 import logging
 import sqlite3
 import threading
@@ -17,6 +15,7 @@ import sqlalchemy as sa
 
 from penstock.api.embedded import EmbeddedStore
 from penstock.api.note import is_alive, read_note, take_lock
+from penstock.api.refusals import refusal
 from penstock.api.writer import Writer
 from penstock.engine.home import network_type
 from penstock.engine.spool import FileLock
@@ -53,12 +52,12 @@ class Service:
         self.swept = 0.0
         self.streams = 0
         self.stopping = threading.Event()
-        self.store = EmbeddedStore(home)
+        self.store = EmbeddedStore(home, serves=True)
         self.database = self.store.database
         self._lock = self._take()
         self._chores: list[Callable[[], Any]] = []
         self._chores_done = time.monotonic()
-        self._bind_reaper()
+        self.chore(self.store.reap)
         self.chore(self.store._retain)
         self.writer = Writer(self.database, self._turn)
 
@@ -92,15 +91,6 @@ class Service:
         except OSError as error:
             raise ConfigurationError(f"The store cannot be written to: {error}.") from error
 
-    def _bind_reaper(self) -> None:
-        """Let the reaper look at all drivers, also those elsewhere, of which only leases tell."""
-        if importlib.util.find_spec("penstock.api.reaper") is not None:
-            reaper = importlib.import_module("penstock.api.reaper").Reaper(
-                self.database, self.home, local=False
-            )
-            self.store._reaper = reaper  # type: ignore[attr-defined]
-            self.chore(self.store._reap)  # type: ignore[attr-defined]
-
     def chore(self, work: Callable[[], Any]) -> None:
         """Do something every five seconds, in the thread that writes."""
         self._chores.append(work)
@@ -109,9 +99,22 @@ class Service:
         """Commit everything that is in the spools of this home; in the thread that writes."""
         self.store._sweep(None)
 
+    def prepare(self) -> None:
+        """Make the tables.
+
+        Raises
+        ------
+        ConfigurationError, StoreUnavailable, StoreDamaged
+            If the database takes nothing: one sentence, and no traceback of a server that did not start.
+        """
+        try:
+            self.database.prepare()
+        except sa.exc.SQLAlchemyError as error:
+            raise refusal(self.database, error) from error
+
     def start(self) -> None:
         """Make the tables and begin to write."""
-        self.database.prepare()
+        self.prepare()
         self.writer.start()
 
     def _turn(self) -> None:

@@ -16,6 +16,7 @@ from penstock.api.rows import (
     count_tasks,
     decoded,
     edge,
+    in_state,
     select,
     select_one,
     select_tasks,
@@ -125,7 +126,7 @@ class _Tree:
         own = sa.select(task_runs).where(task_runs.c.flow_run == self.flow_run)
         if self.elements is None:
             return select(self.connection, own)
-        unwell = own.where(task_runs.c.map.is_not(None), task_runs.c.state_type.in_(["FAILED", "CRASHED"]))
+        unwell = own.where(task_runs.c.map.is_not(None), in_state(task_runs, ["FAILED", "CRASHED"]))
         found = select(self.connection, own.where(task_runs.c.map.is_(None)))
         found += select(self.connection, unwell.limit(MANY))
         for map_id, pieces in self.pieces.items():
@@ -153,6 +154,7 @@ class _Tree:
         column, func = task_runs.c, sa.func
         query = sa.select(
             column.map,
+            column.root,
             column.state_type,
             func.count().label("count"),
             func.min(column.started).label("started"),
@@ -163,14 +165,16 @@ class _Tree:
         )
         query = query.where(column.flow_run == self.flow_run, column.map.is_not(None))
         found: dict[str, list[Row]] = {}
-        for row in select(self.connection, query.group_by(column.map, column.state_type)):
+        for row in select(self.connection, query.group_by(column.map, column.root, column.state_type)):
             found.setdefault(row["map"], []).append(row)
         return found
 
 
 def _map_node(pieces: Sequence[Row], sums: Sequence[Row]) -> Shown:
     first = decoded(pieces[0])
-    states = {row["state_type"]: row["count"] for row in sums}
+    states: dict[str, int] = {}
+    for row in sums:
+        states[row["state_type"]] = states.get(row["state_type"], 0) + row["count"]
     offsets = [
         {"parameter": name, "map": map_id, "offset": offset}
         for name, map_id, offset in first["upstream_maps"]

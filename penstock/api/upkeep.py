@@ -27,6 +27,7 @@ from penstock.api.models import (
     flow_runs,
     leases,
     maps,
+    requests,
     task_runs,
     upkeep,
     writers,
@@ -85,6 +86,9 @@ def rebuild(database: Database) -> int:
     with database.write(alone=True) as connection:
         for table in _FOLDED:
             connection.execute(table.delete())
+        # What was asked for is no event, only what came of it.
+        connection.execute(requests.delete().where(requests.c.made.is_(None)))
+        connection.execute(requests.update().values(settled=None, outcome=None))
         for page in _pages(connection):
             fold = Fold()
             for payload in page:
@@ -205,7 +209,7 @@ def _forget(database: Database, root: str, before: float) -> int:
         connection.execute(task_runs.delete().where(outside, task_runs.c.root == root))
         connection.execute(maps.delete().where(maps.c.flow_run.in_(flows)))
         connection.execute(maps.delete().where(maps.c.flow_run.is_(None), maps.c.root == root))
-        for table in (events, leases, dropped_lines, flow_runs):
+        for table in (events, leases, requests, dropped_lines, flow_runs):
             connection.execute(table.delete().where(table.c.root == root))
     return 1
 

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from penstock import errors
-from penstock.cli import config, db, demo, doctor, explain, run, runs, server, spool
+from penstock.cli import cancel, config, db, demo, doctor, explain, resume, run, runs, server, spool
 from penstock.cli.layout import clean
 
 __all__ = ["app", "main"]
@@ -26,6 +26,8 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("run")(run.run)
+app.command("cancel")(cancel.cancel)
+app.command("resume")(resume.resume)
 app.command("explain")(explain.explain)
 app.add_typer(runs.app, name="runs")
 app.add_typer(server.app, name="server", help="Serve the record of this machine.")

@@ -124,6 +124,9 @@ def _record() -> Iterator[Finding]:
     if given.tracking == "off":
         yield Finding("note", "record", "PENSTOCK_TRACKING is off: runs are not recorded")
         return
+    if given.api_url:
+        yield _server(given.api_url, home.path)
+        return
     import sqlalchemy as sa
 
     from penstock.api.embedded import reading
@@ -143,6 +146,21 @@ def _record() -> Iterator[Finding]:
         "ok",
         "record",
         f"{runs} flow runs in {place}, read in {duration(time.perf_counter() - begun)}{waiting}",
+    )
+
+
+def _server(url: str, home: Path) -> Finding:
+    """Ask the server that keeps the record; a run goes on without it."""
+    from penstock.api.client import Client
+
+    try:
+        with Client(url, home=home) as client:
+            told, ready = client.version(), client.ready()
+    except errors.PenstockError as error:
+        waits = f"runs go on, and their events wait in {home / 'spool'}"
+        return Finding("note", "record", f"{str(error).rstrip('.')}; {waits}")
+    return Finding(
+        "ok", "record", f"penstock {told['penstock']} with {told['database']} at {url}: {ready['detail']}"
     )
 
 

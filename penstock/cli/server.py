@@ -162,7 +162,7 @@ def _health(url: str, home: Path) -> str:
 def token(
     scope: Annotated[str, typer.Option("--scope", help="view, run or admin.")] = "view",
 ) -> None:
-    """Make another token and print it, once; a server that runs takes it after its next start."""
+    """Make another token and print it, once; a server that runs takes it at once."""
     from penstock.api.auth import Keyring, Scope
 
     if scope.upper() not in {"VIEW", "RUN", "ADMIN"}:

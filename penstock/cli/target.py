@@ -94,10 +94,9 @@ def _import(name: str) -> ModuleType:
 
 def _import_file(path: Path) -> ModuleType:
     """Import a file under the name that its siblings would use, or run it as Python runs a script."""
-    folder, names = path.parent, [path.stem]
-    while (folder / "__init__.py").is_file():
-        names.insert(0, folder.name)
-        folder = folder.parent
+    from penstock.engine.revision import module_names
+
+    folder, names = module_names(path)
     sys.path.insert(0, str(folder))
     if len(names) > 1:
         return importlib.import_module(".".join(names))
@@ -117,7 +116,9 @@ def _module_name(path: Path) -> str:
         spec = importlib.util.find_spec(path.stem) if path.stem.isidentifier() else None
         if spec is not None and spec.origin and Path(spec.origin).resolve() == path:
             return path.stem
-    return f"flows_in_{path.stem}"
+    from penstock.engine.revision import ALONE
+
+    return f"{ALONE}{path.stem}"
 
 
 def _trim(error: BaseException) -> None:

@@ -108,7 +108,7 @@ def radio(
     observation = read_visibilities.submit(source)
 
     # One gain solution per scan of a calibrator; together they give the flux scale.
-    scans = find_scans.submit(observation).result()
+    scans = find_scans.submit(observation)
     gains = solve_gains.map(scans, unmapped(observation)).reduce(merge_gains)
     scale = bootstrap_flux.submit(gains, observation)
 

@@ -68,7 +68,11 @@ class Buffer:
 
     def discard(self, run: TaskRun) -> bool:
         """Take one run out; answer whether it was there."""
-        return _place_of(run, self._runs).pop(run, self) is None
+        place = _place_of(run, self._runs)
+        found = place.pop(run, self) is None
+        if found and not place and place is not self._runs and run.mapped is not None:
+            self._packers.pop(run.mapped.packer, None)  # type: ignore[arg-type] # nothing of it waits any more
+        return found
 
     def flush(self) -> None:
         """Make whatever may go due."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from penstock.engine.graph import Edge
     from penstock.engine.lookups import Caching
     from penstock.engine.mapped import Mapped
+    from penstock.engine.past import Past
     from penstock.engine.recipes import Recipe
     from penstock.engine.recollection import Recollection
     from penstock.engine.seeds import Ordinals
@@ -306,6 +308,7 @@ class FlowRun:
         "__weakref__",
         "cancelled",
         "deadline",
+        "digest",
         "finished",
         "flow",
         "id",
@@ -315,6 +318,7 @@ class FlowRun:
         "ordinals",
         "parameters",
         "parent",
+        "past",
         "position",
         "results",
         "root",
@@ -322,6 +326,7 @@ class FlowRun:
         "started",
         "tags",
         "task_run",
+        "thread",
     )
 
     def __init__(
@@ -349,11 +354,14 @@ class FlowRun:
         self.live: dict[TaskRun, None] = {}  # runs that have not ended
         self.cancelled = False  # somebody asked it to stop: its code hears of it at its next call to us
         self.ordinals: Ordinals | None = None
+        self.digest: Any = None  # of parameters that have stayed in another process
         self.deadline: Deadline | None = parent.deadline if parent is not None else None
         self.memory: Recollection | None = None  # of a flow that may be tried again
         self.finished = 0
         self.runs = 0
         self.started = time.time()
+        self.past: Past | None = parent.past if parent is not None else None  # of a run that is resumed
+        self.thread = threading.get_ident()
 
     @property
     def type(self) -> StateType:

@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
+from penstock import errors
+from penstock.engine import waiting
 from penstock.engine.calls import TaskRun
+from penstock.engine.living import living
 from penstock.engine.states import StateType, advance
 from penstock.runners.base import UNSENT
 
 if TYPE_CHECKING:
     from penstock.engine.session import Session
 
-
-class LiveFlow(Protocol):
-    """A flow run of this process that has not ended."""
-
-    def stop(self, *, force: bool = False) -> bool:
-        """Ask it to stop; answer whether it will."""
-
-
-_flows: dict[str, LiveFlow] = {}
-
-
-def enlist(run_id: str, flow: LiveFlow) -> None:
-    """Let a flow run be found by its id while it lives."""
-    _flows[run_id] = flow
-
-
-def strike_off(run_id: str) -> None:
-    """A flow run has ended."""
-    _flows.pop(run_id, None)
-
-
-def live_flows() -> list[LiveFlow]:
-    """Return the flow runs of this process that have not ended."""
-    return list(_flows.values())
+GRACE = 2.0  # seconds that code which was asked to stop may take before it is ended by force
 
 
 def cancel_flow(run_id: str, *, force: bool = False) -> bool:
@@ -56,8 +38,80 @@ def cancel_flow(run_id: str, *, force: bool = False) -> bool:
     bool
         Whether it will stop; False if it is not known here or has ended.
     """
-    flow = _flows.get(run_id)
+    flow = living.flow(run_id)
     return flow is not None and flow.stop(force=force)
+
+
+def cancel_run(run_id: str, by: str) -> bool:
+    """Do what somebody asks for from outside: stop a run of this process; returns at once.
+
+    It is CANCELLING until its code has ended. Code that does not end within moments is ended by
+    force where its process is ours to end, else given up. A flow run within another is cancelled
+    alone: its caller gets a `CancelledRun` that says who asked.
+
+    Parameters
+    ----------
+    run_id : str
+        Of a flow run, a task run, an element of a map, or a map.
+    by : str
+        Who asks, for the record.
+
+    Returns
+    -------
+    bool
+        Whether it runs here.
+    """
+    found = living.find(run_id)
+    if found is None:
+        return False
+    if isinstance(found, list):
+        aside(lambda: stop(found, patient=True))
+    else:
+        reason = errors.CancelledRun(f"Cancelled by {by}.").of_run(found.flow_run.id)
+        aside(lambda: found.stop(reason))
+    return True
+
+
+def lose(run_id: str, error: errors.RunOwnedElsewhere) -> None:
+    """Somebody else has taken a root flow run: end it here; what it still writes down is stale."""
+    owned = living.roots.get(run_id)
+    if owned is not None and not owned.lost:
+        owned.lost = True
+        flow = living.flow(run_id)
+        if flow is not None:
+            aside(lambda: flow.stop(error))
+
+
+def stop(runs: Sequence[TaskRun], *, force: bool = True, patient: bool = False) -> None:
+    """Stop runs within moments: ask, then end the processes that run them, then give up what cannot be interrupted.
+
+    Parameters
+    ----------
+    runs : sequence of TaskRun
+        Of any sessions.
+    force : bool
+        End processes.
+    patient : bool
+        Give nothing up: it stays CANCELLING until it ends.
+    """
+    cancel(runs)
+    waiting.wait(runs, GRACE)
+    if force:
+        cancel(runs, force=True)
+        if not patient:
+            waiting.wait(runs, GRACE)
+    if not patient:
+        abandon(runs)
+
+
+def aside(call: Callable[[], Any]) -> None:
+    """Do something that may take seconds in a thread of its own; what it raises concerns nobody."""
+
+    def work() -> None:
+        with contextlib.suppress(Exception):
+            call()
+
+    threading.Thread(target=work, name="penstock-cancel", daemon=True).start()
 
 
 def cancel(runs: Sequence[TaskRun], *, force: bool = False) -> bool:

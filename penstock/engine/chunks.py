@@ -193,6 +193,25 @@ class Packer:
             count += 1
         return count
 
+    def forecast(self, count: int, seconds: float) -> tuple[int, int]:
+        """Return in how many units so many elements would go, and how many there are in the largest.
+
+        Parameters
+        ----------
+        count : int
+            Elements.
+        seconds : float
+            What one of them takes, if the size of chunks is automatic.
+        """
+        if isinstance(self.size, int):
+            return -(-count // self.size), min(self.size, count)
+        self.seconds = seconds
+        units = largest = 0
+        while count:
+            together = min(self._by_time(count), count)
+            units, largest, count = units + 1, max(largest, together), count - together
+        return units, largest
+
     def part(self) -> None:
         """Let every element go alone from now on: one of them kills its worker, and nobody knows which."""
         self.size = 1

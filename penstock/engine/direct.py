@@ -44,7 +44,9 @@ def steps(run: TaskRun, scope: Scope, call: Call, return_state: bool, *, lazily:
     upstreams = [source.run for source in (*call.sources, *call.after) if source.run is not None]
     yield Wait(upstreams)
     dead = next((s.run for s in (*call.sources, *call.after) if _blocks(s)), None)
-    if dead is not None:
+    if run.done:  # before its flow run was resumed
+        values.results([run], raise_on_failure=False)
+    elif dead is not None:
         session.never_direct(run, dead)
     else:
         yield from _attempts(run, scope, call, lazily=lazily)

@@ -38,6 +38,8 @@ Kinds and their bodies
 ``runner``
     What a runner turned out to be: ``name, address, dashboard, workers, threads, memory,
     versions``. ``run`` is the root flow run.
+``request``
+    The driver has done what somebody asked it for, or has not: ``id, what, outcome``.
 
 Order
 -----

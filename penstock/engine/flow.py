@@ -359,7 +359,8 @@ class Flow(Generic[P, R]):
         Returns
         -------
         Plan
-            Print it. It ends where the flow asks for a value, and says where that is.
+            Print it. It ends where the flow asks for a value, or takes the elements of a map one by one that
+            is very long or whose length only a run can tell; and it says where that is.
         """
         from penstock.engine import plan
 

@@ -19,32 +19,36 @@ from penstock.engine import (
     conclusion,
     context,
     deadline,
+    heartbeat,
     hook_calls,
+    kernel,
     parameters,
     refs,
     signals,
     skipping,
     values,
-    waiting,
 )
 from penstock.engine.annotations import Annotation, allow_failure, allow_skipped, freeze, quote
 from penstock.engine.caller import wait_sources
 from penstock.engine.calls import FlowRun, TaskRun
 from penstock.engine.clock import Alarm, clock
 from penstock.engine.context import Scope, current_tags
+from penstock.engine.entry import describe_entry
 from penstock.engine.events import bus
 from penstock.engine.futures import PenstockFuture, run_of
 from penstock.engine.graph import admits, sources_of
 from penstock.engine.hooks import NO_HOOKS
 from penstock.engine.interruption import Interruption
 from penstock.engine.journal import Journal
+from penstock.engine.living import living
 from penstock.engine.names import new_name
 from penstock.engine.options import run_name
 from penstock.engine.recollection import Recollection
 from penstock.engine.reservation import reserved, whereabouts
+from penstock.engine.resumption import resumed
 from penstock.engine.seeds import begin_again, next_ordinal
 from penstock.engine.session import Session
-from penstock.engine.states import TRANSITIONS, State, StateType, Stored, advance, failure_of
+from penstock.engine.states import TRANSITIONS, Position, State, StateType, Stored, advance, failure_of
 from penstock.engine.steps import Invoke, Sleep, Steps, Wait
 from penstock.engine.summary import describe_all
 from penstock.engine.tracking import start_tracking, stop_tracking
@@ -56,8 +60,6 @@ from penstock.settings import settings
 if TYPE_CHECKING:
     from penstock.engine.flow import Flow
     from penstock.runners.base import TaskRunner
-
-GRACE = 2.0  # seconds that code which was asked to stop may take before the driver goes on
 
 
 class FlowRunScope:
@@ -85,19 +87,25 @@ class FlowRunScope:
         self.arguments: dict[str, Any] = {}
         self._ends = contextlib.ExitStack()
         self._interrupts = signals.Interrupts()
-        self._reservation = reserved() if outer is None else None
+        self._resumed = resumed() if outer is None else None
+        self._reservation = reserved() if outer is None and self._resumed is None else None
         self._problem: Exception | None = None  # why the run cannot even begin
         self._holds = contextlib.ExitStack()  # runner and session
         self._submitted = False  # runs beside the code that submitted it
         self._made = False
+        self._validated = False
         self._lock = threading.RLock()  # a request to stop comes from any thread
         self._over = self._expired = self._force = False
         self._alarm: Alarm | None = None
-        self._attempt = 0
+        self._attempt = 0  # of those that this driver makes
+        self._earlier = 0  # attempts before the run was resumed
+        self._reason: errors.RunError | None = None  # who asked from outside for an end, or why
         self._left: list[TaskRun] = []  # with on_exit="detach"
         self._recalled_as: Any = None
         self.interruption = Interruption()
-        if self._reservation is not None:
+        if self._resumed is not None:
+            self.journal = self._resumed.journal
+        elif self._reservation is not None:
             self.journal = self._reservation.journal
         elif outer is None:
             start_tracking()
@@ -110,7 +118,7 @@ class FlowRunScope:
         """Write the run's row, before anything can fail."""
         outer, flow = self.outer, self.flow
         if outer is None:
-            self._interrupts = self._ends.enter_context(signals.watched())
+            self._interrupts = self._ends.enter_context(signals.watched(blocks=not flow.isasync))
         tags = flow.options.tags | current_tags()
         around = None
         if outer is not None:
@@ -126,7 +134,7 @@ class FlowRunScope:
                 tags=tags,
             )
             around.ordinal = next_ordinal(outer, flow.name)
-        row = self._reservation
+        row: Any = self._resumed or self._reservation or self._before(around)
         self.flow_run = FlowRun(
             flow,
             row.name if row is not None else new_name(),
@@ -136,18 +144,38 @@ class FlowRunScope:
             root=outer.flow_run.root if outer and outer.flow_run else "",
             tags=tags | (outer.flow_run.tags if outer and outer.flow_run else frozenset()),
         )
+        if self._resumed is not None:
+            self.flow_run.past = self._resumed.past
+        if self._reservation is None and row is not None:
+            self._earlier = row.attempt
+            self.flow_run.position = Position(StateType.PENDING, "Pending", row.attempt + 1)
+        if outer is None:
+            heartbeat.begin(self.flow_run, self.journal)
+            self._ends.enter_context(kernel.shown(self.flow_run.id))
         described: dict[str, str] = {}
         try:
             self.arguments = parameters.bind(flow.signature, flow.name, self.args, self.kwargs)
             described = describe_all(self.arguments)
-            self.flow_run.name = run_name(
-                flow.options.flow_run_name, self.flow_run.name, self.arguments, "flow_run_name"
-            )
+            template = flow.options.flow_run_name
+            if template is not None and self._are_fit():
+                self.flow_run.name = run_name(template, self.flow_run.name, self.arguments, "flow_run_name")
         except Exception as error:
             self._problem = error
         self._write_row(described, around)
         self._made = True
-        cancelling.enlist(self.flow_run.id, self)
+        living.enter(self)
+
+    def _before(self, around: TaskRun | None) -> Any:
+        """Return what a nested flow run was before its root is resumed; None if it is a new one."""
+        parent = self.outer.flow_run if self.outer is not None else None
+        if parent is None or parent.past is None or around is None:
+            return None
+        outside = around.surrounding.id if around.surrounding is not None else None
+        found = parent.past.flow(parent, outside, self.flow.name)
+        if found is None:
+            return None
+        around._id = found["row"] or around.id
+        return SimpleNamespace(id=found["id"], name=found["run_name"], attempt=found["attempt"])
 
     def make_in_background(self) -> TaskRun:
         """Write the run's row; the row in the parent is the run of a future, for which others may wait."""
@@ -161,6 +189,16 @@ class FlowRunScope:
             self.outer.session.hold([row], self.outer)
         return row
 
+    def _are_fit(self) -> bool:
+        """Coerce the parameters before the run is named after them; with futures among them that is too early."""
+        if self.flow.options.validate_parameters and not self._futures():
+            try:
+                self.arguments = parameters.validate(self.flow.fn, self.flow.signature, self.arguments)
+            except errors.ParameterTypeError:
+                return False  # said when the run begins
+            self._validated = True
+        return True
+
     def _write_row(self, described: dict[str, str], around: TaskRun | None) -> None:
         run = self.flow_run
         if around is not None:
@@ -168,9 +206,12 @@ class FlowRunScope:
             around.name = run.name
             parents = [("", up.id) for up in self._futures()]
             self.journal.task_made(around, self.arguments, parents)
-        self.journal.flow_made(
+        write = self.journal.flow_made if self._resumed is None else self._rewrite_row
+        entry = {"entry": describe_entry(self.flow.fn, self.arguments)} if self.outer is None else {}
+        write(
             run,
             {
+                **entry,
                 "name": run.name,
                 "flow": self.flow.name,
                 "version": self.flow.version,
@@ -184,6 +225,10 @@ class FlowRunScope:
         )
         if self._reservation is None:  # else it has been PENDING for a while
             self._state(StateType.PENDING)
+
+    def _rewrite_row(self, run: FlowRun, body: dict[str, Any]) -> None:
+        assert self._resumed is not None
+        self._resumed.row(body)
 
     def _futures(self) -> list[TaskRun]:
         return conclusion.members_of([*self.args, *self.kwargs.values()]).runs
@@ -204,7 +249,7 @@ class FlowRunScope:
             runs = [] if isinstance(value, (quote, freeze)) else self._wanted(plain, hint, marked)
             yield Wait(runs)
             self.arguments[name] = self._resolved(value, runs) if runs else plain
-        if self.flow.options.validate_parameters:
+        if self.flow.options.validate_parameters and not self._validated:
             try:
                 self.arguments = parameters.validate(self.flow.fn, self.flow.signature, self.arguments)
             except errors.ParameterTypeError as error:
@@ -273,6 +318,7 @@ class FlowRunScope:
             if self.flow.options.retry.retries:
                 self.flow_run.memory = Recollection()
         else:
+            self.flow_run.past = None  # what it found there was the attempt that has failed now
             begin_again(self.flow_run)
         if self.flow_run.memory is not None:
             self.flow_run.memory.begin()
@@ -281,7 +327,7 @@ class FlowRunScope:
         with self._lock:
             self.heed()
             name = "Retrying" if self._attempt > 1 else None
-            self._state(StateType.RUNNING, name, attempt=self._attempt)
+            self._state(StateType.RUNNING, name, attempt=self._number)
             if self.flow_run.task_run is not None:
                 self._row(StateType.RUNNING, name)
         interruptible = self.flow.isasync or threading.current_thread() is threading.main_thread()
@@ -314,8 +360,16 @@ class FlowRunScope:
         )
 
     # -- stopping ---------------------------------------------------------------------------------
-    def stop(self, *, force: bool = False) -> bool:
+    def stop(self, reason: errors.RunError | None = None, *, force: bool = False) -> bool:
         """Ask the run to stop, with its tasks and nested flows; from any thread.
+
+        Parameters
+        ----------
+        reason : RunError, optional
+            Somebody asks from outside: that is what the caller of the flow gets, and nobody waits for
+            code that cannot be interrupted.
+        force : bool
+            End the processes that run its tasks.
 
         Returns
         -------
@@ -326,16 +380,20 @@ class FlowRunScope:
             if self._over:
                 return False
             self._force = self._force or force
+            self._reason = self._reason or reason
             first, self.flow_run.cancelled = not self.flow_run.cancelled, True
             if self.flow_run.type is StateType.PENDING:
                 if self._submitted:  # its thread may still wait for an upstream: nobody waits for that
-                    self.finish(State(StateType.CANCELLED, message="Cancelled before it started."))
+                    self.finish(self._stopped("Cancelled before it started."))
                 return True
             if first and self.flow_run.type is not StateType.SCHEDULED:
-                self._state(StateType.CANCELLING)
+                said = str(self._reason or "")
+                self._state(StateType.CANCELLING, message=said)
                 if self.flow_run.task_run is not None:
-                    self._row(StateType.CANCELLING)
+                    self._row(StateType.CANCELLING, message=said)
         self._stop_code(force)
+        if first and reason is not None:
+            cancelling.aside(lambda: cancelling.stop(list(self.flow_run.live)))
         return True
 
     def _expire(self) -> None:
@@ -346,10 +404,13 @@ class FlowRunScope:
             self._expired = self.flow_run.cancelled = True
         self._stop_code(force=False)
 
+    def _stopped(self, message: str) -> State:
+        """Return the state of a run that was asked to stop: who asked, or else a message."""
+        return State(StateType.CANCELLED, message=str(self._reason or message), data=self._reason)
+
     def _stop_code(self, force: bool) -> None:
-        for other in cancelling.live_flows():
-            if isinstance(other, FlowRunScope) and other.flow_run.parent is self.flow_run:
-                other.stop(force=force)
+        for other in living.children(self.flow_run):
+            other.stop(self._reason, force=force)
         cancelling.cancel(list(self.flow_run.live), force=force)
         self.interruption.ask()
         if self.session is not None:
@@ -405,6 +466,7 @@ class FlowRunScope:
 
     def returned(self, value: Any) -> State:
         """Conclude from what the function returned."""
+        self._tell_of_the_past()
         if isinstance(value, quote):
             state = State(StateType.COMPLETED, data=value.unwrap())
         elif conclusion.is_handmade(value):
@@ -419,6 +481,18 @@ class FlowRunScope:
                     state.data.load()  # the one implicit download; before the record says how much came here
         return state
 
+    def _tell_of_the_past(self) -> None:
+        lines: list[tuple[str, str]] = []
+        if self.flow_run.past is not None and (left := self.flow_run.past.left(self.flow_run)):
+            text = f"it called {left!r} before it was resumed, and did not call it again"
+            lines.append(("WARNING", text))
+        if self._resumed is not None:
+            past = self._resumed.past
+            text = f"resumed: {past.reused} task runs reused, {past.again} computed again"
+            lines.append(("INFO", text))
+        if lines:
+            self.journal.flow_lines(self.flow_run, [[time.time(), *line] for line in lines])
+
     def not_ready(self, error: errors.UnfinishedRun) -> State:
         """An upstream of a nested flow did not complete: it never runs."""
         if self.session is None or self.flow_run.type is not StateType.PENDING:
@@ -432,14 +506,14 @@ class FlowRunScope:
         asked = self._interrupts.received is not None
         self._interrupts.heard = asked
         stopping = self.flow_run.cancelled
-        urgent = asked or (not isinstance(error, Exception) and not stopping)
+        urgent = asked or self._reason is not None or (not isinstance(error, Exception) and not stopping)
         late = self._is_late(error)
         if self.session is not None and self.flow_run.live:
             live = list(self.flow_run.live)
             if late and not asked:
-                _stop(live, force=self.session.runner.kills_on_timeout)
+                cancelling.stop(live, force=self.session.runner.kills_on_timeout)
             elif urgent:
-                _stop(live)
+                cancelling.stop(live)
             elif stopping:
                 cancelling.cancel(live, force=self._force)
                 yield Wait(live)  # CANCELLING until the code has really ended
@@ -467,10 +541,12 @@ class FlowRunScope:
             if timed_out.run_id is None:
                 timed_out.of_run(self.flow_run.id)
             return State(StateType.FAILED, "TimedOut", message, timed_out)
-        if isinstance(error, worker_runtime.Cancelled) or (
-            self.flow_run.cancelled and isinstance(error, (errors.CancelledRun, asyncio.CancelledError))
+        if (
+            self._reason is not None
+            or isinstance(error, worker_runtime.Cancelled)
+            or (self.flow_run.cancelled and isinstance(error, (errors.CancelledRun, asyncio.CancelledError)))
         ):
-            return State(StateType.CANCELLED, message=f"Flow run {self.flow_run.name!r} was cancelled.")
+            return self._stopped(f"Flow run {self.flow_run.name!r} was cancelled.")
         if isinstance(error, errors.TerminationSignal):
             return State(StateType.CRASHED, message="Execution was aborted by a termination signal.")
         if isinstance(error, KeyboardInterrupt):
@@ -567,7 +643,7 @@ class FlowRunScope:
         """Return the state in which the run ends: what was asked to stop ends CANCELLED."""
         here = self.flow_run.type
         if here is StateType.CANCELLING and state.type not in TRANSITIONS[here]:
-            return State(StateType.CANCELLED, message=state.message)
+            return self._stopped(state.message)
         return state
 
     def finish(self, state: State) -> State:
@@ -600,10 +676,12 @@ class FlowRunScope:
         state.state_details.setdefault("flow_run_id", self.flow_run.id)
         details: dict[str, Any] = {
             "seconds": max(0.0, state.timestamp - self.flow_run.started),
-            **_error_of(state),
+            **(_error_of(state) if state.data is not self._reason else {}),
         }
         if self.outer is None and self.session is not None:
             details["driver_bytes"] = self.session.bytes_fetched + self.session.venues.bytes_fetched()
+        if self._resumed is not None:
+            self._resumed.settle()
         self._state(state.type, state.name, state.message, **details)
         if self._submitted:
             self._settle_row(state, details)
@@ -632,15 +710,21 @@ class FlowRunScope:
         attempt: int | None = None,
         **details: Any,
     ) -> None:
-        if self.flow_run.position.type is not StateType.PENDING or to is not StateType.PENDING:
-            self.flow_run.position = advance(self.flow_run.position, to, name, attempt)
-        self.journal.flow_state(self.flow_run, message, **details)
+        with self.journal.gate:
+            if self.flow_run.position.type is not StateType.PENDING or to is not StateType.PENDING:
+                self.flow_run.position = advance(self.flow_run.position, to, name, attempt)
+            self.journal.flow_state(self.flow_run, message, **details)
+
+    @property
+    def _number(self) -> int:
+        """That of the present attempt of the run."""
+        return self._earlier + max(self._attempt, 1)
 
     def _row(self, to: StateType, name: str | None = None, message: str = "", **details: Any) -> None:
         """Keep the row that stands for this run in its parent in step."""
         run = self.flow_run.task_run
         assert run is not None
-        run.position = advance(run.position, to, name, max(self._attempt, 1))
+        run.position = advance(run.position, to, name, self._number)
         run.message = message
         run.done = to.is_final or name == "NotReady"
         self.journal.task_state(run, **details)
@@ -669,7 +753,9 @@ class FlowRunScope:
 
     def close(self) -> None:
         """Leave the runner; at once, or when what was left to itself has ended."""
-        cancelling.strike_off(self.flow_run.id)
+        living.leave(self)
+        if self.outer is None:
+            living.disown(self.flow_run.id)
         self.flow_run.parameters = {}  # the run is kept by its task runs: large arguments must not be
         self._ends.close()
         left = [run for run in self._left if not run.done]
@@ -677,7 +763,7 @@ class FlowRunScope:
             self._leave_behind(left)
         else:
             self._holds.close()
-        if self._interrupts.received is not None:
+        if self._interrupts.received is not None and not kernel.is_here():
             # Now and not at exit: code that is compiled there makes Python forget the signal,
             # and the exit code of the process would be 1 instead of 130.
             shutdown_all()
@@ -802,16 +888,6 @@ def _give(row: TaskRun, data: Any) -> None:
     else:
         row.value = data
         row.nbytes = worker_runtime.size(data)
-
-
-def _stop(live: list[TaskRun], *, force: bool = True) -> None:
-    """Stop runs at once: ask, then force, then give up what cannot be interrupted."""
-    cancelling.cancel(live)
-    waiting.wait(live, GRACE)
-    if force:
-        cancelling.cancel(live, force=True)
-        waiting.wait(live, GRACE)
-    cancelling.abandon(live)
 
 
 class Returned(Stored):

@@ -187,8 +187,10 @@ class PenstockFuture(Generic[R]):
         run = self._run
         while worker_runtime.current() is not None and waiting.is_unsent(run):
             if waiting.kept_back(run):
-                await worker_runtime.beside_loop(waiting.do_one_here, [run])
-                waiting.let_go()
+                try:
+                    await worker_runtime.beside_loop(waiting.do_one_here, [run])
+                finally:
+                    waiting.let_go()
                 continue
             run.carrier.flush()  # another child is done here: this one may go to another worker
             if waiting.is_unsent(run):  # there is no other worker

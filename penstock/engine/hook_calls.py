@@ -123,6 +123,12 @@ class HookCalls:
 
     # -- the threads ------------------------------------------------------------------------------
     def _work(self) -> None:
+        try:
+            self._work_off()
+        finally:
+            worker_runtime.close_loop()  # hooks may have been coroutines
+
+    def _work_off(self) -> None:
         session = self._session
         _inside.hook = True
         while True:

@@ -1,8 +1,8 @@
 """The code of a flow while it runs, and how it is made to stop.
 
 It hears of a request at its next call to penstock, or while it waits there. Code that does neither is
-interrupted after a moment: a coroutine at its next await, a thread between two bytecodes. A call into
-C ends when it ends.
+interrupted after a moment, and again until it has ended: a coroutine at its next await, a thread between
+two bytecodes, the main thread also where it sleeps. Elsewhere a call into C ends when it ends.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from penstock.engine import signals
 from penstock.engine.clock import clock
 from penstock.runners import worker_runtime
 
 MOMENT = 0.2  # seconds that code has to hear of the request by itself
+AGAIN = 2.0  # seconds after which code that goes on regardless is interrupted once more
 
 _numbers = itertools.count()
 
@@ -38,8 +40,10 @@ class Interruption:
     def __init__(self) -> None:
         self._key = ("flow", next(_numbers))
         self._stack: list[Interruption] | None = None  # that of the thread in which sync code runs
+        self._code: worker_runtime.Running | None = None  # sync code
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[Any] | None = None
+        self._cancels = 0
         self.asked = False
         self._woken = threading.Event()
         self._waiter: asyncio.Future[None] | None = None
@@ -76,19 +80,24 @@ class Interruption:
             self._waiter = None
 
     def _cancel(self) -> None:
-        if self._task is not None:
+        if self._task is not None and self._loop is not None and self.asked:
             self._task.cancel()
+            self._cancels += 1
+            self._loop.call_later(AGAIN, self._cancel)
         elif self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     def _strike(self) -> None:
         stack = self._stack
-        if stack is None or self not in stack:
+        if stack is None or self not in stack or not self.asked:
             return
-        if stack[-1] is self:  # else a nested flow has to end first
-            worker_runtime.cancel([self._key])
-        else:
-            clock.call_later(MOMENT, self._strike)
+        inner = stack[-1] is self  # else a nested flow has to end first
+        code = self._code
+        if inner and code is not None and not code.over:
+            main = code.thread == threading.main_thread().ident
+            if not (main and signals.interrupt_main(lambda: not code.over and stack[-1] is self)):
+                worker_runtime.cancel([self._key])
+        clock.call_later(AGAIN if inner else MOMENT, self._strike)
 
     @contextlib.contextmanager
     def nested(self) -> Iterator[None]:
@@ -105,7 +114,9 @@ class Interruption:
         """Call sync code."""
         if self.asked:
             raise worker_runtime.Cancelled
-        with worker_runtime.Stoppable(self._key):
+        block = worker_runtime.Stoppable(self._key)
+        with block:
+            self._code = block.running
             return function(*args, **kwargs)
 
     async def await_call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -118,7 +129,9 @@ class Interruption:
         except asyncio.CancelledError:
             if not self.asked or self._task is None:
                 raise
-            self._task.uncancel()  # it was meant for this flow, not for the code that awaits it
             raise worker_runtime.Cancelled from None
         finally:
-            self._task = None
+            task, self._task = self._task, None
+            while self._cancels and task is not None:
+                self._cancels -= 1
+                task.uncancel()  # it was meant for this flow, not for the code that awaits it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
-from penstock.engine import events
+from penstock.engine import events, results
 from penstock.engine.events import Event
 from penstock.engine.summary import describe_all
 
 if TYPE_CHECKING:
     from penstock.engine.calls import FlowRun, TaskRun
+    from penstock.engine.past import Past
 
 PRESENT = 0
 TERMINAL = 2
@@ -33,6 +35,8 @@ class Journal:
 
     def __init__(self, publish: Callable[[Event], None]) -> None:
         self._publish = publish
+        self.epoch = 1  # how many owners the run has had
+        self.gate = threading.Lock()  # the state of the flow is told, or told once more
         self._count = itertools.count(1)
         self._ended: list[tuple[TaskRun, dict[str, Any]]] = []
         self._completed: list[tuple[Sequence[TaskRun], Sequence[float], Sequence[float], int]] = []
@@ -42,13 +46,13 @@ class Journal:
 
     def publish(self, event: Event) -> None:
         """Publish an event under the next number of the session."""
-        self._publish(replace(event, rseq=next(self._count)))
+        self._publish(replace(event, epoch=self.epoch, rseq=next(self._count)))
 
     def write(
         self, kind: str, run: str, root: str, body: dict[str, Any], attempt: int = 0, rank: int = 0
     ) -> None:
         """Publish one event."""
-        self._publish(Event(kind, run, root, time.time(), body, 1, attempt, rank, next(self._count)))
+        self._publish(Event(kind, run, root, time.time(), body, self.epoch, attempt, rank, next(self._count)))
 
     # -- runs come into being ------------------------------------------------------------------
     def flow_made(self, flow_run: FlowRun, body: dict[str, Any]) -> None:
@@ -62,7 +66,11 @@ class Journal:
         parents: list[tuple[str, str]],
         named_later: bool = False,
     ) -> None:
-        """A task run exists; its name may be made only where it runs."""
+        """A task run exists, unless it did before its flow run is resumed; its name may be made only where it runs."""
+        past = run.flow_run.past if run.flow_run is not None else None
+        if past is not None and run.tracked and past.task(run, describe_all(parameters), parents):
+            self._told_again(run)
+            return
         if run.tracked:
             self._task_known(run)
             body = {**_about(run, parameters), "upstream": parents}
@@ -75,14 +83,44 @@ class Journal:
         run.name = name
         made, body = self._unnamed.pop(run.id, (0.0, {}))
         if body:
-            self._publish(
-                Event("task_run", run.id, run.root, made, {**body, "name": name}, rseq=next(self._count))
-            )
+            self.publish(Event("task_run", run.id, run.root, made, {**body, "name": name}))
 
     def map_made(self, run: TaskRun, body: dict[str, Any], parameters: dict[str, Any]) -> None:
         """Elements of a map exist; `run` is any of them."""
         self._task_known(run)
         self.write("map_run", str(run.map_id), run.root, {**_about(run, parameters), **body})
+
+    def _told_again(self, run: TaskRun) -> None:
+        assert run.flow_run is not None and run.flow_run.past is not None  # noqa: PT018 - it was asked
+        if not run.completed:
+            self.attempt_lost(run.flow_run.past, run.id, run.root, run.message)
+        elif run.message:
+            run.flow_run.past.settle(run.id)
+            self.task_state(run, stored=results.location(run.stored or {}))
+
+    def attempt_lost(self, past: Past, run: str, root: str, message: str = "") -> None:
+        """The attempt of a run that was under way has died with the driver."""
+        known = past.settle(run)
+        if known is not None:
+            attempt, began = known
+            body = {**_died("task", attempt), "began": began}
+            body["message"] = message or body["message"]
+            self.write("state", run, root, body, attempt, TERMINAL)
+
+    def flow_lost(self, flow_run: str, row: str, root: str, attempt: int) -> None:
+        """A nested flow run, and its row in the parent, have died with the driver."""
+        self.write("state", flow_run, root, _died("flow", attempt), attempt, TERMINAL)
+        self.write("state", row, root, _died("task", attempt), attempt, TERMINAL)
+
+    def elements_told_again(self, runs: Sequence[TaskRun]) -> bool:
+        """Whether elements of a map existed before their flow run is resumed; they are what they were then."""
+        past = runs[0].flow_run.past if runs[0].flow_run is not None else None
+        if past is None:
+            return False
+        known = past.elements(runs)
+        for run in runs:
+            self._told_again(run)
+        return known
 
     def _task_known(self, run: TaskRun) -> None:
         """Say once in a session which code a task is."""
@@ -196,6 +234,11 @@ class Journal:
         """Publish the events of the runs that a task made, in their order."""
         for data in msgpack.unpackb(packed):
             self.publish(events.unpack(data))
+
+
+def _died(kind: str, attempt: int) -> dict[str, Any]:
+    message = f"its driver died (attempt {attempt})"
+    return {"of": kind, "type": "CRASHED", "name": "Crashed", "cause": "HeartbeatLost", "message": message}
 
 
 def _about(run: TaskRun, parameters: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from penstock.engine import cache, hashing, payload, refs, results
 from penstock.engine.cache import CachePolicy, NoCache, TaskContext, TaskInfo, TaskRunInfo
 from penstock.engine.calls import FlowRun, TaskRun
 from penstock.runners import result_store, worker_runtime
-from penstock.settings import settings
 
 if TYPE_CHECKING:
     from penstock.engine.session import Session
@@ -162,11 +161,9 @@ def sharing_of(task: Task[..., Any], flow_run: FlowRun | None, *, in_process: bo
     if isinstance(policy, NoCache):
         return None
     outer = flow_run.results if flow_run is not None else results.NOTHING
-    wish = outer.wish if own.wish is None else own.wish
-    known = settings()
-    if wish is False or (wish is None and known.results_persist_by_default == "false"):
+    if not results.wish_of(own, outer):
         return None
-    refreshes, disabled, no_default = outer.switches or results.switches()
+    refreshes, disabled, no_default, _ = outer.switches or results.switches()
     if disabled:
         return None
     if policy is None:
@@ -182,7 +179,7 @@ def sharing_of(task: Task[..., Any], flow_run: FlowRun | None, *, in_process: bo
         cache.looks_at_values(policy),
         said.expiration,
         refreshes if said.refresh is None else said.refresh,
-        flow_run.parameters if flow_run is not None else {},
+        (flow_run.digest or flow_run.parameters) if flow_run is not None else {},
         results.read_storage(policy.key_storage),
         policy.lock_manager if serial else None,
         in_process,
@@ -195,7 +192,7 @@ def _task_info(task: Task[..., Any]) -> TaskInfo:
     if code is None:
         code = known["_code"] = hashing.code_of(task.fn)
     kind: Any = task.fn if hasattr(task.fn, "__qualname__") else type(task.fn)
-    place = f"{getattr(kind, '__module__', '')}.{kind.__qualname__}"
+    place = f"{task.module}.{kind.__qualname__}"
     options = task.options
     return TaskInfo(
         options.name,
@@ -210,9 +207,9 @@ def _task_info(task: Task[..., Any]) -> TaskInfo:
 
 def parameters_digest(flow_run: FlowRun) -> str | None:
     """Return the hash of a flow's parameters for nested tasks; None if it would cost much or cannot be made."""
+    if flow_run.digest is not None:
+        return str(flow_run.digest.text)
     parameters: Any = flow_run.parameters
-    if type(parameters) is hashing.Digest:
-        return parameters.text
     if not parameters or worker_runtime.size(parameters) > SMALL:
         return None
     try:
@@ -482,7 +479,9 @@ def find(session: Session, runs: Sequence[TaskRun]) -> None:
 
 def _is_worth_a_look(run: TaskRun) -> bool:
     made = run.caching
-    return made is not None and made.key is not None and made.sharing is not None and not made.sharing.refresh
+    if made is None or made.key is None or run.done:  # the last: before its flow run was resumed
+        return False
+    return made.sharing is not None and not made.sharing.refresh
 
 
 def _peek(session: Session, run: TaskRun, order: Any) -> tuple[dict[str, Any] | None, str]:

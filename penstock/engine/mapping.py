@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from penstock import errors
-from penstock.engine import cancelling, events, items, waiting
+from penstock.engine import cancelling, events, items, sample, waiting
 from penstock.engine.annotations import (
     Annotation,
     allow_failure,
@@ -61,12 +61,20 @@ class Part:
         The run whose value holds the items; `items` are their positions in it.
     lively : bool
         Somebody makes the items right now: each goes on its way when it comes.
+    total : int or None
+        Of how many `items` are some, in a plan; None: they are all.
     """
 
     items: Any
     wrap: Callable[[Any], Any] | None = None
     of: TaskRun | None = None
     lively: bool = False
+    total: int | None = None
+
+    @property
+    def length(self) -> int:
+        """How many there are, or `sample.OPEN`."""
+        return len(self.items) if self.total is None else self.total
 
     def at(self, index: int) -> Any:
         """Return the argument of one element."""
@@ -99,6 +107,8 @@ def submit(
         part = _part(value, task, scope)
         if part is not None:
             parts[place] = part
+    if scope.session.plans:
+        return _planned(task, scope, bound, after, parts)
     if any(isinstance(part.items, Iterator) for part in parts.values()):
         making = Making(task, scope, bound, after, parts, None)
         return _drawn(making, parts)
@@ -106,6 +116,30 @@ def submit(
     if not count:
         return []
     runs = Making(task, scope, bound, after, parts, count).piece(parts, 0, count)
+    scope.session.submit(runs, scope)
+    return runs
+
+
+def _planned(
+    task: Task[..., Any],
+    scope: Scope,
+    bound: inspect.BoundArguments,
+    after: tuple[Source, ...],
+    parts: dict[int | str, Part],
+) -> list[TaskRun]:
+    """Make the elements that a plan holds, and tell it how many there are."""
+    for place, part in parts.items():
+        if isinstance(part.items, Iterator):
+            first, number = sample.drawn(part.items)
+            parts[place] = replace(part, items=first, total=number)
+    total = _count(task, parts)
+    count = sample.held(total, [len(part.items) for part in parts.values()])
+    if not count:
+        return []
+    some = {place: replace(part, items=part.items[:count]) for place, part in parts.items()}
+    runs = Making(task, scope, bound, after, some, total).piece(some, 0, count)
+    if count != total:
+        scope.session.totals[str(runs[0].map_id)] = total
     scope.session.submit(runs, scope)
     return runs
 
@@ -133,8 +167,13 @@ def calls(
         elif isinstance(part.items, Iterator):
             part = replace(part, items=list(part.items))
         parts[place] = part
+    count = _count(flow, parts)
+    if any(part.total is not None for part in parts.values()):
+        raise sample.Ends(
+            f"{flow.name}.map makes a run for each element of a map of which a plan holds only some"
+        )
     found = []
-    for index in range(_count(flow, parts)):
+    for index in range(count):
         given = {place: part.at(index) for place, part in parts.items()} | same
         some = tuple(given[place] for place in range(len(args)))
         found.append((some, {name: given[name] for name in kwargs}))
@@ -227,7 +266,10 @@ class Making:
         self._captured = {place: self._capture.one(value, place) for place, value in self._same.items()}
         self._reason = alone(task.options)
         self._packer = packing(task.options, session.runner, self.window, count, self._reason)
-        self._map_id = events.new_id()
+        past = scope.flow_run.past if scope.flow_run is not None else None
+        around = scope.task_run.id if scope.task_run is not None else None
+        known = past.map(scope.flow_run, around, task.name, count) if past and scope.flow_run else None
+        self._map_id = known or events.new_id()
         self._ordinal = next_ordinal(scope, task.name)
         self._keys = MapPlan(task, scope.flow_run, in_process=session.in_process)
         tags = task.options.tags | current_tags()
@@ -286,7 +328,8 @@ class Making:
         body = {"name": task.name, "start": start, "count": count, **_edges(runs, named, mapped)}
         if names is not None:
             body["names"] = names
-        scope.session.journal.map_made(runs[0], body, self._bound.arguments)
+        if not scope.session.journal.elements_told_again(runs):
+            scope.session.journal.map_made(runs[0], body, self._bound.arguments)
         return runs
 
     def _plan_keys(self, runs: list[TaskRun], parts: dict[int | str, Part]) -> None:
@@ -354,10 +397,11 @@ def _count(task: Task[..., Any], parts: dict[Any, Part]) -> int:
             "one iterable: a list, range, array, generator or a future of one."
         )
         raise errors.MappingMissingIterable(message)
-    lengths = {str(place): len(part.items) for place, part in parts.items()}
-    if len(set(lengths.values())) > 1:
+    lengths = {str(place): part.length for place, part in parts.items()}
+    known = {length for length in lengths.values() if length != sample.OPEN}
+    if len(known) > 1:
         raise errors.MappingLengthMismatch(_mismatch(task, lengths))
-    return next(iter(lengths.values()))
+    return next(iter(known), sample.OPEN)
 
 
 def _mismatch(task: Task[..., Any], lengths: dict[str, int]) -> str:
@@ -372,7 +416,7 @@ def _part(value: Any, task: Task[..., Any], scope: Scope) -> Part | None:
         return None
     if isinstance(value, (allow_failure, allow_skipped, opaque, quote)):
         inner = _part(value.unwrap(), task, scope)
-        return None if inner is None else Part(inner.items, value.rewrap, inner.of)
+        return None if inner is None else replace(inner, wrap=value.rewrap, lively=False)
     if isinstance(value, Annotation):
         return None
     run = run_of(value)
@@ -390,6 +434,8 @@ def _part(value: Any, task: Task[..., Any], scope: Scope) -> Part | None:
         return Part(list(value))
     if isinstance(value, Iterator):
         return Part(value)
+    if isinstance(value, sample.Sampled):
+        return Part(value, total=value.total)
     try:
         indexed = isinstance(value, (list, tuple, range)) or hasattr(value, "__array__")
         return Part(value if indexed and len(value) >= 0 else list(value))  # type: ignore[arg-type]
@@ -403,6 +449,9 @@ def _inside(future: PenstockFuture[Any], task: Task[..., Any]) -> Part:
 
     scope = ambient.scope_for_submit(task.name)
     run = future._run
+    if scope.session.plans:
+        future.wait()
+        return Part(range(sample.SAMPLE), None, run, total=sample.OPEN)
     if items.ask(run):  # a generator: each item is taken as it comes
         return Part(_as_they_come(future, task), lively=True)
     future.wait()

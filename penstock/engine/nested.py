@@ -100,7 +100,7 @@ def open_scope(running: Any) -> Scope:
         flow_run = FlowRun(flow, context["flow_run_name"], root=context["root"], run_id=context["flow_run"])
         flow_run.results = results.unpack(context.get("results"))
         if context.get("parameters"):
-            flow_run.parameters = hashing.Digest(context["parameters"])  # type: ignore[assignment] # counts as they do
+            flow_run.digest = hashing.Digest(context["parameters"])
     task = SimpleNamespace(name=running.order["task"])
     around = TaskRun(task, running.order["name"], root=context["root"], flow_run=flow_run)  # type: ignore[arg-type]
     around._id = running.order["run"]

@@ -2,7 +2,8 @@
 
 The function of the flow runs, its tasks do not. Calls are captured, connected and compiled as in any
 run, for a back end that takes everything and does nothing. Where the flow waits, what it waits for is
-taken to go well; the plan ends where it asks for a value, which only a run can give.
+taken to go well; a map over a value that is not there yet has a length that only a run can tell
+(`sample`). The plan ends where the flow asks for a value, which only a run can give.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from penstock.engine import context, parameters
+from penstock.engine import context, parameters, sample
 from penstock.engine.calls import FlowRun, TaskRun
 from penstock.engine.chunks import Chunk
 from penstock.engine.context import Scope
@@ -33,10 +34,10 @@ from penstock.runners.base import Key, Ref, RunnerInfo, Submission, TaskRunner
 if TYPE_CHECKING:
     from penstock.engine.flow import Flow
 
-_OURS = tuple(str(Path(__file__).parent.parent / room) for room in ("engine", "runners", "cli"))
 _LOOP = str(Path(asyncio.__file__).parent)
 TINY = 1e-5
 """Seconds that an element is taken to last where only a pilot could tell."""
+UNKNOWN = "(known at run time)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,12 @@ class Node:
     task : str
         Name of the task.
     count : int or None
-        Elements of a map, None for a single run.
+        Elements of a map; None for a single run, and for a map whose length only a run can tell.
+    mapped : bool
+        Whether it is a map.
+    runs : int or None
+        Task runs that it stands for: 1, the elements of a map, or the nodes of a tree of `.reduce` over a
+        map that is very long; None if only a run can tell.
     upstream : tuple of str
         Names of the tasks whose values it takes.
     together : str
@@ -65,6 +71,8 @@ class Node:
 
     task: str
     count: int | None = None
+    mapped: bool = False
+    runs: int | None = 1
     upstream: tuple[str, ...] = ()
     together: str = ""
     fused_with: str = ""
@@ -118,38 +126,47 @@ class Plan:
         lines = [f"flow {self.flow} on {self.runner}"]
         for node, alike in itertools.groupby(self.nodes):
             runs = len(list(alike))
-            kind = f" x {node.count:,}" if node.count is not None else f", {runs:,} times" if runs > 1 else ""
+            kind = f" x {_number(node.count)}" if node.mapped else ""
+            kind += f", {runs:,} times" if runs > 1 else ""
             after = f"  <- {', '.join(node.upstream)}" if node.upstream else ""
             lines.append(f"  {node.task}{kind}{after}")
             lines.extend(f"      {note}" for note in node.notes)
-        tasks = sum(node.count or 1 for node in self.nodes)
-        lines.append(f"{tasks:,} task runs in at least {self.messages:,} units of work")
+        lines.append(self._totals())
         if self.end:
             lines.append(f"the plan ends here: {self.end}")
         return "\n".join(lines)
+
+    def _totals(self) -> str:
+        tasks = sum(node.runs or 0 for node in self.nodes)
+        more = (
+            ", and those whose number only a run can tell"
+            if any(node.runs is None for node in self.nodes)
+            else ""
+        )
+        return f"{tasks:,} task runs in at least {self.messages:,} units of work{more}"
 
     def _repr_html_(self) -> str:
         """Show the plan as a table in a notebook."""
         rows = []
         for node, alike in itertools.groupby(self.nodes):
-            runs = len(list(alike)) if node.count is None else node.count
-            cells = [node.task, f"{runs:,}", ", ".join(node.upstream), "\n".join(node.notes)]
+            times = len(list(alike))
+            runs = None if node.runs is None else node.runs * times
+            cells = [node.task, _number(runs), ", ".join(node.upstream), "\n".join(node.notes)]
             rows.append("<tr>" + "".join(f"<td>{_as_html(cell)}</td>" for cell in cells) + "</tr>")
         names = "".join(f"<th>{name}</th>" for name in ("task", "runs", "takes", "how it travels"))
         first = f"flow {self.flow} on {self.runner}"
-        tasks = sum(node.count or 1 for node in self.nodes)
-        last = f"{tasks:,} task runs in at least {self.messages:,} units of work"
         ends = f"<p>the plan ends here: {_as_html(self.end)}</p>" if self.end else ""
         body = "".join(rows)
+        last = _as_html(self._totals())
         return f"<p><b>{_as_html(first)}</b></p><table><tr>{names}</tr>{body}</table><p>{last}</p>{ends}"
+
+
+def _number(count: int | None) -> str:
+    return UNKNOWN if count is None else f"{count:,}"
 
 
 def _as_html(text: str) -> str:
     return html.escape(text).replace("\n", "<br>")
-
-
-class _Ends(BaseException):
-    """The flow asks for what only a run can give; no code of the user shall catch it."""
 
 
 class _Nowhere(TaskRunner):
@@ -181,7 +198,7 @@ class _Nowhere(TaskRunner):
         return [Ref(one.key, None) for one in submissions]
 
     def fetch(self, refs: Sequence[Ref]) -> list[Any]:
-        raise _Ends("a value is needed")
+        raise sample.Ends("a value is needed")
 
     def release(self, refs: Sequence[Ref]) -> None:
         """Nothing is held."""
@@ -199,12 +216,16 @@ class _Planning(Session):
         self.made_runs: list[TaskRun] = []
         self.taken: list[TaskRun | Chunk] = []
         self.late: set[str] = set()  # maps whose upstream has ended before they were made
+        self.trees: dict[
+            TaskRun, tuple[int, int, int]
+        ] = {}  # runs that stand for a tree: values, nodes, fanin
         self.assumed: set[TaskRun] = set()  # runs that the flow has waited for: taken to have gone well
         super().__init__(runner, Journal(lambda _: None))
 
     def submit(self, runs: Sequence[TaskRun], scope: Scope) -> None:
         self.made_runs.extend(runs)
-        if any(source.run is not None and source.run.key is not None for source in sources_of(runs[0])):
+        upstream = [one.run for one in sources_of(runs[0]) if one.run is not None]
+        if any(one.map_id is not None and one.key is not None for one in upstream):
             self.late.add(str(runs[0].map_id))
         super().submit(runs, scope)
 
@@ -220,6 +241,7 @@ class _Planning(Session):
         """Somebody waits: all that was made goes, and is taken to go well; its values nobody has."""
         self.pause()
         while waiting := [run for run in self.live if not run.done]:
+            waiting = [run for run in waiting if run.key is not None] or waiting  # what is gone ends first
             for run in waiting:
                 running = advance(run.position, StateType.RUNNING, None, 1)
                 run.position = advance(running, StateType.COMPLETED)
@@ -239,7 +261,7 @@ class _Planning(Session):
                     call(run)
 
     def begin_direct(self, run: TaskRun, scope: Scope) -> None:
-        raise _Ends(f"task {run.task.name!r} is called, not submitted, and runs in the driver")
+        raise sample.Ends(f"task {run.task.name!r} is called, not submitted, and runs in the driver")
 
     def _pump(self) -> None:
         """Nothing is sent before the plan is complete."""
@@ -267,18 +289,19 @@ def explain(flow: Flow[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
     run = FlowRun(flow, flow.name)
     end = ""
     try:
-        with context.entered(Scope(session, run)):
-            value = flow.body(*positional, **named)
-            if inspect.iscoroutine(value):
-                worker_runtime.run_coroutine(value)
-    except _Ends as reason:
-        end = f"{reason}{_where(reason)}"
+        try:
+            with context.entered(Scope(session, run)):
+                value = flow.body(*positional, **named)
+                if inspect.iscoroutine(value):
+                    worker_runtime.run_coroutine(value)
+        except sample.Ends as reason:
+            end = f"{reason}{_where(reason)}"
+        session.flush()  # a flow waits for what it has made
     finally:
         session.close()
-    session.pause()
     units = session.taken
     where = f"{runner.name} with {threads} slots{'' if known else ' (assumed: it is not started)'}"
-    return Plan(flow.name, where, _nodes(session, units), len(units), end)
+    return Plan(flow.name, where, _nodes(session, units), _messages(session, units), end)
 
 
 def _slots(runner: TaskRunner) -> tuple[int, bool]:
@@ -290,7 +313,9 @@ def _slots(runner: TaskRunner) -> tuple[int, bool]:
 
 
 def _where(error: BaseException) -> str:
-    frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(_OURS)]
+    frames = [
+        one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(sample.OURS)
+    ]
     frames = [one for one in frames if not one.filename.startswith(_LOOP)] or frames
     return f" ({frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
 
@@ -299,10 +324,11 @@ def _nodes(session: _Planning, units: Iterable[TaskRun | Chunk]) -> tuple[Node, 
     chunks = [unit for unit in units if isinstance(unit, Chunk)]
     leader: dict[str | None, str] = {}
     refusals = dict.fromkeys(session.late, "its upstream has ended before it is made")
-    sizes: dict[str | None, list[int]] = {}
+    sizes: dict[str | None, tuple[int, int]] = {}
     for chunk in chunks:
         first = chunk.stages[0][0]
-        sizes.setdefault(first.map_id, []).append(chunk.count)
+        number, largest = sizes.get(first.map_id, (0, 0))
+        sizes[first.map_id] = number + 1, max(largest, chunk.count)
         refusals.update(chunk.refusals)
         for stage in chunk.stages[1:]:
             leader[stage[0].map_id] = first.task.name
@@ -317,8 +343,34 @@ def _nodes(session: _Planning, units: Iterable[TaskRun | Chunk]) -> tuple[Node, 
         if not run.tracked or (run.map_id is not None and run.map_id in seen):
             continue
         seen.add(run.map_id)
-        nodes.append(_node(run, counts.get(run.map_id), leader, refusals, sizes))
+        count = counts.get(run.map_id)
+        if run.map_id in session.totals:
+            count = session.totals[run.map_id]
+            sizes[run.map_id] = _forecast(run, count)
+        nodes.append(_node(run, count, leader, refusals, sizes, session.trees.get(run)))
     return tuple(nodes)
+
+
+def _forecast(run: TaskRun, total: int) -> tuple[int, int]:
+    """Return in how many units a long map goes, and the size of the largest; zeros where nobody can know."""
+    packer = run.mapped.packer if run.mapped is not None else None
+    if total == sample.OPEN:
+        return 0, 0
+    return packer.forecast(total, TINY) if packer is not None else (total, 1)
+
+
+def _messages(session: _Planning, units: Iterable[TaskRun | Chunk]) -> int:
+    """Count units of work; those of a map of which only some elements were planned by its length."""
+    count = sum(nodes - 1 for _, nodes, _ in session.trees.values() if nodes != sample.OPEN)
+    seen: set[str] = set()
+    for unit in units:
+        run = unit.stages[0][0] if isinstance(unit, Chunk) else unit
+        if run.map_id is None or run.map_id not in session.totals:
+            count += 1
+        elif run.map_id not in seen:
+            seen.add(run.map_id)
+            count += max(_forecast(run, session.totals[run.map_id])[0], 1)
+    return count
 
 
 def _node(
@@ -326,7 +378,8 @@ def _node(
     count: int | None,
     leader: dict[str | None, str],
     refusals: dict[str, str],
-    sizes: dict[str | None, list[int]],
+    sizes: dict[str | None, tuple[int, int]],
+    tree: tuple[int, int, int] | None,
 ) -> Node:
     options = run.task.options
     sources = list(sources_of(run))
@@ -336,11 +389,19 @@ def _node(
     wishes += [f"threads={options.backend.threads}"] if options.backend.threads != 1 else []
     wishes += [f"workers={', '.join(options.backend.workers)}"] if options.backend.workers else []
     wishes += [f"priority={options.priority}"] if options.priority else []
+    together = "" if count is None or fused else _packing(run, count, sizes.get(run.map_id, (0, 0)))
+    runs = 1 if count is None else count
+    if tree is not None:
+        values, runs, fanin = tree
+        many = "" if runs == sample.OPEN else f" of {runs:,} runs over {values:,} values"
+        together = f"a tree{many}, {fanin} values at a time"
     return Node(
         task=run.task.name,
-        count=count,
+        count=None if count == sample.OPEN else count,
+        mapped=count is not None,
+        runs=None if runs == sample.OPEN else runs,
         upstream=tuple(dict.fromkeys(one.run.task.name for one in sources if one.run is not None)),
-        together="" if count is None or fused else _packing(run, sizes.get(run.map_id, [])),
+        together=together,
         fused_with=fused,
         not_fused="" if fused or count is None else refusals.get(str(run.map_id), ""),
         lifted=tuple(dict.fromkeys(lifted)),
@@ -348,14 +409,16 @@ def _node(
     )
 
 
-def _packing(run: TaskRun, sizes: Sequence[int]) -> str:
+def _packing(run: TaskRun, count: int, sizes: tuple[int, int]) -> str:
     mapped = run.mapped
     assert mapped is not None  # it is an element
     if mapped.reason:
         return f"elements go alone: {mapped.reason}"
+    number, largest = sizes
     if run.task.options.chunk_size != "auto":
-        return f"in {len(sizes)} chunks of up to {run.task.options.chunk_size}"
+        many = "in chunks" if count == sample.OPEN else f"in {number:,} chunks"
+        return f"{many} of up to {run.task.options.chunk_size}"
     pilot = 2 * mapped.packer.threads if mapped.packer is not None else 0
     return f"automatic: {pilot} elements go first; if they are tiny, the others follow in chunks" + (
-        f" of up to {max(sizes):,}" if sizes else ""
+        f" of up to {largest:,}" if largest else ""
     )

@@ -95,7 +95,8 @@ class Made:
 
     def find(self, key: Key) -> list[TaskRun]:
         """Return the runs whose value has a key, as far as somebody still holds them."""
-        return [run for weak in self._runs.get(key, ()) if (run := weak()) is not None and run.key == key]
+        found = [run for weak in self._runs.get(key, ()) if (run := weak()) is not None and run.key == key]
+        return list(dict.fromkeys(found))  # one with dependants may be noted twice
 
     def forget(self, run: TaskRun) -> None:
         """The value of a run is gone; others of the same chunk may have theirs still."""

@@ -68,6 +68,7 @@ def gone(session: Session, run: TaskRun, cause: Exception) -> bool:
     """
     if run.stored is not None:  # whoever needs it reads the copy (`values`)
         return True
+    _count_death(session, run, cause)
     message = str(cause)
     options = run.task.options
     call = recipes.restored(run)
@@ -107,11 +108,24 @@ def renew_inputs(session: Session, run: TaskRun, cause: Exception) -> bool:
     return True
 
 
-def _reopen(session: Session, run: TaskRun, message: str) -> None:
+def _reopen(session: Session, run: TaskRun, message: str, **details: Any) -> None:
     run.excuses += 1
     run.position = advance(run.position, StateType.PENDING, "Recomputed", run.attempt + 1)
     run.message = message
-    session.journal.task_state(run, reason=REASON)
+    session.journal.task_state(run, reason=REASON, **details)
+
+
+def _count_death(session: Session, run: TaskRun, cause: Exception) -> None:
+    """The back end was making a lost value again when that worker died, too: an execution more, if it had begun."""
+    death = cause.__cause__
+    if not isinstance(death, errors.CrashedRun):
+        return
+    began, element = getattr(death, "began", None), getattr(death, "element", None)
+    if began and run.place >= 0:  # one of a chunk; of fused ones nobody here knows how many stand in a row
+        fused = run.key is not None and "+" in run.key[0]
+        began = None if element is None or (fused and run.place > element) else run.place <= element
+    if began is not False:
+        _reopen(session, run, str(death), cause=type(death).__name__, began="yes" if began else "unknown")
 
 
 def _give_up(session: Session, run: TaskRun, message: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from penstock.engine.calls import FlowRun
 from penstock.engine.events import HOST, bus
 from penstock.engine.journal import Journal
+from penstock.engine.living import living
 from penstock.engine.names import new_name
 from penstock.engine.states import StateType, advance
 from penstock.engine.tracking import start_tracking
@@ -50,6 +51,7 @@ class Reservation:
         self.run = FlowRun(SimpleNamespace(name=flow), new_name())
         self.id, self.name = self.run.id, self.run.name
         self._taken = False
+        living.own(self.run, self.journal)
         self.journal.flow_made(
             self.run,
             {
@@ -81,6 +83,7 @@ class Reservation:
             self._taken = True
             self.run.position = advance(self.run.position, to, name)
             self.journal.flow_state(self.run, message, **details)
+            living.disown(self.id)
 
     @contextlib.contextmanager
     def handed_on(self) -> Iterator[None]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from penstock.engine.calls import TaskRun
 
 Persistence: TypeAlias = bool | Literal["large"] | None
+Switches: TypeAlias = tuple[bool, bool, bool, Persistence]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class ResultOptions:
         Name of the format; ``("custom", pickle, name)`` of an object of the user.
     caching : CacheOptions
         Of a task: whether results are found again.
-    switches : tuple of bool, optional
+    switches : tuple, optional
         Of a flow run on a worker: what the driver's settings say, see `switches`.
     """
 
@@ -72,7 +73,7 @@ class ResultOptions:
     key: str | None = None
     serializer: Any = None
     caching: CacheOptions = NOTHING_SAID
-    switches: tuple[bool, bool, bool] | None = None
+    switches: Switches | None = None
 
     @property
     def wish(self) -> Persistence:
@@ -109,16 +110,48 @@ def unpack(packed: tuple[Any, ...] | None) -> ResultOptions:
     return ResultOptions(persist, ResultStorage(url, options), None, serializer, switches=said)
 
 
-def switches() -> tuple[bool, bool, bool]:
-    """Return whether settings refresh every cached result, switch caching off, and take the default policy away."""
+def switches() -> Switches:
+    """Return what the settings say of all tasks.
+
+    Returns
+    -------
+    tuple
+        Whether they refresh every cached result, switch caching off, and take the default policy away; and
+        whether results are stored where a task does not say it itself (None: as its flow says).
+    """
     known = settings()
-    return known.tasks_refresh_cache, known.tasks_disable_caching, known.tasks_default_no_cache
+    persist = _WORDS[known.tasks_default_persist_result]
+    return known.tasks_refresh_cache, known.tasks_disable_caching, known.tasks_default_no_cache, persist
+
+
+_WORDS: dict[str, Persistence] = {"": None, "true": True, "false": False, "large": "large"}
+
+
+def wish_of(own: ResultOptions, outer: ResultOptions) -> Persistence:
+    """Whether the results of a task are stored: as it says, the setting for tasks, its flow, the setting for all.
+
+    Parameters
+    ----------
+    own, outer : ResultOptions
+        Of the task, and of the flow run around it.
+
+    Returns
+    -------
+    bool or "large"
+    """
+    said = own.wish
+    if said is None:  # on a worker the settings of the driver count
+        known = settings().tasks_default_persist_result
+        said = outer.switches[3] if outer.switches is not None else _WORDS[known]
+    if said is None:
+        said = outer.wish
+    return _WORDS[settings().results_persist_by_default] if said is None else said
 
 
 def defaults() -> ResultOptions:
     """Return what the settings say."""
     known = settings()
-    persist: Persistence = {"true": True, "large": "large"}.get(known.results_persist_by_default, False)  # type: ignore[assignment]
+    persist = _WORDS[known.results_persist_by_default]
     storage = ResultStorage(known.default_result_storage or str(known.home / "storage"))
     return ResultOptions(persist, storage, None, known.results_default_serializer)
 
@@ -221,8 +254,8 @@ def commit_order(run: TaskRun) -> dict[str, Any] | None:
     if own is None or not run.tracked:
         return None
     outer = run.flow_run.results if run.flow_run is not None else ResultOptions()
-    wish = outer.wish if own.wish is None else own.wish
-    if wish is False or (wish is None and settings().results_persist_by_default == "false"):
+    wish = wish_of(own, outer)
+    if not wish:
         return None
     full = own.over(outer).over(defaults())
     assert full.storage is not None
@@ -231,7 +264,7 @@ def commit_order(run: TaskRun) -> dict[str, Any] | None:
         "options": dict(full.storage.options),
         "key": _key(run, own.key),
         "format": full.serializer or "auto",
-        "over": settings().large_argument if full.wish == "large" else 0,
+        "over": settings().large_argument if wish == "large" else 0,
     }
     if run.caching is not None:
         run.caching.extend(order, run)
@@ -290,6 +323,15 @@ def _key(run: TaskRun, template: str | None) -> str:
 def location(stored: Mapping[str, Any]) -> str:
     """Return where a result lies, as the record shows it and `load_result` takes it."""
     return f"{str(stored['storage']).rstrip('/')}/{stored['key']}{result_store.EXTENSION}"
+
+
+def order_at(where: str, order: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a commit order for the place that `location` told of a run."""
+    storage, whole = str(order["storage"]).rstrip("/"), where.removesuffix(result_store.EXTENSION)
+    if whole.startswith(f"{storage}/"):
+        return {**order, "key": whole[len(storage) + 1 :]}
+    other, _, key = whole.rpartition("/")  # the settings are others today
+    return {**order, "storage": other, "options": {}, "key": key}
 
 
 def load(run: TaskRun) -> Any:

@@ -11,10 +11,14 @@ import hashlib
 import inspect
 import os
 import subprocess
+import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+ALONE = "flows_in_"
+"""Begins the name of a module that was imported from a file whose own name means another one."""
 
 PATIENCE = 5.0
 """Seconds that git may take, once; then the hash of the source has to do."""
@@ -83,6 +87,24 @@ def task_key(function: Callable[..., Any]) -> str:
     """Return the name of a function's code: ``qualname-<8 digits of its hash>``."""
     named = getattr(function, "__qualname__", None) or type(function).__qualname__
     return f"{named}-{code_hash(function)}"
+
+
+def module_of(function: Callable[..., Any]) -> str:
+    """Return the name of a function's module, the same if its file is imported or run as a script."""
+    name = str(getattr(function, "__module__", None) or "")
+    main, code = getattr(sys.modules.get("__main__"), "__file__", None), _code_of(function)
+    if name == "__main__" and main and code and os.path.realpath(code.co_filename) == os.path.realpath(main):
+        return ".".join(module_names(Path(os.path.realpath(main)))[1])
+    return name.removeprefix(ALONE)
+
+
+def module_names(path: Path) -> tuple[Path, list[str]]:
+    """Return the directory from which a file is imported, and the parts of its module's name."""
+    folder, names = path.parent, [path.stem]
+    while (folder / "__init__.py").is_file():
+        names.insert(0, folder.name)
+        folder = folder.parent
+    return folder, names
 
 
 def _code_of(function: Any) -> types.CodeType | None:

@@ -6,6 +6,7 @@ primitives that travelled with the work order: less than 1 kB, whatever the para
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import inspect
 import pickle
@@ -15,8 +16,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from penstock import errors
-from penstock.engine import context
-from penstock.engine.summary import describe
+from penstock.engine import context, markup
+from penstock.engine.summary import describe, describe_all
 from penstock.runners import worker_runtime
 
 if TYPE_CHECKING:
@@ -60,6 +61,10 @@ class FlowRunView:
     root_flow_run_id: str | None = None
     scheduled_start_time: dt.datetime | None = None
 
+    def _repr_html_(self) -> str:
+        """Show in a notebook."""
+        return _card("Flow run", self.name, self)
+
 
 @dataclass(slots=True)
 class TaskRunView:
@@ -89,6 +94,21 @@ class TaskRunView:
     parameters: dict[str, Any] = field(default_factory=dict)
     flow_run_id: str | None = None
     seed: int | None = None
+
+    def _repr_html_(self) -> str:
+        """Show in a notebook."""
+        return _card("Task run", self.name, self)
+
+
+def _card(kind: str, title: str, view: FlowRunView | TaskRunView) -> str:
+    rows: list[tuple[str, str]] = []
+    for one in dataclasses.fields(view):
+        value = getattr(view, one.name)
+        if one.name == "parameters":
+            value = describe_all(value)  # never the data
+        if one.name != "name" and value not in (None, {}, []):
+            rows.append((one.name.replace("_", " "), str(value)))
+    return markup.card(kind, title, rows)
 
 
 @dataclass(slots=True)

@@ -59,6 +59,8 @@ class Sender:
         Opens the store; called in the thread of the sender.
     successor : callable
         Given what is committed, returns the spool to go on with if the present one is finished.
+    listen : callable, optional
+        Called once, when it is time to load the store.
 
     Attributes
     ----------
@@ -75,6 +77,7 @@ class Sender:
         spool: Spool,
         opener: Callable[[], Store],
         successor: Callable[[int], Spool | None] | None = None,
+        listen: Callable[[], None] | None = None,
     ) -> None:
         self._spool = spool
         self._acknowledged = 0
@@ -85,6 +88,7 @@ class Sender:
         self.reachable = True
         self._opener = opener
         self._successor = successor
+        self._listen = listen
         self._wake = threading.Event()  # there is something to send
         self._hurry = threading.Event()  # somebody waits: no delays
         self._stop = threading.Event()
@@ -144,6 +148,8 @@ class Sender:
     # -- in the thread ----------------------------------------------------------------------
     def _work(self) -> None:
         self._hurry.wait(START_DELAY)
+        if self._listen is not None and not self._stop.is_set():
+            self._listen()
         try:
             while not self._stop.is_set():
                 self._wake.wait()

@@ -53,7 +53,7 @@ from penstock.engine.quarantine import Quarantine
 from penstock.engine.results import ResultOptions
 from penstock.engine.states import Position, StateType, advance
 from penstock.runners import worker_runtime
-from penstock.runners.base import UNSENT, Key, Ref, Report, Submission, TaskRunner, new_tag
+from penstock.runners.base import UNSENT, Key, Options, Ref, Report, Submission, TaskRunner, new_tag
 from penstock.settings import settings
 
 log = logging.getLogger("penstock.flow_runs")
@@ -76,6 +76,7 @@ class Session:
     """Whether it only captures calls (`plan`): flows within it open no runner and wait for nothing."""
 
     def __init__(self, runner: TaskRunner, journal: Journal) -> None:
+        self.totals: dict[str, int] = {}  # in a plan: lengths of maps of which it holds only some elements
         self.runner = runner
         self.in_process = runner.in_process
         self.tag = new_tag()
@@ -282,6 +283,8 @@ class Session:
             self._scopes.setdefault(scope.flow_run, scope)
             for run in runs:
                 self._adopt(run, scope)
+                if run.done:
+                    continue
                 for source in self.graph.foreign(run):
                     run.waiting += 1
                     foreign.append((run, source))
@@ -320,6 +323,11 @@ class Session:
     def _adopt(self, run: TaskRun, scope: Scope) -> None:
         run.session = self
         run.inside = scope.depth + 1
+        if run.done:  # before its flow run was resumed
+            if scope.flow_run is not None:
+                scope.flow_run.runs += 1
+                scope.flow_run.finished += 1
+            return
         self.live[run] = None
         if scope.flow_run is not None:
             scope.flow_run.live[run] = None
@@ -471,26 +479,27 @@ class Session:
 
     def _watch(self, submissions: Sequence[Submission]) -> None:
         """Look after a while whether what asks for special workers can run at all."""
-        asking = [
-            one
+        asking = {  # nothing else of a submission: its references keep values
+            one.key: one.options
             for one in submissions
             if one.options.resources or one.options.workers or one.options.threads > 1
-        ]
+        }
         if asking:
             clock.call_later(PATIENCE, lambda: self._look(asking))
 
-    def _look(self, asking: Sequence[Submission]) -> None:
-        waiting = [one for one in asking if one.key in self._sent]
-        if not waiting:
-            return
-        reasons: dict[Any, str] = {}
-        for one in waiting:
-            if one.options not in reasons:
+    def _look(self, asking: dict[Key, Options]) -> None:
+        waiting = {key: options for key, options in asking.items() if key in self._sent}
+        reasons: list[tuple[Options, str]] = []
+        for options in waiting.values():
+            if all(known != options for known, _ in reasons):
                 with contextlib.suppress(Exception):  # the backend may be gone by now
-                    reasons[one.options] = self.runner.unmet(one.options)
+                    reasons.append((options, self.runner.unmet(options)))
+        if not any(reason for _, reason in reasons):
+            return
         with self.changing():
-            for one in waiting:
-                reason, unit = reasons.get(one.options, ""), self._sent.get(one.key)
+            for key, options in waiting.items():
+                reason = next((text for known, text in reasons if known == options), "")
+                unit = self._sent.get(key)
                 if reason and unit is not None:
                     self._say_unplaced(list(unit.runs) if isinstance(unit, Chunk) else [unit], reason)
 

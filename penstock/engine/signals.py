@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
+import contextlib
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from penstock import errors
+from penstock.engine import kernel
 from penstock.engine.clock import clock
+from penstock.runners import worker_runtime
 
 AGAIN = 0.5  # seconds after which a signal that nobody heard is raised once more
 
@@ -37,6 +41,12 @@ class Interrupts:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Interrupt the main thread; a signal while the flow is stopping ends the process at once."""
         del frame
+        if _wanted:
+            if _wanted.pop()():  # nobody sent a signal: code in this thread is to end
+                raise worker_runtime.Cancelled
+            return
+        if self.heard and kernel.is_here():
+            return  # the flow ends soon, the kernel does not
         if self.heard:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -63,8 +73,34 @@ class Interrupts:
         def note(number: int, frame: FrameType | None) -> None:
             self.received = number
             handler(number, frame)
+            # The handler of a notebook's cell puts a call into the loop, but the loop sleeps on.
+            with contextlib.suppress(RuntimeError):
+                asyncio.get_running_loop().call_soon_threadsafe(lambda: None)
 
         return note
+
+
+_wanted: list[Callable[[], bool]] = []
+
+
+def interrupt_main(still: Callable[[], bool]) -> bool:
+    """Raise `worker_runtime.Cancelled` in the main thread, also in a system call that blocks.
+
+    Parameters
+    ----------
+    still : callable
+        Called in the main thread: whether it is still in the code that is to end.
+
+    Returns
+    -------
+    bool
+        False if the handlers are not ours, so that nothing was done.
+    """
+    if not isinstance(signal.getsignal(signal.SIGINT), Interrupts):
+        return False
+    _wanted[:] = [still]
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    return True
 
 
 def _is_asyncios(handler: Any) -> bool:
@@ -73,17 +109,25 @@ def _is_asyncios(handler: Any) -> bool:
 
 
 @contextmanager
-def watched() -> Iterator[Interrupts]:
-    """Watch for signals in a block; does nothing outside of the main thread."""
+def watched(*, blocks: bool = True) -> Iterator[Interrupts]:
+    """Watch for signals in a block; does nothing outside of the main thread.
+
+    Parameters
+    ----------
+    blocks : bool
+        The block runs sync code: while it does, no event loop can react to a signal.
+    """
     interrupts = Interrupts()
     before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             present = signal.getsignal(number)
             # A handler that the user installed stays; an ignored signal stays ignored.
-            if present in (signal.default_int_handler, signal.SIG_DFL):
+            of_cell = kernel.is_its_handler(present)
+            if present in (signal.default_int_handler, signal.SIG_DFL) or (of_cell and blocks):
                 before[number] = signal.signal(number, interrupts)
-            elif _is_asyncios(present):  # it cancels the main task; we only take note
+            elif of_cell or _is_asyncios(present):
+                # It cancels the task of the loop; we only take note.
                 before[number] = signal.signal(number, interrupts.noting(present))
     try:
         yield interrupts

@@ -28,6 +28,7 @@ from penstock.engine import destination as destinations
 MAGIC = b"penspool\x01\r\n\x1a\n\x00\x00\x00"
 HEADER = struct.Struct("<II")
 LONGEST = 1 << 30  # a frame that claims to be longer is damage
+LIVING = ".live"  # ends the name of what is left of a spool whose writer has gone on to another one
 BATCH_BYTES = 1 << 20
 BATCH_EVENTS = 5000
 
@@ -161,6 +162,15 @@ class Spool:
         if size > self._synced:
             os.fdatasync(self._lock.handle)
             self._synced = size
+
+    def retire(self) -> None:
+        """Drop the file, whose events are all in a store; its name and lock stay as a sign of life."""
+        with self._gate, contextlib.suppress(OSError):
+            self.path.with_suffix(".ack").unlink(missing_ok=True)
+            living = self.path.with_suffix(LIVING)
+            self.path.rename(living)
+            os.ftruncate(self._lock.handle, 0)
+            self.path = living
 
     def close(self, acknowledged: int = 0) -> None:
         """End the life of the writer; the file goes once everything in it is in a store."""
@@ -298,6 +308,31 @@ def take_orphan(path: Path) -> FileLock | None:
         lock.release()
         return None
     return lock
+
+
+def writer_lives(directory: Path, writer: str) -> bool | None:
+    """Whether the process of a writer lives; None if nothing here tells."""
+    known: bool | None = None
+    for path in (directory / f"{writer}.log", directory / f"{writer}{LIVING}"):
+        try:
+            lock = FileLock.take(path)
+        except OSError:
+            continue
+        if lock is None:
+            return True
+        lock.release()
+        known = False
+    return known
+
+
+def remove_signs(directory: Path) -> None:
+    """Remove what says of processes that are dead that they live."""
+    with contextlib.suppress(OSError):
+        for path in directory.glob(f"*{LIVING}"):
+            lock = take_orphan(path)
+            if lock is not None:
+                path.unlink(missing_ok=True)
+                lock.release()
 
 
 def holder(path: Path) -> int | None:

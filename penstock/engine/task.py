@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast, overload
 
 from penstock import errors
-from penstock.engine import ambient, direct, lookups, mapping, payload, placement, revision, skipping
+from penstock.engine import ambient, direct, lookups, mapping, payload, placement, revision, sample, skipping
 from penstock.engine.annotations import TOLERANCE_OF
 from penstock.engine.cache import CachePolicy, read_cache_options
 from penstock.engine.caller import Caller, wait_sources
@@ -201,6 +201,7 @@ class Task(Generic[P, R]):
         check_choices(inputs, chunk_size, timeout_seconds, timeout_action)
         skipping.check(on_skip)
         self.fn = fn
+        self.module = revision.module_of(fn)  # here: a worker has another main script
         inner = _called(fn)
         self.isasync = inspect.iscoroutinefunction(inner)
         self.yields = inspect.isgeneratorfunction(inner) or inspect.isasyncgenfunction(inner)
@@ -521,6 +522,8 @@ class Task(Generic[P, R]):
             errors.hide_frames(error)
             raise
         futures: PenstockFutureList[Any] = PenstockFutureList(PenstockFuture(run) for run in runs)
+        if scope.session.plans:
+            futures = sample.of_map(futures, scope.session)
         if return_state:
             futures.wait()
             return [future.state for future in futures]

@@ -28,7 +28,7 @@ from penstock.engine.sender import Sender, Store, StoreUnusable
 from penstock.engine.spool import Spool, spools
 from penstock.settings import settings
 
-__all__ = ["Store", "StoreUnusable", "Tracker", "open_store", "start_tracking", "stop_tracking"]
+__all__ = ["Store", "StoreUnusable", "Tracker", "hear", "open_store", "start_tracking", "stop_tracking"]
 
 logger = logging.getLogger("penstock.tracking")
 
@@ -123,7 +123,9 @@ class Tracker:
         self._waiting = False
         self._owed: dict[str, int] = {}  # lines that were given up, by root run
         self._spool: Spool | None = None
+        self._retired: list[Spool] = []  # what others know this process by
         self._sender: Sender | None = None
+        self._still: Callable[[], None] | None = None  # ends what `hear` has begun
 
     def _after_fork(self) -> None:
         """Forget the spool, its lock and its sender: they are the parent's."""
@@ -200,11 +202,36 @@ class Tracker:
 
     def _start_threads(self, spool: Spool) -> None:
         try:
-            self._sender = Sender(spool, lambda: self._opener(self.home), self._successor)
+            self._sender = Sender(spool, self.open_store, self._successor, self._listen)
             if self._durable:
                 threading.Thread(target=self._sync, name="penstock-sync", daemon=True).start()
         except RuntimeError:
             pass  # Python is shutting down: the spool alone has to do
+
+    def open_store(self) -> Store:
+        """Open the store; for the threads in the background."""
+        return self._opener(self.home)
+
+    @property
+    def writer(self) -> str:
+        """Writer of the present spool, empty if there is none."""
+        spool = self._spool
+        return spool.writer if spool is not None else ""
+
+    def begin(self) -> str:
+        """Open the spool now; return its writer, empty if the disk takes none or nothing is recorded."""
+        with self._gate:
+            if self._spool is None and _unsubscribe is not None:
+                try:
+                    self._spool = Spool(self.home.spool)
+                except OSError:
+                    return ""
+                self._start_threads(self._spool)
+        return self.writer
+
+    def _listen(self) -> None:
+        if _listener is not None and self._still is None:
+            self._still = _listener(self)
 
     def _empty_ring(self) -> None:
         if time.monotonic() >= self._retry_at:
@@ -279,6 +306,8 @@ class Tracker:
         """
         deadline = time.monotonic() + timeout
         sender = self._sender
+        if self._still is not None:
+            self._still()
         with self._gate:
             self._retry_at = 0.0
             self._empty_ring()
@@ -291,8 +320,10 @@ class Tracker:
         with self._gate:
             self._retry_at = 0.0
             self._empty_ring()
-            spool, ring = self._spool, self._ring
+            spool, ring, retired = self._spool, self._ring, self._retired
             self._begin()
+        for old in retired:
+            old.close(old.last)
             self._closing = False
         self._report(len(ring))
         if spool is None:
@@ -319,7 +350,8 @@ class Tracker:
                 self._spool = Spool(self.home.spool)
             except OSError:
                 return None
-        old.close(acknowledged)
+            self._retired.append(old)
+        old.retire()
         return self._spool
 
     def _sync(self) -> None:
@@ -342,6 +374,17 @@ def _plain(value: Any, depth: int = 8) -> Any:
     except Exception:
         text = f"<{type(value).__name__}>"
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+# -- what else the store is asked ------------------------------------------------------------
+
+_listener: Callable[[Tracker], Callable[[], None]] | None = None
+
+
+def hear(listener: Callable[[Tracker], Callable[[], None]]) -> None:
+    """Call once for each tracker whose store is loaded; the answer ends what it has begun."""
+    global _listener
+    _listener = listener
 
 
 # -- the tracker of this process ------------------------------------------------------------

@@ -122,17 +122,26 @@ def heed_flow(flow_run: FlowRun | None) -> None:
 
 @contextlib.contextmanager
 def slot_given_back(run: TaskRun) -> Iterator[None]:
-    """Inside a task, give its slot back while a coroutine awaits a run."""
+    """Inside a task, give its slot back while a coroutine awaits a run.
+
+    Also while the run is on its way still: once it has arrived, it may need this very slot. Of
+    several coroutines that await at once the first gives the slot back, and the last takes it again.
+    """
     running = worker_runtime.current()
-    if running is None or run.done or run.ref is None or run.ref.handle is UNSENT or running.awaits:
+    if running is None or run.done:
         yield
         return
-    running.awaits = True  # of several awaits at once, one gives the slot back
+    if not running.awaits:
+        running.gap = run.carrier.runner.blocked([])
+        running.gap.__enter__()
+    running.awaits += 1
     try:
-        with run.carrier.runner.blocked([run.ref]):
-            yield
+        yield
     finally:
-        running.awaits = False
+        running.awaits -= 1
+        if not running.awaits:
+            gap, running.gap = running.gap, None
+            gap.__exit__(None, None, None)
 
 
 def kept_back(run: TaskRun) -> bool:

@@ -12,14 +12,19 @@ from __future__ import annotations
 
 import atexit
 import functools
+import inspect
 import threading
 import uuid
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
+
+from penstock import errors
 
 Key = tuple[str, int]
 """Name of one attempt in its backend: ``("<task name>-<tag>", counter)``.
@@ -225,6 +230,7 @@ class TaskRunner(ABC):
         self._listeners: dict[str, OnReports] = {}
         self._at_exit: list[Callable[[], None]] = []
         self._tokens: list[Token[TaskRunner | None]] = []
+        self._own: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # tasks, bound to us
 
     def __reduce__(self) -> Any:
         """Travel as a name: a runner is the driver's, and what needs it elsewhere makes its own."""
@@ -302,6 +308,65 @@ class TaskRunner(ABC):
     def is_open(self) -> bool:
         """Whether somebody uses the runner now."""
         return self._users > 0
+
+    # -- tasks, by hand -------------------------------------------------------------------
+    starting_text = "Task runner is not started"
+
+    def submit(self, task: Any, parameters: Mapping[str, Any], wait_for: Any = None) -> Any:
+        """Submit a task to this runner, in a ``with`` block of it or in any flow.
+
+        Parameters
+        ----------
+        task : Task
+            What to run.
+        parameters : mapping
+            Its arguments by name.
+        wait_for : iterable, optional
+            Futures that have to end first.
+
+        Returns
+        -------
+        PenstockFuture
+
+        Raises
+        ------
+        RuntimeError
+            If the runner is not started.
+        """
+        if not self.is_open:
+            raise RuntimeError(self.starting_text)
+        return self._call(task, "submit", parameters, wait_for)
+
+    def map(self, task: Any, parameters: Mapping[str, Any], wait_for: Any = None) -> Any:
+        """Map a task over what is iterable among its arguments; see `submit`.
+
+        Returns
+        -------
+        PenstockFutureList
+        """
+        if not self.is_open:
+            message = "The task runner must be started before submitting work."
+            raise RuntimeError(message)
+        return self._call(task, "map", parameters, wait_for)
+
+    def _call(self, task: Any, method: str, parameters: Mapping[str, Any], wait_for: Any) -> Any:
+        unknown = sorted(set(parameters) - set(task.signature.parameters))
+        if unknown:
+            message = f"task {task.name!r}: got an unexpected argument {unknown[0]!r}"
+            raise errors.ParameterBindError(message)
+        bound = inspect.BoundArguments(task.signature, OrderedDict(parameters))
+        own = self._own.get(task)
+        if own is None:
+            own = self._own[task] = task.with_options(task_runner=self)
+        token = ambient_runner.set(self)
+        try:
+            return getattr(own, method)(*bound.args, wait_for=wait_for, **bound.kwargs)
+        finally:
+            ambient_runner.reset(token)
+
+    def duplicate(self) -> Self:
+        """Return an equal runner that is not started; one that stands for a cluster shares it."""
+        raise NotImplementedError
 
     # -- reports --------------------------------------------------------------------------
     def listen(self, tag: str, on_reports: OnReports) -> None:

@@ -209,6 +209,8 @@ class DaskTaskRunner(TaskRunner):
         named = self._wish.cluster if self._wish.cluster is not None else None
         return self._wish.address or str(getattr(named, "scheduler_address", "") or "")
 
+    starting_text = "The task runner must be started before submitting work."
+
     def duplicate(self) -> Self:
         """Return the runner itself: it is counted, and one cluster serves all flows that use it."""
         return self
@@ -360,11 +362,13 @@ class DaskTaskRunner(TaskRunner):
 
     def unlisten(self, tag: str) -> None:
         """Stop delivering the reports of a session; what it has left is withdrawn."""
-        super().unlisten(tag)
         watch, attachment, runtime = self._watch, self._attachment, self._runtime
+        ending = f"-{tag}"
+        if watch is not None:
+            watch.settle(ending)
+        super().unlisten(tag)
         if watch is None or attachment is None or runtime is None:
             return
-        ending = f"-{tag}"
         left = [ref for key, ref in list(watch.outstanding.items()) if key[0].endswith(ending)]
         self._abandoned = self._abandoned or bool(left)
         self.release(left)

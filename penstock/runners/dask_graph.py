@@ -251,10 +251,16 @@ def fate(future: Any) -> tuple[str, str, Any]:
 
 
 def adopted(client: Any, key: Key) -> Any:
-    """Make this client's own future of a value that a worker has placed."""
+    """Make this client's own future of a value that a worker has placed.
+
+    To make a future of a key tells nobody: without the message the value would go with the worker's
+    own reference to it, and whoever asks for it later would wait for ever.
+    """
     from distributed import Future
 
-    return Future(key, client)
+    future = Future(key, client)
+    client._send_to_scheduler({"op": "client-desires-keys", "keys": [key]})
+    return future
 
 
 def holds_slot() -> bool:

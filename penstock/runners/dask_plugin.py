@@ -100,9 +100,7 @@ def run_one(flags: int, order: bytes, function: bytes, arguments: bytes, *values
         elif value.error is not None:
             value.error.__traceback__ = None  # its frames hold the upstream values
     finally:
-        if worker.status.name in {"running", "paused"}:
-            start.end()
-        # else it is about to leave, and nobody may hear how the task has ended: that it began stays noted
+        start.end()
     value = values = ()
     raise TaskFailure(record)
 
@@ -203,16 +201,26 @@ def _unsendable(value: Any) -> Exception | None:
     return None
 
 
+_OVER = {"memory", "error"}  # states of a task on its worker
+_BEGUN = {"executing", "long-running"} | _OVER
+
+
 def cancel_keys(wanted: dict[str, list[Any]], dask_worker: Any) -> list[Any]:
-    """Ask attempts on this worker to stop; answer those whose code is running.
+    """Ask attempts on this worker to stop; answer those that will tell of their end.
+
+    These are the ones whose code is running, and those that a thread is about to begin or has just
+    ended: they are not to be taken back.
 
     Parameters
     ----------
     wanted : dict of str to list of tuple
         Keys by address of the worker.
     """
-    found: list[Any] = runtime.cancel(wanted.get(dask_worker.address, []))
-    return found
+    tasks = dask_worker.state.tasks
+    wishes = wanted.get(dask_worker.address, [])
+    states: dict[Any, str] = {key: tasks[key].state if key in tasks else "" for key in wishes}
+    stopped = runtime.cancel([key for key, state in states.items() if state not in _OVER])
+    return [*stopped, *(key for key, state in states.items() if state in _BEGUN and key not in stopped)]
 
 
 def end_process() -> None:

@@ -132,9 +132,10 @@ class Runtime:
             What will certainly not run.
         """
         tracker = self.tracker
-        stopped, placed = dask_graph.ask(client, tracker.stop, self.name, keys)
+        idle, placed = dask_graph.ask(client, tracker.stop, self.name, keys)
         if not placed:
-            return list(stopped)
+            return list(idle)
+        stopped: list[Key] = []
         answers = dask_graph.ask_workers(client, self.plugin.cancel_keys, placed, workers=list(placed))
         running: dict[str, list[Key]] = {}
         for address, some in placed.items():
@@ -145,9 +146,11 @@ class Runtime:
             self._condemn(client, [address for address, some in running.items() if some]) if force else []
         )
         stopped += [key for address in condemned for key in running[address]]
-        dask_graph.ask(client, tracker.withdraw, self.name, stopped)  # first, or it starts elsewhere
+        stopped = dask_graph.ask(
+            client, tracker.withdraw, self.name, stopped
+        )  # first, or it starts elsewhere
         self._end(client, condemned)
-        return list(stopped)
+        return [*idle, *stopped]
 
     def _condemn(self, client: Any, workers: list[str]) -> list[str]:
         """Return the workers that may be ended, since others come in their place."""

@@ -25,6 +25,8 @@ with one of the kinds
     Dask could not run it; `details` hold its words.
 ``refused``
     Its value was lost, and it must not be executed twice.
+``losing``
+    Its value was lost, and Dask makes it again; sent at once, so that it is heard before that value.
 ``waiting``
     No worker may run it now.
 ``remark``
@@ -38,6 +40,7 @@ import contextlib
 import importlib
 import importlib.util
 import pickle
+import time
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -52,6 +55,7 @@ MADE = f"{MARK}:made"  # in the metadata of a task: its value existed once
 REASON = "penstock: withdrawn"  # why a client's future was cancelled by us
 SHORTEST, LONGEST = 0.002, 0.02  # seconds between two messages of one topic
 SWEEPS = (0.3, 2.0)  # seconds after the death of a worker: its process may take its time to end
+LEAVING_SECONDS = 5.0  # that a worker which was retired or restarted may take to end
 PATIENCE = 0.1  # a nanny says why it ended a worker about when the worker's connection closes
 
 
@@ -97,8 +101,13 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
                     self._completed(key, details)
             elif start == "memory" and finish == "released":
                 task = self.scheduler.tasks[key]
-                if task.annotations and "penstock_once" in task.annotations and task.who_wants:
+                if not task.who_wants:
+                    return
+                if task.annotations and "penstock_once" in task.annotations:
                     self._gone[key] = stimulus_id
+                elif MADE in (task.metadata or ()):
+                    self._add(topic_of(key), ("losing", key, b"", 0, "", None))
+                    self._flush()
             elif finish == "forgotten":
                 self._blamed.pop(key, None)
             elif finish in {"erred", "no-worker"} or start == "processing":
@@ -141,7 +150,8 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         self._refuse([key for key, why in gone.items() if why == stimulus_id], worker)
         known = self._workers.pop(worker, {"worker": worker, "pid": 0, "limit": 0})
         known["silent"] = "ttl" in stimulus_id  # the process may live, but does not answer
-        begun = plugin.runtime.read_starts(known["pid"], plugin.starts_label(worker))
+        starts = plugin.runtime.LastStarts(known["pid"], plugin.starts_label(worker))
+        begun = starts.read()
         restarted = worker in self._restarting
         self._restarting.discard(worker)
         lost: dict[Any, bool | None] = {}
@@ -167,10 +177,10 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         if f"{self.name}-memory" in scheduler.worker_plugins:
             for seconds in SWEEPS:
                 scheduler.loop.call_later(seconds, plugin.memory.sweep)
-        elements = {name: element for name, (element, _) in (begun or {}).items()}
         if lost:
             self.drop([key for key in lost if scheduler.tasks[key].state != "erred"])
-            scheduler.loop.call_later(PATIENCE, self._announce_loss, lost, known, elements, excused)
+        until = time.monotonic() + (LEAVING_SECONDS if excused else 0.0)
+        scheduler.loop.call_later(PATIENCE, self._announce_loss, lost, known, excused, starts, until)
 
     def log_event(self, topic: str, msg: Any) -> None:
         """Hear of workers that use too much memory."""
@@ -247,9 +257,17 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         self,
         lost: dict[Any, bool | None],
         known: dict[str, Any],
-        elements: dict[str, int],
         excused: set[Any],
+        starts: Any,
+        until: float,
     ) -> None:
+        """Say what was lost; a process that leaves in good order goes on with its work for a moment."""
+        if time.monotonic() < until and starts.is_growing():
+            self.scheduler.loop.call_later(PATIENCE, self._announce_loss, lost, known, excused, starts, until)
+            return
+        begun = starts.read() or {}
+        starts.close()
+        elements = {name: element for name, (element, _) in begun.items()}
         known["rss"] = self._doomed.pop(known["worker"], 0)
         for key, began in lost.items():
             element = elements.get(plugin.runtime.start_name(key))
@@ -444,9 +462,18 @@ async def _arrival(keys: list[Any], dask_scheduler: Any) -> None:
         await asyncio.sleep(0.01)
 
 
-def withdraw(name: str, keys: list[Any], dask_scheduler: Any) -> None:
-    """Withdraw tasks wherever they are."""
-    dask_scheduler.plugins[name].drop([key for key in keys if key in dask_scheduler.tasks])
+def withdraw(name: str, keys: list[Any], dask_scheduler: Any) -> list[Any]:
+    """Withdraw tasks wherever they are, but for those that have ended meanwhile, whose end was told.
+
+    Returns
+    -------
+    list of tuple
+        Keys of which nothing more will be heard.
+    """
+    tasks = dask_scheduler.tasks
+    found = [key for key in keys if key not in tasks or tasks[key].state not in {"memory", "erred"}]
+    dask_scheduler.plugins[name].drop(found)
+    return found
 
 
 def condemn(name: str, workers: list[str], dask_scheduler: Any) -> list[str]:

@@ -28,6 +28,7 @@ LOOK_SECONDS = 0.5  # between two looks at what the client knows by itself
 LATE_SECONDS = 5.0  # that a message may be later than what the client knows
 QUIET_SECONDS = 10.0  # without any message, until the scheduler is asked
 STALLED_SECONDS = 60.0  # without an answer
+REMAKING_SECONDS = 5.0  # that the end of a session waits for lost values to be made again
 WAITING_SECONDS = 10.0  # for a worker that may run a task, until the user is told
 
 
@@ -71,6 +72,7 @@ class Watch:
         self._waiting: dict[Key, float] = {}
         self._told: set[str] = set()
         self._recomputed = 0
+        self._remaking: set[Key] = set()  # values that Dask has lost and makes again
         self._empty = False  # the cluster had no workers when it was asked last
         self._heard = self._answered = time.monotonic()
         self._thread = threading.Thread(target=self._serve, name="penstock-dask", daemon=True)
@@ -98,6 +100,30 @@ class Watch:
         """Deliver reports from the watch's own thread."""
         self._messages.put(list(reports))
 
+    def settle(self, ending: str, seconds: float = REMAKING_SECONDS) -> None:
+        """Wait until it was told what became of lost values that Dask makes again.
+
+        Parameters
+        ----------
+        ending : str
+            Of the names in the keys that are of interest.
+        seconds : float
+            After which whoever asks goes on without.
+        """
+        if threading.current_thread() is self._thread:
+            return
+        deadline = time.monotonic() + seconds
+        while self._thread.is_alive():
+            told = threading.Event()
+            self._messages.put(told)
+            told.wait(1.0)
+            held = self._client.futures  # what nobody holds any more Dask does not make again
+            left = [key for key in list(self._remaking) if key[0].endswith(ending) and key in held]
+            if not left or self.is_away or time.monotonic() > deadline:
+                break
+            time.sleep(0.005)
+        self._remaking.difference_update([key for key in list(self._remaking) if key[0].endswith(ending)])
+
     def close(self) -> None:
         """Hear no more."""
         self._messages.put(None)
@@ -111,9 +137,12 @@ class Watch:
         while True:
             messages = self._wait(max(next_look - time.monotonic(), 0.0))
             reports: list[Report] = []
+            waiting = [message for message in messages if isinstance(message, threading.Event)]
             for message in messages:
                 if message is None:
                     return
+                if isinstance(message, threading.Event):
+                    continue
                 reports.extend(message if isinstance(message, list) else self._read(message))
             begun = time.monotonic()
             if begun >= next_look:
@@ -125,6 +154,8 @@ class Watch:
                     self._deliver(reports)
                 except Exception:
                     log.exception("a listener failed")
+            for one in waiting:
+                one.set()
 
     def _wait(self, seconds: float) -> list[Any]:
         try:
@@ -151,6 +182,9 @@ class Watch:
                     handle = dask_graph.adopted(self._client, item_key)
                     item = Ref(item_key, handle, nbytes, worker)
                     reports.append(Report(key, "item", nbytes=nbytes, worker=worker, number=number, ref=item))
+                continue
+            if kind == "losing":
+                self._remaking.add(key)
                 continue
             if kind == "remark":
                 self._remark(details["text"])
@@ -180,13 +214,17 @@ class Watch:
         self, kind: str, key: Key, record: bytes, nbytes: int, worker: str, details: Any
     ) -> list[Report]:
         """Say what became of a value that had been reported, or of a task that was given up."""
+        self._remaking.discard(key)
         if kind == "ended":
             if details is None:
                 return []
             self._recomputed += 1
             return [Report(key, "again", record, None, nbytes, worker)]
         text = f"the value of task {_name(key)!r} was lost with worker {worker or 'that held it'}"
-        return [Report(key, "gone", cause=errors.ResultLost(text))]
+        cause = errors.ResultLost(text)
+        if kind == "lost":  # Dask was making it again, and that worker died, too
+            cause.__cause__ = loss(key, details)
+        return [Report(key, "gone", cause=cause)]
 
     def _remark(self, text: str) -> None:
         if text not in self._told:

@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Self
 
 from penstock import errors
 from penstock.runners import worker_runtime
@@ -76,6 +76,10 @@ class ProcessPoolTaskRunner(TaskRunner):
     def __hash__(self) -> int:
         """Hash by the setting that surely can be hashed."""
         return hash((type(self), self.max_workers))
+
+    def duplicate(self) -> Self:
+        """Return a pool with the same settings."""
+        return type(self)(self.max_workers, self.initializer, self.initargs)
 
     def _settings(self) -> tuple[Any, ...]:
         return type(self), self.max_workers, self.initializer, self.initargs

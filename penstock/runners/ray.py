@@ -115,6 +115,8 @@ class RayTaskRunner(TaskRunner):
     def _settings(self) -> tuple[Any, ...]:
         return (type(self), self.address, self.init_kwargs, self.strict, self.max_in_flight)
 
+    starting_text = "The task runner must be started before submitting work."
+
     def duplicate(self) -> Self:
         """Return an equal runner; all runners of a process share its one connection to Ray."""
         return type(self)(

@@ -369,6 +369,10 @@ def _unwritten(flight: Flight, error: Any) -> list[Report]:
         gone = [one for one in flight.upstream if _is_about(error.cause, one)]
         reports = [Report(one.key, "gone", cause=cause) for one in gone]
         return [*reports, Report(key, "lost", cause=cause)]
+    if isinstance(error.cause, exceptions.TaskCancelledError) and (
+        flight.asked or not any(_is_broken(one) for one in flight.upstream)
+    ):  # a request to stop struck while its worker was making ready for it, or right after its end
+        return [Report(key, "lost", cause=neutral(error.cause), worker=flight.worker)]
     if isinstance(error.cause, exceptions.RayError) or any(_is_broken(one) for one in flight.upstream):
         return [Report(key, "upstream")]
     message = f"the task could not be set up on its worker: {first_words(error.cause)}"

@@ -117,6 +117,7 @@ def begin(runtime: Any) -> None:
     rt.worker_name = f"{node[:8]}:{os.getpid()}"
     rt.starts().open()
     _tell_exits()
+    _hear_swallowed()
     rt._HIDDEN.add(__file__)
     _WAITS.add(rt.__file__)  # a task whose stack goes on in another thread waits in there
 
@@ -131,6 +132,27 @@ def _tell_exits() -> None:
         leave(status)
 
     os._exit = _exit  # type: ignore[assignment]
+
+
+def _hear_swallowed() -> None:
+    """Make requests to stop again that struck where Python drops every exception: see `worker_runtime`."""
+    rt.hear_swallowed()
+    before = sys.unraisablehook
+
+    def hook(dropped: Any) -> None:
+        task = _task
+        if task is None or not task.interrupted or not issubclass(dropped.exc_type, KeyboardInterrupt):
+            before(dropped)
+            return
+        threading.Thread(target=_interrupt_again, args=(task,), daemon=True).start()
+
+    sys.unraisablehook = hook
+
+
+def _interrupt_again(task: _Task) -> None:
+    time.sleep(rt.AGAIN_SECONDS)
+    if task is _task and not task.is_over:
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 # -- one task -----------------------------------------------------------------------------
@@ -166,18 +188,20 @@ def work(head: bytes, values: Sequence[Any]) -> tuple[Any, Any]:
     key, order, function, arguments, announce, after = pickle.loads(head)
     _listen()
     start = rt.starts().begin(key)
-    _task = _Task(key, announce)
+    task = _task = _Task(key, announce)
     try:
         upstream = [_arrived(value) for value in values[after:]]
         if any(note[0] != COMPLETED for note in values[:after]):
             upstream.append(rt.Failed(b""))
         if isinstance(function, str):
             function = _stored(function)
-        value, record = rt.run(order, function, arguments, upstream, key, _task.begin)
+        value, record = rt.run(order, function, arguments, upstream, key, task.begin)
+        task.is_over = True
+        start.end()  # Ray stores the result after this; the note of what has ended stays for a while
+        return _departing(value, record)
     finally:
         _task = None
-        start.end()  # Ray stores the result after this; the note of what has ended stays for a while
-    return _departing(value, record)
+        start.end()
 
 
 class _Task:
@@ -188,6 +212,7 @@ class _Task:
         self.announce = announce
         self.running: Any = None
         self.interrupted = False
+        self.is_over = False  # its code has ended: a request to stop comes too late
 
     def begin(self) -> None:
         """User code starts now."""
@@ -367,6 +392,8 @@ def _on_interrupt(signum: int, frame: FrameType | None) -> None:
     task = _task
     if task is not None:
         task.interrupted = True
+        if task.is_over:
+            return
         for running in (task.running, rt.current()):
             if running is not None:
                 running.cancelled = True

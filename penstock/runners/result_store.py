@@ -267,6 +267,21 @@ def _said(
 # -- the commit file ------------------------------------------------------------------------
 
 
+def present(order: dict[str, Any], run: str, *, anybodys: bool = False) -> dict[str, Any] | None:
+    """Return what `commit` said of the result of a run, without reading it; None if there is none.
+
+    `anybodys`: also if another run has stored it.
+    """
+    place = _place(order)
+    key = order["key"].replace("{run}", run)
+    try:
+        with _refusals(order, place):
+            header = _header(place, key)
+    except (Absent, Damaged):
+        return None
+    return _said(order, key, header) if anybodys or header["run"] == run else None
+
+
 class _Header:
     """What the commit file says.
 

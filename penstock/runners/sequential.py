@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 from penstock.runners import worker_runtime
 from penstock.runners.base import Key, Ref, Report, RunnerInfo, Submission, TaskRunner
@@ -16,6 +16,18 @@ class SequentialTaskRunner(TaskRunner):
 
     name = "sequential"
     in_process = True
+
+    def __eq__(self, other: object) -> bool:
+        """Compare: there is nothing to set."""
+        return type(other) is type(self)
+
+    def __hash__(self) -> int:
+        """Hash by type."""
+        return hash(type(self))
+
+    def duplicate(self) -> Self:
+        """Return another one."""
+        return type(self)()
 
     def start(self) -> None:
         """Nothing to start."""

@@ -9,7 +9,7 @@ import itertools
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 from penstock.runners import worker_runtime
 from penstock.runners.base import Key, Ref, Report, RunnerInfo, Submission, TaskRunner
@@ -46,6 +46,10 @@ class ThreadPoolTaskRunner(TaskRunner):
     def __eq__(self, other: object) -> bool:
         """Compare settings."""
         return type(other) is type(self) and other.max_workers == self.max_workers
+
+    def duplicate(self) -> Self:
+        """Return a pool of the same size."""
+        return type(self)(self.max_workers)
 
     def __hash__(self) -> int:
         """Hash by settings."""
@@ -96,6 +100,7 @@ class ThreadPoolTaskRunner(TaskRunner):
         while (taken := self._take()) is not None:
             self._do(*taken)
             del taken  # the thread waits for its next task without holding the last one's objects
+        worker_runtime.close_loop()
 
     def _take(self) -> tuple[Submission, Ref] | None:
         with self._work:

@@ -91,6 +91,7 @@ LOG_LINES = 10_000  # per attempt; further lines are counted, not kept
 LOG_LINE_BYTES = 65_536
 ERROR_TEXT = 20_000  # characters of a traceback that travel
 FUNCTIONS_KEPT = 512
+AGAIN_SECONDS = 0.005  # until a request to stop that was swallowed is made again
 
 _HOST = socket.gethostname()
 _HIDDEN = {__file__}  # frames of these files are not the user's
@@ -144,7 +145,8 @@ class Running:
         self.nested: Any = None  # set by the engine when the task submits tasks of its own
         self.yielded = -1  # items that were handed on one by one
         self.helps = False  # a coroutine of the task does a child beside its event loop
-        self.awaits = False  # a coroutine of the task has given its slot back
+        self.awaits = 0  # coroutines of the task that wait without its slot
+        self.gap: Any = None  # what takes the slot again
         self.scope: Any = None  # set by the engine where the driver's objects are at hand
 
     def log(self, level: str, message: object) -> None:
@@ -449,6 +451,8 @@ def interrupted_after(seconds: float | None, name: Any) -> Iterator[None]:
     def ring(_signal: int, _frame: Any) -> None:
         raise TimedOut(f"Run {name!r} exceeded timeout of {seconds} second(s)")
 
+    ring.rings = True  # type: ignore[attr-defined] # marks it for `_ring_again`
+    hear_swallowed()
     if 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= seconds:  # the time around this one is over first
         yield
         return
@@ -1484,7 +1488,8 @@ def close_loop() -> None:
     """Close the loop of this thread, which is about to end."""
     holder = _loops.__dict__.pop("holder", None)
     if holder is not None:
-        holder.loop.close()
+        with contextlib.suppress(Exception):  # it runs still, if code in it was struck from outside
+            holder.loop.close()
 
 
 async def _draw(generator: Any, take: Any) -> None:
@@ -1518,6 +1523,7 @@ def in_thread(function: Any, *args: Any) -> Any:
             box.append((context.run(function, *args), None))
         except BaseException as error:  # handed to the waiting thread
             box.append((None, error))
+        close_loop()
         requests.put(None)
 
     thread = threading.Thread(target=target, name="penstock-hop", daemon=True)
@@ -1575,6 +1581,7 @@ async def beside_loop(function: Any, *args: Any) -> Any:
             value = context.run(function, *args)
         except BaseException as error:  # handed to the coroutine
             problem = error
+        close_loop()
         with contextlib.suppress(RuntimeError):  # the loop has ended; nobody waits any more
             loop.call_soon_threadsafe(settle, value, problem)
 
@@ -1650,6 +1657,7 @@ def cancel(keys: Any) -> list[Any]:
         The keys that are running in this process now.
     """
     found = []
+    hear_swallowed()
     with _active_lock:
         for key in map(tuple, keys):
             running = _active.get(key)
@@ -1665,6 +1673,44 @@ def cancel(keys: Any) -> list[Any]:
                 ctypes.c_ulong(running.thread), ctypes.py_object(Cancelled)
             )
     return found
+
+
+_swallowed = False  # whether `hear_swallowed` has been called
+
+
+def hear_swallowed() -> None:
+    """Send requests to stop again that struck where Python drops every exception.
+
+    Such places are callbacks of the garbage collector and `__del__`: they end there, and the code
+    around them goes on as if nobody had asked.
+    """
+    global _swallowed
+    if _swallowed:
+        return
+    _swallowed = True
+    before = sys.unraisablehook
+
+    def hook(dropped: Any) -> None:
+        if not issubclass(dropped.exc_type, (Cancelled, TimedOut)):
+            before(dropped)
+            return
+        # Another thread has to do it: here it would strike in the same place.
+        again = _stop_again if issubclass(dropped.exc_type, Cancelled) else _ring_again
+        threading.Thread(target=again, args=(threading.get_ident(),), daemon=True).start()
+
+    sys.unraisablehook = hook
+
+
+def _stop_again(thread: int) -> None:
+    time.sleep(AGAIN_SECONDS)
+    with _active_lock:
+        if any(one.thread == thread and one.cancelled for one in _active.values()):
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Cancelled))
+
+
+def _ring_again(_thread: int) -> None:
+    if getattr(signal.getsignal(signal.SIGALRM), "rings", False):
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
 
 
 # -- what has begun here, where it survives a SIGKILL ----------------------------------------
@@ -1830,6 +1876,49 @@ def read_starts(pid: int, label: str = "", *, remove: bool = True) -> dict[str, 
     return found
 
 
+class LastStarts:
+    """What has begun in a process of this host that is about to end, to be read until it has.
+
+    Parameters
+    ----------
+    pid : int
+        Of the process.
+    label : str
+        Of its table.
+    """
+
+    def __init__(self, pid: int, label: str = "") -> None:
+        self.pid = pid
+        self._path = _starts_file(pid, label)
+        self._file: Any = None
+        with contextlib.suppress(OSError):
+            self._file = open(self._path, "rb", buffering=0)  # noqa: SIM115 - the process may remove it before it ends
+
+    def read(self) -> dict[str, tuple[int, bool]] | None:
+        """Return what `read_starts` does, None if nobody knows."""
+        return None if self._file is None else _starts_in(self._file)
+
+    def is_growing(self) -> bool:
+        """Whether the process lives and may begin more."""
+        try:
+            os.kill(self.pid, 0)
+            with open(f"/proc/{self.pid}/stat", "rb") as file:
+                return self._file is not None and file.read().rpartition(b")")[2].split()[:1] != [b"Z"]
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Delete the table."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
+
+    def __del__(self) -> None:
+        self.close()
+
+
 def find_start(key: Any) -> tuple[int, int, bool] | None:
     """Look for an attempt in the files of all processes of this host.
 
@@ -1854,9 +1943,17 @@ def find_start(key: Any) -> tuple[int, int, bool] | None:
 def _read_starts(path: str) -> dict[str, tuple[int, bool]] | None:
     try:
         with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_uid != os.getuid():
-                return None
-            data = file.read()
+            return _starts_in(file)
+    except OSError:
+        return None
+
+
+def _starts_in(file: Any) -> dict[str, tuple[int, bool]] | None:
+    try:
+        if os.fstat(file.fileno()).st_uid != os.getuid():
+            return None
+        file.seek(0)
+        data = file.read()
         cells = memoryview(data)[:_CELLS_END].cast("q")
     except (OSError, TypeError):
         return None

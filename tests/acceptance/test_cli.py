@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from penstock.api import embedded, queries
+from tests.serving import served
 
 PENSTOCK = str(Path(sys.executable).parent / "penstock")
 ESCAPE = "\x1b"
@@ -156,7 +157,7 @@ def test_a_flow_that_ends_well(shell: Shell) -> None:
     assert re.search(r"^run \S+  flow good  id [0-9a-f]{8}$", done.err, re.MULTILINE)
     assert re.search(r"^on threads: \d+ slots?$", done.err, re.MULTILINE)
     assert re.search(r"^  square +4/4 ", done.err, re.MULTILINE)
-    assert re.search(r"^Completed in .*s$", done.err, re.MULTILINE)
+    assert re.search(r"^Completed in [0-9.]+ m?s(, after .* to start)?$", done.err, re.MULTILINE)
     for figure in ("tasks       5", "overhead", "per task", "peak memory driver", "came through the driver"):
         assert figure in done.err
     row = shell.newest()
@@ -390,6 +391,22 @@ def test_doctor_with_threads_needs_no_dask(past: Shell) -> None:
     assert len(past.rows()) == 2, "the doctor's own tasks are not recorded"
 
 
+def test_doctor_asks_the_server_that_is_set(past: Shell, tmp_path: Path) -> None:
+    with served(tmp_path) as server:
+        told = {"PENSTOCK_API_URL": server.url, "PENSTOCK_API_TOKEN": server.token}
+        reached = past("doctor", "--runner", "threads", "--json", **told)
+        refused = past("doctor", "--runner", "threads", "--json", **{**told, "PENSTOCK_API_TOKEN": "x"})
+    away = past("doctor", "--runner", "threads", "--json", **told)
+    found = [
+        {one["topic"]: one for one in json.loads(done.out)}["record"] for done in (reached, refused, away)
+    ]
+    assert [one["verdict"] for one in found] == ["ok", "note", "note"]
+    assert "sqlite" in found[0]["text"]
+    assert "token" in found[1]["text"]
+    assert "does not answer" in found[2]["text"]
+    assert "events wait in" in found[2]["text"]
+
+
 @pytest.mark.dask
 def test_doctor_compares_the_versions_of_a_dask_cluster(past: Shell) -> None:
     found = {one["topic"]: one for one in past.json("doctor", "--runner", "dask")}
@@ -531,6 +548,10 @@ def test_the_plan_is_alone_on_standard_output_and_an_error_is_the_users(shell: S
 
 def test_the_plan_of_the_demo(shell: Shell) -> None:
     plan = shell.json("explain", "penstock.demo.flow:radio", "--runner", "dask")
-    assert [node["task"] for node in plan["nodes"]] == ["read_visibilities", "find_scans"]
-    assert "find_scans.submit(observation).result()" in plan["end"]
+    found = {node["task"]: node for node in plan["nodes"]}
+    assert list(found)[:3] == ["read_visibilities", "find_scans", "solve_gains"]
+    assert list(found)[-1] == "draw", "the whole flow, up to the value that it returns"
+    assert (found["solve_gains"]["mapped"], found["solve_gains"]["count"]) == (True, None)
+    assert (found["image_channel"]["count"], found["summarise"]["fused_with"]) == (46, "image_channel")
+    assert "return draw_picture" in plan["end"]
     assert "assumed" in plan["runner"], "no cluster is started for a plan"

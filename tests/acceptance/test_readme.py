@@ -42,6 +42,16 @@ def commands() -> list[str]:
     return sorted(found - {""})
 
 
+LINK = re.compile(r"\]\((?!https?:)(?P<file>[^)#\s]*)(?:#(?P<section>[^)\s]+))?\)")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+
+
+def sections(page: Path) -> set[str]:
+    """The names by which links reach the headings of a page."""
+    titles = HEADING.findall(FENCE.sub("", page.read_text()))
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def environment(home: Path) -> dict[str, str]:
     ours = {name: value for name, value in os.environ.items() if not name.startswith("PENSTOCK_")}
     return {**ours, "PENSTOCK_HOME": str(home)}
@@ -63,6 +73,18 @@ def test_an_example_runs_and_prints_what_it_says(block: tuple[str, str], tmp_pat
     assert done.returncode == 0, done.stderr
     for expected in PRINTS.findall(text):
         assert expected in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    "page",
+    [*PAGES, *(ROOT / name for name in ("SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md"))],
+    ids=lambda page: page.name,
+)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in LINK.finditer(FENCE.sub("", page.read_text())):
+        target = page.parent / link["file"] if link["file"] else page
+        assert target.exists(), link[0]
+        assert not link["section"] or link["section"] in sections(target), link[0]
 
 
 @pytest.mark.parametrize("command", commands())

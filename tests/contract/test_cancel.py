@@ -1,5 +1,6 @@
 """Cancel: what has not started is dropped, running code is asked to stop."""
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -187,3 +188,73 @@ def test_a_direct_call_cannot_outlive_ctrl_c(in_flow: InFlow, record: Record) ->
         in_flow(lambda: pressed())
     assert record.task("pressed").type == "CRASHED"
     assert record.flow().type == "CRASHED"
+
+
+def test_a_cancel_that_comes_as_the_run_ends(
+    parallel: TaskRunner, in_flow: InFlow, record: Record, tmp_path: Path
+) -> None:
+    """Completed means that there is a value; cancelled before it started, that nothing was executed."""
+
+    @task
+    def quick(folder: Path, number: int) -> int:
+        (folder / str(number)).touch()
+        return number
+
+    def body() -> list[str]:
+        wrong = []
+        for number in range(60):
+            future = quick.submit(tmp_path, number)
+            future.wait(number % 12 / 2000)
+            future.cancel()
+            value = future.result(timeout=20, raise_on_failure=False)
+            state = future.state
+            if state.is_completed() and value != number:
+                wrong.append(f"{number}: {value!r}")
+            if "before it" in state.message and (tmp_path / str(number)).exists():
+                wrong.append(f"{number}: was executed, and {state.message!r}")
+        return wrong
+
+    assert in_flow(body) == []
+    assert set(record.types("quick")) <= {"COMPLETED", "CANCELLED"}
+
+
+class Deaf:
+    """Swallows what strikes while it goes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __del__(self) -> None:
+        (self.folder / "going").touch()
+        end = time.monotonic() + 10
+        while time.monotonic() < end and not (self.folder / "asked").exists():
+            pass
+        end = time.monotonic() + 0.3
+        while time.monotonic() < end:
+            pass
+
+
+@task
+def drop_and_loop(folder: Path) -> str:
+    Deaf(folder)
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        time.sleep(0.005)  # work: something to stop
+    return "not stopped"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_request_that_is_swallowed_is_made_again(
+    parallel: TaskRunner, in_flow: InFlow, tmp_path: Path, wait_until: Any
+) -> None:
+    def body() -> tuple[str, float]:
+        future = drop_and_loop.submit(tmp_path)
+        wait_until((tmp_path / "going").exists)
+        begun = time.monotonic()
+        threading.Timer(0.1, (tmp_path / "asked").touch).start()
+        future.cancel()
+        future.wait(timeout=15)
+        return future.state.name, time.monotonic() - begun
+
+    name, seconds = in_flow(body)
+    assert (name, seconds < 5) == ("Cancelled", True)

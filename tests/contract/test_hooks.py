@@ -369,3 +369,18 @@ def test_what_is_no_list_of_hooks(kind: str) -> None:
             f"Expected callables in '{kind}'; got str instead. Please provide a list of hooks to "
             f"'{kind}':\n\n{example}"
         )
+
+
+def test_hooks_that_are_coroutines_leave_no_loop_open(in_flow: InFlow, wait_until: Any) -> None:
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def hook(_task: Any, _run: Any, _state: Any) -> None:
+        loops.append(asyncio.get_running_loop())
+
+    @task(on_completion=[hook])
+    def noted(x: int) -> int:
+        return x
+
+    assert in_flow(lambda: noted.map([1, 2, 3]).result()) == [1, 2, 3]
+    assert len(loops) == 3
+    wait_until(lambda: all(loop.is_closed() for loop in loops))

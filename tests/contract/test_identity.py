@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from penstock import flow, tags, task
+from penstock import ParameterTypeError, flow, tags, task
 from penstock.runners.base import TaskRunner
 from tests.conftest import InFlow
 from tests.record import Record
@@ -146,7 +146,12 @@ def test_names_of_flow_runs(runner: TaskRunner, record: Record) -> None:
     weekly(DATE)
     weekly.with_options(flow_run_name=lambda: "nameless")(DATE)
     weekly.with_options(flow_run_name=lambda parameters: f"n={parameters['n']}")(DATE)
-    assert [row.name for row in record.flows()] == ["Monday-4", "nameless", "n=4"]
+    given: Any = weekly
+    given(DATE.isoformat(), "5")  # named after what the function gets
+    assert [row.name for row in record.flows()] == ["Monday-4", "nameless", "n=4", "Monday-5"]
+    with pytest.raises(ParameterTypeError, match="n: "):
+        given(DATE, "many")
+    assert record.flows()[-1].type == "FAILED"
 
 
 def test_names_that_are_no_text(in_flow: InFlow) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from penstock import flow, task
+from penstock import flow, get_run_context, task
 from penstock.runners.base import TaskRunner
 from tests.conftest import InFlow
 
@@ -46,3 +46,24 @@ def test_what_a_notebook_shows(in_flow: InFlow, runner: TaskRunner) -> None:
         assert "<b>three" not in page
     assert text.startswith("<PenstockFuture make-0 Completed")
     assert all(len(page) < 6000 for page in found)
+
+
+def test_what_a_notebook_shows_of_a_run(runner: TaskRunner) -> None:
+    @task(tags=["a<b"])
+    def within(x: Any) -> str:
+        around: Any = get_run_context()
+        return str(around.task_run._repr_html_())
+
+    @flow(name="night", task_runner=runner)
+    def night(data: list[int], star: str = "<b>sun</b>") -> list[str]:
+        around: Any = get_run_context()
+        return [around.flow_run._repr_html_(), within.submit(data).result()]
+
+    of_flow, of_task = night(list(range(100_000)))
+    assert "Flow run" in of_flow
+    assert "night" in of_flow
+    assert "Task run" in of_task
+    assert "a&lt;b" in of_task
+    for page in (of_flow, of_task):
+        assert "<b>sun" not in page
+        assert len(page) < 4000

@@ -1,11 +1,15 @@
 """One slot is enough: whoever waits inside a task does the work himself, or makes room."""
 
 import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from penstock import as_completed, flow, task
+from penstock.engine import context
 from penstock.runners.base import TaskRunner
 from tests.contract.test_nesting import add, chain_of, submit_down
 from tests.record import Record
@@ -73,6 +77,63 @@ def test_awaiting_inside_a_task(one_worker: TaskRunner, record: Record) -> None:
 
 async def _value(future: Any) -> Any:
     return await future
+
+
+@contextlib.contextmanager
+def slow_to_send() -> Iterator[None]:
+    """Have the runner of the task around take its time to send."""
+    scope = context.current()
+    assert scope is not None
+    runner: Any = scope.session.runner
+    send = runner.send
+
+    def send_late(submissions: Any) -> Any:
+        time.sleep(0.1)  # work: of a connection
+        return send(submissions)
+
+    runner.send = send_late
+    try:
+        yield
+    finally:
+        del runner.send
+
+
+def test_awaiting_what_is_on_its_way(one_worker: TaskRunner) -> None:
+    @task
+    async def inner(x: int) -> int:
+        return x + 1
+
+    @task
+    async def outer(x: int) -> int:
+        with slow_to_send():
+            child = inner.submit(x)
+            await asyncio.sleep(0.03)  # work: while another thread begins to send the child
+            return await child
+
+    @flow(task_runner=one_worker)
+    def awaiting() -> Any:
+        return outer.submit(1)
+
+    assert awaiting() == 2
+
+
+def test_awaiting_several_at_once(one_worker: TaskRunner) -> None:
+    @task
+    async def inner(seconds: float) -> float:
+        await asyncio.sleep(seconds)  # work: so that the first ends well before the others begin
+        return seconds
+
+    @task
+    async def outer() -> float:
+        children = inner.with_options(chunk_size=1).map([0.01, 0.1, 0.1])
+        await asyncio.sleep(0.03)  # work: until they are sent
+        return sum(await asyncio.gather(*map(_value, children)))
+
+    @flow(task_runner=one_worker)
+    def awaiting() -> Any:
+        return outer.submit()
+
+    assert awaiting() == pytest.approx(0.21)
 
 
 def test_completion_order_inside_a_task(one_worker: TaskRunner) -> None:

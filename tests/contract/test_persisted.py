@@ -476,6 +476,17 @@ def test_options_come_from_the_task_then_the_flow_then_the_settings(
     settings.refresh()
     flow(task_runner=runner)(body)()
     assert stored() == {"double": str(home), "off": None, "own": own, "unset": str(home)}
+    monkeypatch.setenv("PENSTOCK_TASKS_DEFAULT_PERSIST_RESULT", "false")  # of tasks, whatever their flow says
+    settings.refresh()
+    flow(task_runner=runner, persist_result=True)(body)()
+    assert stored() == {"double": None, "off": None, "own": own, "unset": None}
+    monkeypatch.delenv("PENSTOCK_RESULTS_PERSIST_BY_DEFAULT")
+    monkeypatch.setenv("PENSTOCK_TASKS_DEFAULT_PERSIST_RESULT", "large")
+    settings.refresh()
+    flow(task_runner=runner, persist_result=False)(body)()
+    assert stored() == {"double": None, "off": None, "own": own, "unset": None}
+    flow(task_runner=runner)(lambda: ramp.submit(1 << 18).wait())()
+    assert stored() == {"ramp": str(home)}
 
 
 def test_a_place_can_be_named_and_the_latest_run_has_it(

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from penstock import flow, task
+from penstock import ParameterBindError, flow, task, unmapped
 from penstock.runners.base import TaskRunner
 from tests.record import Record
 
@@ -34,6 +34,38 @@ def test_submit_and_map_in_a_block(runner: TaskRunner, record: Record) -> None:
     assert record.types("add") == ["COMPLETED"] * 3
     assert record.flows() == []
     assert {row.body["flow_run"] for row in record.tasks()} == {None}
+
+
+def test_submit_and_map_by_the_runner(runner: TaskRunner, record: Record) -> None:
+    @task
+    def collect(first: int, *more: int, **named: int) -> list[Any]:
+        return [first, *more, *sorted(named.items())]
+
+    with runner:
+        future = runner.submit(add, {"x": 1})
+        late = runner.submit(add, {"x": future, "y": 5}, wait_for=[future])
+        assert late.result() == 7
+        assert runner.map(add, {"x": [1, 2], "y": unmapped(3)}).result() == [4, 5]
+        assert runner.submit(collect, {"first": 1, "more": (2, 3), "named": {"k": 4}}).result() == [
+            1,
+            2,
+            3,
+            ("k", 4),
+        ]
+        with pytest.raises(ParameterBindError, match="unexpected argument 'z'"):
+            runner.submit(add, {"x": 1, "z": 2})
+    assert record.types("add") == ["COMPLETED"] * 4
+
+    def body() -> Any:
+        return runner.submit(add, {"x": 8}), runner.map(add, {"x": [1]}), add.submit(9)
+
+    assert flow(task_runner=runner)(body)() == (9, [2], 10)
+    assert record.types() == ["COMPLETED"] * 8
+
+
+def test_a_duplicate_is_equal(runner: TaskRunner) -> None:
+    assert runner.duplicate() == runner
+    assert hash(runner.duplicate()) == hash(runner)
 
 
 def test_the_end_of_the_block_waits(runner: TaskRunner, record: Record) -> None:

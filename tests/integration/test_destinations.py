@@ -58,7 +58,7 @@ def names(text: str) -> set[str]:
 
 def shown(server: Served) -> set[str]:
     with Client(server.url, server.token) as client:
-        return {one.name for one in client.flow_runs()}
+        return {str(one.name) for one in client.flow_runs()}
 
 
 def test_each_spool_goes_where_its_driver_would_have_sent_it(home: Path, tmp_path: Path) -> None:

@@ -168,6 +168,33 @@ def test_a_lost_result_is_made_again_and_said_so(
     assert record.task("sums").type == "COMPLETED"
 
 
+@task
+def falls(ledger: Path, when: int) -> str:
+    """Die at one of the executions."""
+    if enter(ledger, "falls") == when:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "alive"
+
+
+def test_a_death_while_a_lost_result_is_made_again_counts(
+    run: Run, runner: DaskTaskRunner, record: Record, tmp_path: Path, wait_until: WaitUntil
+) -> None:
+    ledger = tmp_path / "ledger"
+
+    def body() -> Any:
+        made = falls.submit(ledger, 2)
+        made.wait()
+        kill_holder(runner, made, wait_until)  # Dask makes it again, and kills the next worker with it
+        wait_until(lambda: made.state.state_details["attempt"] == 3 and made.state.is_completed(), 30.0)
+        return made.result()
+
+    assert run(body) == "alive"
+    row = record.task("falls")
+    assert executions(ledger) == {"falls": 3}
+    assert (row.type, row.attempt) == ("COMPLETED", 3)
+    check_count(record, row, 3)
+
+
 def test_a_lost_result_of_what_must_not_run_twice_is_a_crash(
     run: Run, runner: DaskTaskRunner, record: Record, tmp_path: Path, wait_until: WaitUntil
 ) -> None:
@@ -219,6 +246,27 @@ def test_an_argument_that_was_put_is_put_again(
 
 
 # ------------------------------------------------------------------------------- rows 4 and 5: memory, and moves
+
+
+def test_what_a_generator_has_yielded_is_held_by_the_driver(
+    run: Run, runner: DaskTaskRunner, wait_until: WaitUntil
+) -> None:
+    """The worker lets its own reference go after a while: by then the driver has to be known as an owner."""
+
+    @task
+    def three() -> Iterator[int]:
+        yield from range(3)
+
+    def owners(key: Any) -> set[str]:
+        return {one.client_key for one in scheduler_of(runner).tasks[key].who_wants}
+
+    def body() -> Any:
+        items = list(three.submit().items())
+        keys = [item._run.ref.key for item in items if item._run.ref is not None]
+        wait_until(lambda: all(runner.client.id in owners(key) for key in keys))
+        return [item.result() for item in items]
+
+    assert run(body) == [0, 1, 2]
 
 
 def test_a_worker_that_needs_too_much_memory_says_how_much(run: Run, record: Record) -> None:
@@ -411,7 +459,21 @@ def test_a_few_random_deaths(runner: DaskTaskRunner, record: Record, tmp_path: P
     random_deaths(runner, record, tmp_path, 3)
 
 
-def random_deaths(runner: DaskTaskRunner, record: Record, tmp_path: Path, orders: int) -> None:
+@pytest.mark.parametrize("orders", [2, pytest.param(40, marks=pytest.mark.soak)])
+def test_random_deaths_under_chunks(
+    runner: DaskTaskRunner, record: Record, tmp_path: Path, orders: int
+) -> None:
+    random_deaths(runner, record, tmp_path, orders, chunk_size="auto", elements=48)
+
+
+def random_deaths(
+    runner: DaskTaskRunner,
+    record: Record,
+    tmp_path: Path,
+    orders: int,
+    chunk_size: Any = 1,
+    elements: int = 12,
+) -> None:
     """Kill workers from outside while chains run, in a different order each time."""
     for order in range(orders):
         dice = random.Random(order)
@@ -419,15 +481,15 @@ def random_deaths(runner: DaskTaskRunner, record: Record, tmp_path: Path, orders
         record.events.clear()
 
         def body(dice: random.Random = dice, ledger: Path = ledger) -> Any:
-            patient = works.with_options(crash_retries=9, chunk_size=1)
-            first = patient.map(ledger, range(12), 0.02)
-            second = follows.with_options(crash_retries=9, chunk_size=1).map(first)
+            patient = works.with_options(crash_retries=9, chunk_size=chunk_size)
+            first = patient.map(ledger, range(elements), 0.02)
+            second = follows.with_options(crash_retries=9, chunk_size=chunk_size).map(first)
             for _ in range(2):
-                first[dice.randrange(12)].wait()
+                first[dice.randrange(elements)].wait()
                 workers = list(scheduler_of(runner).workers.values())
                 if workers:
                     os.kill(dice.choice(workers).pid, signal.SIGKILL)
             return second.result()
 
-        assert flow(task_runner=runner)(body)() == list(range(12)), f"order {order}"
+        assert flow(task_runner=runner)(body)() == list(range(elements)), f"order {order}"
         check_random(record, executions(ledger))

@@ -57,11 +57,11 @@ def test_two_hundred_flows_in_one_process_leave_no_loop_behind(home: Path) -> No
 
     @flow
     def plain(x: int) -> int:
-        return add.submit(x).result() + add(x)  # type: ignore[no-any-return]
+        return add.submit(x).result() + add(x)
 
     @flow
     async def later(x: int) -> int:
-        return await add_later.submit(x) + await add_later(x)  # type: ignore[no-any-return]
+        return await add_later.submit(x) + await add_later(x)
 
     async def notebook() -> list[int]:
         return [await later(x) if x % 2 else plain(x) for x in range(50)]
@@ -97,7 +97,7 @@ def test_a_writer_that_failed_once_writes_on(
         turns.append(1)
         raise RuntimeError("a chore that fails")
 
-    ingest = writer.ingest
+    ingest = writer.ingest  # type: ignore[attr-defined]
     monkeypatch.setattr(writer, "ingest", failing)
     monkeypatch.setattr(writer, "TURN", 0.0)
     found = Writer(sqlite_database, turn)

@@ -94,7 +94,7 @@ def test_spools_of_the_dead_are_drained_and_removed(home: Path, database_url: st
 
 
 def test_a_torn_spool_is_drained_at_every_offset(home: Path) -> None:
-    found = [Event("flow_run", f"{number:032x}", f"{number:032x}", 1.0, {}) for number in range(3)]
+    found = [Event("task_run", f"{number:032x}", f"{number:032x}", 1.0, {}) for number in range(3)]
     whole = leave(home, found).read_bytes()
     lengths = [HEADER.size + len(pack(event)) for event in found]
     store = embedded.EmbeddedStore(home)

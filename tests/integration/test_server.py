@@ -174,6 +174,17 @@ def test_other_machines_are_let_in_only_by_name(home: Path, host: str) -> None:
         assert httpx.get(f"{server.url}/api/v1/flows").status_code == 401
 
 
+@pytest.mark.parametrize("options", [(), ("--background",)])
+def test_a_database_that_is_away_is_one_sentence(home: Path, options: tuple[str, ...]) -> None:
+    url = f"postgresql://reader:secret@127.0.0.1:{free_port()}/none"
+    done = command(home, "server", "start", "--port", "0", *options, PENSTOCK_DATABASE_URL=url)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("penstock: The PostgreSQL server of PENSTOCK_DATABASE_URL")
+    assert "secret" not in line
+    assert command(home, "server", "status").returncode == 3
+
+
 def test_it_listens_on_loopback_only(home: Path) -> None:
     import psutil
 
@@ -631,6 +642,9 @@ def test_the_client_lists_into_frames(
     assert client.ask("runs")[0]["id"] == ROOT
     with pytest.raises(ServerError) as caught:
         client.set_state(ROOT, "pause")
+    assert caught.value.status == 501
+    with pytest.raises(ServerError, match=f"penstock resume {ROOT}") as caught:
+        client.set_state(ROOT, "resume")
     assert caught.value.status == 501
     with pytest.raises(ServerError) as caught:
         client.flow_run("f" * 32)

@@ -14,8 +14,6 @@ from penstock.api.client import Client
 from penstock.api.connection import ServerError
 from tests.serving import COMMAND, Served, served
 
-pytest.importorskip("penstock.api.requests", reason="this version takes no requests for runs")
-
 Wait = Callable[..., None]
 
 DRIVER = """

@@ -14,9 +14,10 @@ from hypothesis import settings as examples
 
 from penstock import settings
 from penstock.api import db, embedded, queries, upkeep
+from penstock.api.commands import COMMANDS
 from penstock.api.db import Database
 from penstock.api.ingest import ingest
-from penstock.api.models import events, leases, metadata, writers
+from penstock.api.models import events, leases, metadata, requests, writers
 from penstock.engine.events import Event, new_id
 from penstock.engine.spool import Batch
 from penstock.errors import ConfigurationError, StoreUnavailable
@@ -49,6 +50,32 @@ def test_what_is_folded_anew_is_what_was_there(database: Database) -> None:
     assert before["dropped_lines"] == [(story().root, 2)]
     assert upkeep.rebuild(database) == len(story().events)
     assert current(database) == before
+
+
+def test_what_was_asked_for_survives_folding_and_goes_with_its_run(database: Database) -> None:
+    run = story().root
+    told(database, "a" * 32, run, 5.0)
+    made = [COMMANDS["ask"](database, run=run, kind="cancel", by=by) for by in ("me", "you")]
+    heard = Flow(run)
+    for request in (made[0], new_id()):  # of the other one the store knows from the driver only
+        heard.add("request", run, id=request, what="cancel", outcome="asked to stop")
+    ingest(database, [batch(heard.events, "b" * 32)])
+    before, asked = current(database), rows_of(database, requests)
+    assert [(row.by, row.outcome) for row in asked if row.id in made] == [
+        ("me", "asked to stop"),
+        ("you", None),
+    ]
+    upkeep.rebuild(database)
+    assert (current(database), rows_of(database, requests)) == (before, asked)
+    with database.write() as connection:
+        connection.execute(writers.update().values(seen=0.0))
+    assert upkeep.prune(database, 10.0).runs == 1
+    assert rows_of(database, requests) == []
+
+
+def rows_of(database: Database, table: sa.Table) -> list[sa.Row[tuple[object, ...]]]:
+    with database.read() as connection:
+        return list(connection.execute(sa.select(table).order_by(table.c.id)))
 
 
 @given(found=histories())
@@ -234,6 +261,8 @@ def test_a_record_of_an_older_penstock_is_upgraded_with_all_that_is_in_it(databa
     ingest(database, [batch(story().events)])
     expected = current(database)
     with database.write(alone=True) as connection:  # as the second revision left it
+        connection.exec_driver_sql("DROP TABLE requests")
+        connection.exec_driver_sql("DROP INDEX ix_flow_runs_rank")
         connection.exec_driver_sql("DROP TABLE upkeep")
         connection.exec_driver_sql("DROP TABLE dropped_lines")
         connection.exec_driver_sql("DROP INDEX ix_events_root_kind")

@@ -1,6 +1,7 @@
 """When a batch of runs goes out."""
 
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from penstock.engine import buffer as module
 from penstock.engine.buffer import BATCH, Buffer
 from penstock.engine.calls import TaskRun
+from penstock.engine.chunks import Packer
 
 
 def run(number: int) -> TaskRun:
@@ -78,3 +80,19 @@ def test_a_run_is_taken_out(pumped: threading.Event) -> None:
     assert buffer.discard(one)
     assert not buffer.discard(one)
     assert buffer.take() == [other]
+
+
+def test_a_map_that_was_taken_back_keeps_nothing_waiting(pumped: threading.Event) -> None:
+    options: Any = SimpleNamespace(chunk_size=4)
+    packer = Packer(options, 2, 100)
+    buffer, element, next_one = Buffer(pumped.set), run(1), run(2)
+    element.mapped = SimpleNamespace(packer=packer)  # type: ignore[assignment]
+    buffer.add(element, leading=True)
+    assert element in buffer
+    assert buffer.discard(element)
+    assert not buffer.discard(element)
+    assert not buffer._packers
+    buffer.take()
+    buffer._last = -module.PAUSE
+    buffer.add(next_one, leading=True)
+    assert buffer.due, "nothing waits: it may go at once"

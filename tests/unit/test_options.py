@@ -143,7 +143,7 @@ def test_what_is_said_of_results_inside_wins() -> None:
     assert (merged.wish, merged.serializer) == (True, "json")
     assert merged.storage == outer.storage
     unpacked = unpack(merged.pack())
-    assert unpacked.switches == (False, False, False)
+    assert unpacked.switches == (False, False, False, None)
     assert replace(unpacked, switches=None) == merged
     assert read_options(False, None).over(outer).wish is False
     assert read_options(None, None).over(outer).wish == "large"

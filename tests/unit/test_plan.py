@@ -1,12 +1,25 @@
 """What the compiler makes of a flow, and why it does not make more of it."""
 
 import asyncio
+import operator
 import threading
 from typing import Any
 
 import numpy as np
+import pytest
 
-from penstock import ProcessPoolTaskRunner, allow_failure, as_completed, flow, task, unmapped, wait
+from penstock import (
+    ProcessPoolTaskRunner,
+    allow_failure,
+    as_completed,
+    errors,
+    first_completed,
+    flow,
+    task,
+    unmapped,
+    wait,
+)
+from penstock.engine import sample
 from penstock.engine.plan import Node, Plan
 
 
@@ -226,3 +239,202 @@ def test_a_value_ends_the_plan() -> None:
     found = plan(body)
     assert [node.task for node in found.nodes] == ["load"]
     assert found.end.startswith("a value is needed")
+
+
+def test_a_map_over_a_value_has_a_length_that_only_a_run_can_tell() -> None:
+    def body() -> None:
+        parts = load.map(clean.submit(1))
+        cleaned = clean.map(parts)
+        load.with_options(name="alone", chunk_size=1).map(cleaned, unmapped(3))
+        load.with_options(name="packed", chunk_size=50).map(cleaned, wait_for=[load.submit(1)])
+        load.with_options(name="both").map([1, 2, 3], cube=cleaned)
+        load.with_options(name="last").submit(cleaned.reduce(load.with_options(name="tree"), fanin=4))
+
+    @task
+    def load(x: Any, cube: Any = None) -> Any: ...
+
+    found = plan(body)
+    assert found.end == ""
+    shown = {node.task: node for node in found.nodes}
+    assert shown["alone"].together == "elements go alone: chunk_size is 1"
+    assert shown["packed"].together == "in chunks of up to 50"
+    assert shown["tree"].together == "a tree, 4 values at a time"
+    assert shown["tree"].upstream == ("clean",)
+    assert shown["last"].upstream == ("tree",)
+    assert (shown["both"].count, shown["both"].runs) == (3, 3), "maps have one length"
+    mapped = found.nodes[1]
+    assert (mapped.task, mapped.mapped, mapped.count, mapped.runs) == ("load", True, None, None)
+    assert mapped.together.endswith("the others follow in chunks")
+    assert found.nodes[2].fused_with == "load"
+    assert "load x (known at run time)  <- clean" in str(found)
+    assert "those whose number only a run can tell" in found._repr_html_()
+
+
+def test_a_map_over_a_generator_task_is_planned() -> None:
+    @task
+    def spectra() -> Any:
+        yield 1
+
+    def body() -> None:
+        clean.map(spectra.submit())
+
+    assert [(node.task, node.mapped, node.count) for node in plan(body).nodes] == [
+        ("spectra", False, None),
+        ("clean", True, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("use", "reason"),
+    [
+        (len, "the length of a map is needed"),
+        (list, "whose length only a run can tell are taken one by one"),
+        (bool, "the length of a map is needed"),
+        (lambda futures: futures[0], "one by one"),
+        (as_completed, "one by one"),
+        (first_completed, "one by one"),
+        (lambda futures: tuple(futures), "one by one"),
+        (lambda futures: operator.add([], futures), "one by one"),
+        (lambda futures: operator.add(futures, []), "one by one"),
+        (lambda futures: futures.result(), "a value is needed"),
+    ],
+)
+def test_code_that_asks_for_the_elements_ends_the_plan(use: Any, reason: str) -> None:
+    def body() -> None:
+        use(load.map(clean.submit(1)))
+        load.submit(2)
+
+    found = plan(body)
+    assert [node.task for node in found.nodes] == ["clean", "load"]
+    assert reason in found.end
+
+
+def test_a_map_of_a_million_is_planned_without_a_million_runs() -> None:
+    def body(count: int) -> None:
+        loaded = load.map(range(count))
+        assert len(loaded) == count
+        clean.map(loaded, iter(range(count)))
+        load.with_options(name="fifty", chunk_size=50).map(loaded)
+        load.with_options(name="gpu", resources={"GPU": 1}).map(loaded)
+        loaded.reduce(load.with_options(name="tree"))
+        loaded.reduce(load.with_options(name="early"), order="completion")
+        load.with_options(name="few").map(loaded[:10])
+
+    found = flow(task_runner=ProcessPoolTaskRunner(max_workers=2))(body).explain(1_000_000)
+    shown = {node.task: node for node in found.nodes}
+    assert found.end == ""
+    assert [shown[name].runs for name in ("load", "clean", "gpu")] == [1_000_000] * 3
+    assert shown["clean"].fused_with == "load"
+    assert shown["load"].together.endswith("in chunks of up to 10,000")
+    assert shown["fifty"].together == "in 20,000 chunks of up to 50"
+    assert "chunk_size of 50 is smaller" in shown["fifty"].not_fused
+    assert shown["tree"].runs == 142_860
+    assert shown["tree"].together == "a tree of 142,860 runs over 1,000,000 values, 8 values at a time"
+    assert shown["early"].runs == 142_857
+    assert shown["few"].count == 10
+    assert found.messages > 20_000 + 142_860 + 142_857
+
+
+def test_a_long_map_is_planned_like_one_that_is_planned_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def body() -> None:
+        loaded = load.map(range(6_000))
+        clean.map(loaded)
+        load.with_options(name="packed", chunk_size=70).map(range(6_000))
+        loaded.reduce(load.with_options(name="tree", chunk_size=1))
+
+    whole = plan(body)
+    monkeypatch.setattr(sample, "WHOLE", 100)
+    part = plan(body)
+    assert part.messages == whole.messages
+    assert [node for node in part.nodes if node.task != "tree"] == [
+        node for node in whole.nodes if node.task != "tree"
+    ]
+    runs = [sum(node.runs or 0 for node in one.nodes) for one in (part, whole)]
+    assert runs[0] == runs[1]
+
+
+def test_lengths_that_differ_are_found_without_making_the_runs() -> None:
+    def body() -> None:
+        clean.map(load.map(range(1_000_000)), range(999_999))
+
+    with pytest.raises(errors.MappingLengthMismatch, match="1000000"):
+        plan(body)
+
+
+def test_the_elements_of_a_long_map_are_not_taken_one_by_one() -> None:
+    @flow
+    def inner(x: Any) -> None:
+        load.submit(x)
+
+    def body() -> None:
+        for future in load.map(range(50_000)):
+            clean.submit(future)
+
+    assert "the elements of a map of 50,000 elements are taken one by one" in plan(body).end
+    assert "inner.map makes a run for each" in plan(lambda: inner.map(load.map(range(50_000)))).end
+
+
+def test_states_of_a_map_are_those_of_all_its_elements() -> None:
+    def body() -> None:
+        load.map(range(50_000), return_state=True)
+
+    assert "taken one by one" in plan(body).end
+
+
+def test_a_long_map_is_waited_for_and_cancelled_as_a_whole() -> None:
+    def body() -> None:
+        loaded = load.map(range(50_000))
+        wait(loaded)
+        loaded.wait()
+        clean.submit(loaded, wait_for=loaded)
+        load.map(range(50_000)).cancel()
+
+    found = plan(body)
+    assert found.end == ""
+    assert [(node.task, node.count, node.upstream) for node in found.nodes] == [
+        ("load", 50_000, ()),
+        ("clean", None, ("load",)),
+    ]
+
+
+def test_what_waits_for_the_end_of_each_element_is_counted() -> None:
+    def body() -> None:
+        loaded = load.with_options(chunk_size=10).map(range(100))
+        clean.with_options(chunk_size=1).map(allow_failure(loaded))
+        clean.submit(allow_failure(loaded[0]))
+
+    assert plan(body).messages == 10 + 100 + 1
+
+
+def test_maps_that_are_alike_are_shown_once_and_counted() -> None:
+    def body() -> None:
+        for _ in range(3):
+            load.map(range(50))
+
+    found = plan(body)
+    assert "  load x 50, 3 times\n" in str(found)
+    assert "150 task runs" in str(found)
+    assert "<td>150</td>" in found._repr_html_()
+
+
+def test_a_long_map_keeps_its_length_through_flows_and_containers() -> None:
+    @flow
+    def inner() -> Any:
+        return load.map(range(50_000))
+
+    def body() -> None:
+        clean.map(inner())
+        clean.submit({"all": load.map(range(50_000))})
+
+    found = plan(body)
+    assert found.end == ""
+    assert [node.runs for node in found.nodes] == [50_000, 50_000, 50_000, 1]
+
+
+def test_the_plan_of_the_demo_is_whole() -> None:
+    pytest.importorskip("ducc0")
+    from penstock.demo import radio
+
+    found = radio.with_options(task_runner="processes").explain()
+    assert [found.nodes[0].task, found.nodes[-1].task] == ["read_visibilities", "draw"]
+    assert {node.task for node in found.nodes} >= {"solve_gains", "merge_gains", "image_channel", "summarise"}

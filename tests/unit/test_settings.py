@@ -1,12 +1,13 @@
 """Settings: where values come from, and what is said about a bad one."""
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from penstock import settings
+from penstock import errors, settings
 from penstock.errors import ConfigurationError
 from penstock.settings import Settings, load
 
@@ -68,6 +69,11 @@ def test_a_relative_home_in_a_file_is_relative_to_the_file(project: Path) -> Non
         ("SPOOL_SYNC", "Power", "power"),
         ("TASK_DEFAULT_RETRIES", " 3 ", 3),
         ("RUNNER", "", ""),
+        ("TASKS_DEFAULT_PERSIST_RESULT", "", ""),
+        ("TASKS_DEFAULT_PERSIST_RESULT", "Yes", "true"),
+        ("TASKS_DEFAULT_PERSIST_RESULT", "large", "large"),
+        ("DEBUG_MODE", "1", True),
+        ("UI_URL", "https://flows.example.org", "https://flows.example.org"),
     ],
 )
 def test_text_becomes_values(project: Path, name: str, text: str, value: object) -> None:
@@ -87,6 +93,8 @@ def test_text_becomes_values(project: Path, name: str, text: str, value: object)
         ("SPOOL_SYNC", "never"),
         ("RESULTS_PERSIST_BY_DEFAULT", "sometimes"),
         ("RESULTS_DEFAULT_SERIALIZER", "yaml"),
+        ("TASKS_DEFAULT_PERSIST_RESULT", "sometimes"),
+        ("DEBUG_MODE", "somewhat"),
     ],
 )
 def test_a_bad_value_gives_one_sentence_that_names_the_variable(project: Path, name: str, text: str) -> None:
@@ -173,3 +181,38 @@ def test_reading_settings_loads_no_library() -> None:
     script = "import sys, penstock.settings as s; s.settings(); print('pydantic' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_every_name_of_existing_scripts_is_a_setting() -> None:
+    names = (
+        "HOME API_URL UI_URL DATABASE_URL RUNNER TASKS_MAX_NESTING LOGGING_LOG_PRINTS RESULTS_PERSIST_BY_DEFAULT "
+        "DEFAULT_RESULT_STORAGE RESULTS_DEFAULT_SERIALIZER TASKS_DEFAULT_PERSIST_RESULT TASKS_DEFAULT_NO_CACHE "
+        "TASKS_DISABLE_CACHING TASKS_REFRESH_CACHE TASK_DEFAULT_RETRIES FLOW_DEFAULT_RETRIES DEBUG_MODE"
+    )
+    assert {name.lower() for name in names.split()} <= set(settings.NAMES)
+
+
+def test_debug_mode_keeps_our_lines_in_tracebacks_and_lets_our_loggers_write(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def lines() -> list[str]:
+        from penstock import flow
+
+        @flow
+        def broken() -> None:
+            raise ValueError("no data")
+
+        with pytest.raises(ValueError, match="no data") as caught:
+            broken()
+        return [str(entry.path) for entry in caught.traceback]
+
+    package = str(Path(errors.__file__).parent)
+    assert not any(path.startswith(package) for path in lines())
+    monkeypatch.setenv("PENSTOCK_DEBUG_MODE", "1")
+    settings.refresh()
+    assert any(path.startswith(package) for path in lines())
+    assert logging.getLogger("penstock.runners.dask").isEnabledFor(logging.DEBUG)
+    monkeypatch.delenv("PENSTOCK_DEBUG_MODE")
+    settings.refresh()
+    assert not any(path.startswith(package) for path in lines())
+    assert not logging.getLogger("penstock.runners.dask").isEnabledFor(logging.DEBUG)

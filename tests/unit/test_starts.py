@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 from penstock.runners import worker_runtime
-from penstock.runners.worker_runtime import Starts, find_start, read_starts, start_of, sweep_starts
+from penstock.runners.worker_runtime import (
+    LastStarts,
+    Starts,
+    find_start,
+    read_starts,
+    start_of,
+    sweep_starts,
+)
 
 KEY = ("load-0123abcd", 7)
 
@@ -122,3 +129,28 @@ def test_an_element_costs_less_than_a_microsecond() -> None:
         best = min(best, (time.perf_counter() - begun) / 10_000)
     start.end()
     assert best < 1e-6
+
+
+def test_the_table_of_a_process_that_ends_can_be_read_to_its_end() -> None:
+    code = (
+        "import sys; from penstock.runners import worker_runtime as rt\n"
+        "rt.starts('leaving').open(); one = rt.starts('leaving').begin(('works-0123abcd', 7)); one.element(1)\n"
+        "print('ready', flush=True); sys.stdin.readline(); one.element(4)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    last = LastStarts(process.pid, "leaving")
+    assert last.read() == {"0123abcd:7": (1, False)}
+    assert last.is_growing()
+    process.communicate("\n", timeout=20)
+    assert not last.is_growing()
+    assert last.read() == {"0123abcd:7": (4, False)}, "although the process has removed the file"
+    last.close()
+    assert LastStarts(process.pid, "leaving").read() is None

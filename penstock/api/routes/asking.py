@@ -12,6 +12,7 @@ from starlette.concurrency import run_in_threadpool
 
 from penstock.api import questions
 from penstock.api.auth import Scope, needs
+from penstock.api.commands import COMMANDS
 from penstock.api.db import Database
 from penstock.api.routes import MISSING, PREFIX, PROBLEMS, Run, service_of
 from penstock.api.schemas import Action, Answer, Granted, Problem, Question, Wish
@@ -64,35 +65,31 @@ async def tell(request: Request, question: Question) -> Any:
     service = service_of(request)
     if question.what == "sweep":  # commit what drivers beside us have written down
         return {"answer": await _answered(_called(request, lambda database: service.sweep()))}
-    command = questions.commands().get(question.what)
+    command = COMMANDS.get(question.what)
     if command is None:
         raise HTTPException(400, f"There is no command {question.what!r}.")
-    return {"answer": await _answered(_written(request, lambda connection: command(connection, **details)))}
+    return {"answer": await _answered(_called(request, lambda database: command(database, **details)))}
 
 
 @router.post("/runs/{run}/state", response_model=Granted, status_code=202, responses=MISSING | _LATER)
 async def set_state(request: Request, run: Run, wish: Wish) -> Any:
-    """Ask for a run to be cancelled, resumed or retried; its driver does it within seconds."""
+    """Ask for a run to be cancelled; its driver does it within seconds.
+
+    Runs are resumed where their code is: by `penstock resume`.
+    """
     if wish.action is Action.PAUSE:
         raise HTTPException(501, "Runs cannot be paused yet.")
-    make = questions.request_maker()
-    if make is None:
-        raise HTTPException(501, "This version takes no requests for runs.")
     with service_of(request).read() as connection:
         if not questions.exists(connection, run):
             raise HTTPException(404, f"There is no run {run}.")
-    made = await _answered(
-        _written(request, lambda connection: make(connection, run, wish.action.value, wish.by))
-    )
+    if wish.action is not Action.CANCEL:
+        raise HTTPException(
+            501,
+            f"The server has no code of flows: run `penstock resume {run}` where the run was started, to go on with it.",
+        )
+    asked = {"run": run, "kind": wish.action.value, "by": wish.by}
+    made = await _answered(_called(request, lambda database: COMMANDS["ask"](database, **asked)))
     return {"request": made, "run": run, "action": wish.action}
-
-
-async def _written(request: Request, work: Callable[[sa.Connection], Any]) -> Any:
-    def write(database: Database) -> Any:
-        with database.write() as connection:
-            return work(connection)
-
-    return await _called(request, write)
 
 
 async def _called(request: Request, work: Callable[[Database], Any]) -> Any:

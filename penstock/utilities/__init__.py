@@ -1,0 +1,1 @@
+"""Where scripts that come from Prefect look for annotations; nothing else lives here."""
