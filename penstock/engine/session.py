@@ -531,13 +531,13 @@ class Session:
             return units
         while taken := self.buffer.take():
             for unit in taken:
-                if isinstance(unit, list) and len(unit) > 1:
-                    units.append(self._pack(unit))
-                    continue
-                run = unit[0] if isinstance(unit, list) else unit
-                if not run.done:
-                    self._hand_out(run)
-                    units.append(self._address(run))
+                # What waited to be sent again may have ended meanwhile, if news of it were late.
+                runs = [run for run in (unit if isinstance(unit, list) else [unit]) if not run.done]
+                if len(runs) > 1:
+                    units.append(self._pack(runs))
+                elif runs:
+                    self._hand_out(runs[0])
+                    units.append(self._address(runs[0]))
         return units
 
     def _address(self, run: TaskRun) -> TaskRun:
