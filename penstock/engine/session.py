@@ -449,8 +449,20 @@ class Session:
                     self._read(self._inbox.popleft())
                 else:
                     self._send()
+            except Exception as error:
+                log.exception("penstock itself failed")
+                self._end_all(error)
             finally:
                 self._working.release()
+
+    def _end_all(self, error: Exception) -> None:
+        """End what has not ended: after a defect of ours a flow must fail, and not wait for ever."""
+        message = f"penstock itself failed, please report it: {type(error).__name__}: {error}"
+        with self.changing():
+            for run in [run for run in self.live if not run.done]:
+                run.error = errors.CrashedRun(message).of_run(run.id)
+                with contextlib.suppress(Exception):  # the state of this very run may be what is wrong
+                    self.settle(run, StateType.CRASHED, None, message)
 
     @property
     def _due(self) -> bool:

@@ -14,6 +14,7 @@ import pytest
 
 import penstock
 from penstock import CrashedRun, FailedRun, exponential_backoff, flow, task, unmapped
+from penstock.engine import compile as compiling
 from penstock.errors import UnserializableArgument, UnserializableResult, WorkerLost
 from penstock.runners.base import TaskRunner
 from tests.conftest import InFlow
@@ -424,3 +425,15 @@ def test_a_crash_inside_a_nested_flow(
     with pytest.raises(CrashedRun):
         in_flow(child)
     assert record.flow().type == "FAILED"
+
+
+def test_a_defect_of_ours_ends_the_flow(in_flow: InFlow, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any) -> Any:
+        raise RuntimeError("a defect")
+
+    def body() -> Any:
+        monkeypatch.setattr(compiling, "submissions", broken)
+        return identity.map(range(3))
+
+    with pytest.raises(CrashedRun, match="penstock itself failed, please report it: RuntimeError: a defect"):
+        in_flow(body)
