@@ -169,6 +169,7 @@ class Spool:
             self.path.with_suffix(".ack").unlink(missing_ok=True)
             living = self.path.with_suffix(LIVING)
             self.path.rename(living)
+            destinations.remove(living)
             os.ftruncate(self._lock.handle, 0)
             self.path = living
 
