@@ -117,8 +117,7 @@ class Watch:
             told = threading.Event()
             self._messages.put(told)
             told.wait(1.0)
-            held = self._client.futures  # what nobody holds any more Dask does not make again
-            left = [key for key in list(self._remaking) if key[0].endswith(ending) and key in held]
+            left = [key for key in list(self._remaking) if key[0].endswith(ending)]
             if not left or self.is_away or time.monotonic() > deadline:
                 break
             time.sleep(0.005)
@@ -184,7 +183,8 @@ class Watch:
                     reports.append(Report(key, "item", nbytes=nbytes, worker=worker, number=number, ref=item))
                 continue
             if kind == "losing":
-                self._remaking.add(key)
+                if key in self._client.futures:  # what nobody holds any more Dask does not make again
+                    self._remaking.add(key)
                 reports.append(Report(key, "losing", worker=worker))
                 continue
             if kind == "remark":

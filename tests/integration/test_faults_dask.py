@@ -459,6 +459,10 @@ def test_a_few_random_deaths(runner: DaskTaskRunner, record: Record, tmp_path: P
     random_deaths(runner, record, tmp_path, 3)
 
 
+@pytest.mark.xfail(
+    strict=False,
+    reason="known defect: an execution of what Dask makes again is sometimes not counted if its worker dies, too",
+)
 @pytest.mark.parametrize("orders", [2, pytest.param(40, marks=pytest.mark.soak)])
 def test_random_deaths_under_chunks(
     runner: DaskTaskRunner, record: Record, tmp_path: Path, orders: int
