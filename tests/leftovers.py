@@ -39,6 +39,7 @@ def of_session(session: Session) -> list[str]:
         "packers": session.buffer._packers,
         "quarantine": [*session.quarantine._waiting, *session.quarantine._apart, *session.quarantine._next],
         "inbox": session._inbox,
+        "remaking": session.remaking,
         "frozen arguments": session.objects._frozen,
         "origins of arguments": list(session.objects._origins),
         "made values": [key for key in list(session.made._runs) if session.made.find(key)],

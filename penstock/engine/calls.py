@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from penstock.engine import events, refs
 from penstock.engine.results import ResultOptions
@@ -378,3 +379,40 @@ class FlowRun:
     def __repr__(self) -> str:
         """Show name, id and state."""
         return f"<FlowRun {self.name} {self.id[:8]} {self.position.name}>"
+
+
+Value = TypeVar("Value")
+
+
+class ByFlow(Generic[Value]):
+    """Something for each flow run, as long as that lives, and for calls outside of flows."""
+
+    def __init__(self) -> None:
+        self._kept: weakref.WeakKeyDictionary[FlowRun, Value] = weakref.WeakKeyDictionary()
+        self._outside: list[Value] = []
+
+    def __setitem__(self, flow: FlowRun | None, value: Value) -> None:
+        """Keep the value; it must not hold the flow run."""
+        if flow is None:
+            self._outside = [value]
+        else:
+            self._kept[flow] = value
+
+    def __getitem__(self, flow: FlowRun | None) -> Value:
+        """Return what is kept; KeyError if there is nothing."""
+        if flow is not None:
+            return self._kept[flow]
+        if not self._outside:
+            raise KeyError(flow)
+        return self._outside[0]
+
+    def __contains__(self, flow: FlowRun | None) -> bool:
+        """Whether there is anything for the flow run."""
+        return bool(self._outside) if flow is None else flow in self._kept
+
+    def get(self, flow: FlowRun | None) -> Value | None:
+        """Return what is kept, None if there is nothing."""
+        try:
+            return self[flow]
+        except KeyError:
+            return None

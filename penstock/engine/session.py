@@ -42,7 +42,7 @@ from penstock.engine import (
     waiting,
 )
 from penstock.engine.buffer import Buffer
-from penstock.engine.calls import Call, FlowRun, Source, TaskRun
+from penstock.engine.calls import ByFlow, Call, FlowRun, Source, TaskRun
 from penstock.engine.chunks import Chunk, fuse
 from penstock.engine.clock import Alarm, clock
 from penstock.engine.context import Scope
@@ -89,10 +89,14 @@ class Session:
         self._inbox: deque[list[Report]] = deque()
         self._sent: dict[Key, TaskRun | Chunk] = {}
         self.made = recipes.Made()
-        self._scopes: dict[FlowRun | None, Scope] = {}
-        self._results: dict[FlowRun | None, tuple[Any, ...]] = {}
-        self._abouts: dict[FlowRun, tuple[int, bytes]] = {}
-        self._parameters: dict[FlowRun | None, str | None] = {}
+        self.remaking: dict[
+            Key, list[TaskRun]
+        ] = {}  # their values are made again: they are held until that is written down
+        # A nested flow run that has ended is gone with its runs: its row holds what it returned.
+        self._prints: ByFlow[bool] = ByFlow()
+        self._results: ByFlow[tuple[Any, ...]] = ByFlow()
+        self._abouts: ByFlow[tuple[int, bytes]] = ByFlow()
+        self._parameters: ByFlow[str | None] = ByFlow()
         self._functions: dict[
             int, tuple[Any, bytes]
         ] = {}  # the function is kept, so that its id stays its own
@@ -199,7 +203,11 @@ class Session:
     def prints_of(self, run: TaskRun) -> bool:
         """Whether the prints of a run go to its log."""
         wished = run.task.options.log_prints
-        return bool(wished if wished is not None else self._scopes[run.flow_run].log_prints)
+        return bool(wished if wished is not None else self._prints[run.flow_run])
+
+    def _note(self, scope: Scope) -> None:
+        if scope.flow_run not in self._prints:
+            self._prints[scope.flow_run] = scope.log_prints
 
     def scope_of(self, run: TaskRun) -> Scope:
         """Return the scope of code inside a run, on runners that share this process."""
@@ -280,7 +288,7 @@ class Session:
         leading = running is None and not (len(runs) == 1 and items.yields(runs[0]))  # see `items.ask`
         foreign: list[tuple[TaskRun, Source]] = []
         with self.lock:
-            self._scopes.setdefault(scope.flow_run, scope)
+            self._note(scope)
             for run in runs:
                 self._adopt(run, scope)
                 if run.done:
@@ -303,7 +311,7 @@ class Session:
         if running is not None:
             nested.children_of(running, self).runs.update(runs)
         with self.lock:
-            self._scopes.setdefault(scope.flow_run, scope)
+            self._note(scope)
             for run in runs:
                 self._adopt(run, scope)
                 run.waiting = 1
@@ -576,7 +584,7 @@ class Session:
     def _read(self, reports: list[Report]) -> None:
         with self.changing():
             for report in reports:
-                if report.kind in {"again", "gone"}:
+                if report.kind in {"losing", "again", "gone"}:
                     self._about_value(report)
                     continue
                 run = self._sent.get(report.key)
@@ -654,6 +662,11 @@ class Session:
     def _about_value(self, report: Report) -> None:
         """A value that existed was lost: made again by the backend, or gone."""
         runs = [run for run in self.made.find(report.key) if run.completed]
+        if report.kind == "losing":
+            if runs:
+                self.remaking[report.key] = runs
+            return
+        self.remaking.pop(report.key, None)
         if runs and report.kind == "again":
             remaking.made_again(self, runs, report)
             return
@@ -922,7 +935,7 @@ class Session:
     def begin_direct(self, run: TaskRun, scope: Scope) -> None:
         """Take over a run that its caller executes."""
         with self.lock:
-            self._scopes.setdefault(scope.flow_run, scope)
+            self._note(scope)
         self._check_depth(scope, run)
 
     def never_direct(self, run: TaskRun, upstream: TaskRun) -> None:

@@ -128,13 +128,14 @@ class Report:
     ----------
     key : Key
         The attempt.
-    kind : {"started", "item", "ended", "lost", "upstream", "again", "gone"}
+    kind : {"started", "item", "ended", "lost", "upstream", "losing", "again", "gone"}
         "item": the generator has yielded, and `ref` says where the item lies.
         "ended": user code came to an end, well or not, and `record` says how. "lost": it did
         not, and `cause` says why. "upstream": it was never started, because a value it depends
         on failed or was lost; the engine hears of that value by its own report. About a value that
         was reported before: "again", it was lost with its worker and the backend has made it anew,
-        as `record` says; "gone", it was lost and the backend will not make it.
+        as `record` says; "gone", it was lost and the backend will not make it; "losing", it was lost,
+        and one of these two will follow.
     record : bytes
         Packed by `worker_runtime`, opaque to the runner; empty unless "ended".
     cause : Exception or None
@@ -152,7 +153,7 @@ class Report:
     """
 
     key: Key
-    kind: Literal["started", "item", "ended", "lost", "upstream", "again", "gone"]
+    kind: Literal["started", "item", "ended", "lost", "upstream", "losing", "again", "gone"]
     record: bytes = b""
     cause: Exception | None = None
     nbytes: int = 0

@@ -185,6 +185,7 @@ class Watch:
                 continue
             if kind == "losing":
                 self._remaking.add(key)
+                reports.append(Report(key, "losing", worker=worker))
                 continue
             if kind == "remark":
                 self._remark(details["text"])

@@ -13,6 +13,7 @@ what is due.
 
 from __future__ import annotations
 
+import _thread
 import functools
 import os
 import pickle
@@ -152,7 +153,7 @@ def _hear_swallowed() -> None:
 def _interrupt_again(task: _Task) -> None:
     time.sleep(rt.AGAIN_SECONDS)
     if task is _task and not task.is_over:
-        os.kill(os.getpid(), signal.SIGINT)
+        _thread.interrupt_main()  # as Ray does it: the signal itself is blocked here
 
 
 # -- one task -----------------------------------------------------------------------------

@@ -20,7 +20,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, event, given, note, settings
 from hypothesis import strategies as st
 
-from penstock import PenstockFutureList, allow_failure, errors, put, task
+from penstock import PenstockFutureList, allow_failure, errors, flow, put, task
+from penstock.cache_policies import INPUTS
 from penstock.engine import context
 from penstock.runners.base import TaskRunner
 from tests import leftovers
@@ -100,6 +101,20 @@ def parent(value: Any) -> int:
 def yields(number: int) -> Iterator[Any]:
     for one in range(number):
         yield np.full(LARGE, one) if one % 2 else one
+
+
+def notice(_task: Any, _run: Any, _state: Any) -> None:
+    """Stand for a user's hook."""
+
+
+hooked = grow.with_options(on_completion=[notice], on_failure=[notice])
+cached = total.with_options(persist_result=True, cache_policy=INPUTS)
+
+
+@flow
+def beside(value: Any) -> Any:
+    """Run in the background, with a task of its own."""
+    return grow.submit(value)
 
 
 # ------------------------------------------------------------------------------------------------ the model
@@ -253,6 +268,18 @@ class Program:
         items = list(yields.submit(1 + k).items())
         self._keep(items, [Node(x) for x in range(1 + k)], is_map=True)
 
+    def hook(self, i: int, j: int, k: int) -> None:
+        one = self.pick(i)
+        self._keep(hooked.submit(one.argument), [summed(one.nodes, 1)])
+
+    def cache(self, i: int, j: int, k: int) -> None:
+        one = self.pick(i)
+        self._keep(cached.submit(one.argument, k), [summed(one.nodes, k)])
+
+    def background(self, i: int, j: int, k: int) -> None:
+        one = self.pick(i)
+        self._keep(beside.submit(one.argument), [summed(one.nodes, 1)])
+
     # -- what ends them -----------------------------------------------------------------------
     def drop(self, i: int, j: int, k: int) -> None:
         self.held.remove(self.pick(i))
@@ -291,6 +318,7 @@ class Program:
 MAKES = [
     *("submit", "enlarge", "map", "map", "chain", "chain", "spread", "reduce"),
     *("put", "large_argument", "fail", "tolerate", "nest", "generate"),
+    *("hook", "cache", "background"),
 ]
 ENDS = ["drop", "drop", "drop_elements", "wait", "ask", "cancel"]
 numbers = st.integers(0, 5)
