@@ -18,7 +18,7 @@ bench-peers:    ## Prefect and penstock at the sizes that Prefect can bear, in a
 bench-report:   ## tables and plots of the newest results
 	@scripts/bench --report $(ARGS)
 soak:           ## the long tests, before a release
-	@scripts/test -m soak -o session_timeout=0 -o timeout=0 $(ARGS)
+	@PENSTOCK_TEST_FIGURES=benchmarks/results/record scripts/test -m soak -o session_timeout=0 -o timeout=0 $(ARGS)
 test-cluster:   ## only the tests with real Dask, Ray or PostgreSQL
 	@scripts/test-cluster $(ARGS)
 clean:          ## remove the environment, builds and caches
