@@ -2073,7 +2073,7 @@ def _note_inputs(error: BaseException, running: Running) -> None:
     texts = [f"{name}: {_outline(value)}" for name, value in named[:INPUTS_NOTED]]
     if len(named) > INPUTS_NOTED:
         texts.append(f"{len(named) - INPUTS_NOTED} more")
-    note = f"inputs of {running.order['name']!r}: {', '.join(texts)}"
+    note = f"inputs of {running.order.get('name') or 'the task'!r}: {', '.join(texts)}"
     if note not in getattr(error, "__notes__", ()):
         with contextlib.suppress(Exception):  # an odd class must not hide the failure
             error.add_note(note)
