@@ -25,6 +25,9 @@ KEPT = 16 << 20
 """Bytes of a chunk that stay here after one of its elements was asked for, until another chunk is."""
 
 
+REMADE_SECONDS = 60.0  # that a value which was lost after its run had ended may take to be made again
+
+
 def is_at_hand(run: TaskRun) -> bool:
     """Whether the value of a run is in this process already."""
     if run.items is not None and run.completed:
@@ -47,6 +50,10 @@ def results(runs: Sequence[TaskRun], *, raise_on_failure: bool = True) -> list[A
         False puts exceptions in the place of values.
     """
     for run in runs:
+        if not run.completed and run.session is not None:
+            # Its value may have been lost this very moment: never look between two of its states.
+            with run.carrier.changed:
+                run.carrier.changed.wait_for(lambda run=run: run.done, REMADE_SECONDS)  # type: ignore[misc]
         if run.items is not None:
             _gather(run)
         elif run.child_flow_run is not None and isinstance(run.value, Stored):

@@ -121,8 +121,12 @@ def test_innocents_on_a_worker_of_many_threads_are_not_harmed(
         body for one in record.tasks("works") for _, body in one.history if body["name"] == "Quarantined"
     ]
     assert shared, "nobody was lost in company: the test has tested nothing"
+    # A kill may strike between the note that an attempt begins and the first line of its code: of what was
+    # being made again just then, the record counts one more. It never counts less.
+    kills = executions(ledger)["dies"]
     for number, one in enumerate(record.tasks("works")):
-        check_count(record, one, executions(ledger)[str(number)])
+        executed = executions(ledger)[str(number)]
+        assert executed <= one.attempt <= executed + kills, (executed, one.names)
 
 
 # ------------------------------------------------------------------------------------------ values that are lost
