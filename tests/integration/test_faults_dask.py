@@ -121,8 +121,8 @@ def test_innocents_on_a_worker_of_many_threads_are_not_harmed(
         body for one in record.tasks("works") for _, body in one.history if body["name"] == "Quarantined"
     ]
     assert shared, "nobody was lost in company: the test has tested nothing"
-    # A kill may strike between the note that an attempt begins and the first line of its code: of what was
-    # being made again just then, the record counts one more. It never counts less.
+    # Of what was being made again when a worker died the record counts one attempt more now and then, and never
+    # less. Likely, not proven: the kill strikes between the note of the begin and the first line of the code.
     kills = executions(ledger)["dies"]
     for number, one in enumerate(record.tasks("works")):
         executed = executions(ledger)[str(number)]
