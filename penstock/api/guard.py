@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["INGEST_BODY", "Guard"]
+__all__ = ["INGEST_BODY", "Guard", "is_local"]
 
 BODY = 4 << 20
 INGEST_BODY = 1 << 20
@@ -127,6 +127,11 @@ def _limit(scope: Scope) -> int:
 
 def _has_body(headers: Headers) -> bool:
     return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+
+
+def is_local(host: str) -> bool:
+    """Whether a Host header names this machine in a way that only this machine uses."""
+    return _name(host) in LOCAL
 
 
 def _name(host: str) -> str:

@@ -45,9 +45,11 @@ def get_ready(request: Request) -> Any:
 @router.get("/version", response_model=Version)
 def get_version(request: Request) -> Any:
     """Return what answers."""
-    dialect = service_of(request).database.engine.dialect.name
+    service = service_of(request)
+    dialect = service.database.engine.dialect.name
     versions = {"penstock": own_version(), "python": platform.python_version()}
-    return {**versions, "api": 1, "schema": REVISIONS[-1], "database": dialect}
+    about = {"api": 1, "schema": REVISIONS[-1], "database": dialect}
+    return {**versions, **about, "local_runs": service.local_runs is not None}
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
