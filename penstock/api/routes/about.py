@@ -116,7 +116,8 @@ async def log_in(request: Request) -> RedirectResponse:
             401, "This link was used already or is too old; `penstock server login` prints a new one."
         )
     answer = RedirectResponse("docs", 303)
-    secure = request.url.scheme == "https"
+    # As the browser sees it: a proxy with TLS before us may speak plain HTTP to us.
+    secure = "https" in {request.url.scheme, request.headers.get("origin", "").partition(":")[0]}
     answer.set_cookie(
         cookie_name(request),
         session,
