@@ -122,7 +122,7 @@ def _binned(
 
 def _running_before(connection: sa.Connection, chosen: Sequence[sa.ColumnElement[bool]], begin: float) -> int:
     column = task_runs.c
-    open_still = sa.or_(sa.not_(_OVER), _ENDED >= begin)
+    open_still = sa.or_(sa.not_(_OVER), begin <= _ENDED)
     query = sa.select(sa.func.count()).select_from(_RUNS).where(*chosen, column.started < begin, open_still)
     return int(connection.execute(query).scalar() or 0)
 
