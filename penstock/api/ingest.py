@@ -57,7 +57,7 @@ def ingest(database: Database, batches: Sequence[Batch]) -> dict[str, int]:
     """
     try:
         with database.write() as connection:
-            return _commit(database, connection, batches)
+            done = _commit(database, connection, batches)
     except (
         sa.exc.DataError,
         sa.exc.IntegrityError,
@@ -67,13 +67,15 @@ def ingest(database: Database, batches: Sequence[Batch]) -> dict[str, int]:
         ValueError,
     ):
         # Some event holds what the database cannot take, and must not hold up the others.
-        done: dict[str, int] = {}
+        done = {}
         for half in _halves(batches):
             done |= ingest(database, half)
         if done:
             return done
         with database.write() as connection:
             return _commit(database, connection, batches, trusted=False)
+    database.tidy()
+    return done
 
 
 def _halves(batches: Sequence[Batch]) -> Iterator[list[Batch]]:
