@@ -295,8 +295,10 @@ class Client:
         Raises
         ------
         ServerError
-            With status 404 if there is no such run, 409 if the run is not in a state for it, 403 if this
-            server starts no runs, 501 for what cannot be done yet.
+            With status 404 if there is no such run, 403 if this server starts no runs, 501 for what cannot
+            be done yet.
+        RunOwnedElsewhere, ConfigurationError
+            If the run is not in a state for it: its driver lives, it has completed, its code is gone.
         """
         body = {"action": action, "by": by}
         return str(self._connection.ask("POST", f"/runs/{_id(run)}/state", body)["request"])

@@ -23,7 +23,7 @@ REVISIONS = ("0001", "0002", "0003", "0004")
 """Revisions of the schema, oldest first; the last one is what `models` describes."""
 
 BUSY_TIMEOUT = 10.0
-OUTDATED = 10_000  # rows that were updated, after which PostgreSQL gives their old versions' room away
+OUTDATED = 5000  # rows that were updated, after which PostgreSQL gives their old versions' room away
 VERSION_TABLE = sa.Table(
     "alembic_version",
     sa.MetaData(),
