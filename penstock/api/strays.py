@@ -49,7 +49,7 @@ class Driver:
     since: float | None
 
 
-def _open(*columns: sa.ColumnElement[object]) -> sa.Select[tuple[object, ...]]:
+def _open(*columns: sa.ColumnElement[Any]) -> sa.Select[Any]:
     """Return the query for task runs outside of flows that have not ended, with the event that made their root."""
     run, made = task_runs.c, events.c
     query = sa.select(*columns).select_from(task_runs)

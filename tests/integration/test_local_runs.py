@@ -148,7 +148,7 @@ def test_a_process_that_dies_at_once_is_told(home: Path, ledger: Path, wait_unti
         script = home.parent / f"{home.name}-driver.py"
         script.write_text("raise RuntimeError('the telescope is gone')\n")
         for action in ("resume", "retry"):
-            request = client.set_state(run, action)  # type: ignore[arg-type]
+            request = client.set_state(run, action)
             wait_until(lambda wanted=request: "before the run went on" in outcome(client, wanted), 60)
             assert "the telescope is gone" in outcome(client, request)
             assert client.flow_run(run).state == "CRASHED"
@@ -227,9 +227,8 @@ def test_off_by_default(api: Api, home: Path) -> None:
 def test_only_with_the_scope_and_only_for_this_machine(api: Api, home: Path) -> None:
     api.service.local_runs = LocalRuns(api.service, "http://127.0.0.1:1")
     assert api.post(f"/runs/{ROOT}/state", {"action": "resume"}, Scope.VIEW).status_code == 403
-    body = {"content": b'{"action": "resume"}'}
     kind = {"content-type": "application/json", "host": "penstock.example.org"}
-    answer = api.request("POST", f"/api/v1/runs/{ROOT}/state", headers=kind, **body)
+    answer = api.request("POST", f"/api/v1/runs/{ROOT}/state", headers=kind, content=b'{"action": "resume"}')
     assert answer.status_code == 403
     assert "for this machine alone" in answer.json()["detail"]
     assert api.request("GET", f"/api/v1/runs/{ROOT}/state").status_code == 405
