@@ -87,6 +87,8 @@ class Submission:
         What the backend is asked for beyond running the function.
     announce : bool
         The engine wants a report of kind "started" when user code begins (it has a deadline).
+    streams : bool
+        It is a generator whose items are wanted one by one, by reports of kind "item".
     """
 
     key: Key
@@ -98,6 +100,7 @@ class Submission:
     priority: int = 0
     options: Options = field(default_factory=lambda: NO_OPTIONS)
     announce: bool = False
+    streams: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,7 @@ class RayTaskRunner(TaskRunner):
         self._info = RunnerInfo("ray", dependencies=True, interrupts=True)
         self._pump: Pump | None = None
         self._end_lending: Callable[[], None] = _nothing
-        self._remotes: dict[tuple[Options, str], Any] = {}
+        self._remotes: dict[tuple[Options, str, bool], Any] = {}
         self._functions: dict[bytes, str] = {}
 
     @classmethod
@@ -239,8 +239,9 @@ class RayTaskRunner(TaskRunner):
             self._prefix + b"started:" if submission.announce else None,
             len(after),
         )
-        remote = self._remote(submission.options, key[0].rpartition("-")[0])
-        value, note = remote.remote(head, *after, *[handle.value for handle in upstream])
+        remote = self._remote(submission.options, key[0].rpartition("-")[0], submission.streams)
+        answer = remote.remote(head, *after, *[handle.value for handle in upstream])
+        value, note = (answer.completed(), answer) if submission.streams else answer
         return Flight(Handle(key, value, note), value, note, upstream, submission.announce)
 
     def _function(self, function: bytes) -> bytes | str:
@@ -254,17 +255,17 @@ class RayTaskRunner(TaskRunner):
             self._functions[function] = found
         return found
 
-    def _remote(self, options: Options, task: str) -> Any:
-        """Return the one exported function with options; making either is too slow for each call."""
+    def _remote(self, options: Options, task: str, streams: bool) -> Any:
+        """Return an exported function with options; making either is too slow for each call."""
         try:
-            found = self._remotes.get((options, task))
+            found = self._remotes.get((options, task, streams))
         except TypeError:  # an option that has no hash, such as runtime_env: made anew for each call
-            return _exported().options(name=task or "penstock", **_ray_options(options))
+            return _exported(streams).options(name=task or "penstock", **_ray_options(options))
         if found is None:
             if len(self._remotes) > 1_000:
                 self._remotes.clear()
-            found = _exported().options(name=task or "penstock", **_ray_options(options))
-            self._remotes[options, task] = found
+            found = _exported(streams).options(name=task or "penstock", **_ray_options(options))
+            self._remotes[options, task, streams] = found
         return found
 
     def fetch(self, refs: Sequence[Ref]) -> list[Any]:
@@ -315,9 +316,9 @@ class RayTaskRunner(TaskRunner):
             ).start()
         if force or not flights:
             return []
-        notes = [flight.note for flight in flights]
-        patience = CANCEL_SECONDS + len(notes) / 5_000
-        ended, _ = ray.wait(notes, num_returns=len(notes), timeout=patience, fetch_local=False)
+        ends = [flight.end for flight in flights]
+        patience = CANCEL_SECONDS + len(ends) / 5_000
+        ended, _ = ray.wait(ends, num_returns=len(ends), timeout=patience, fetch_local=False)
         return pump.settle(flights, ended)
 
 
@@ -343,7 +344,7 @@ def _end_deaf(pump: Pump, flights: Sequence[Flight]) -> None:
         if not left:
             return
         with contextlib.suppress(Exception):  # private ground of Ray: nothing else depends on it
-            ray_nodes.end_processes({flight.note.task_id().binary() for flight in left})
+            ray_nodes.end_processes({flight.end.task_id().binary() for flight in left})
 
 
 # -- what Ray is asked for ----------------------------------------------------------------

@@ -61,6 +61,7 @@ def describe() -> RunnerInfo:
         memory=int(resources.get("memory", 0)),
         dependencies=True,
         interrupts=True,
+        streams=not ray.util.client.ray.is_connected(),
         versions=(("python", platform.python_version()), ("ray", ray.__version__)),
     )
 

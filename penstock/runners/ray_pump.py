@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray import exceptions
+from ray import ObjectRefGenerator, exceptions
 from ray.experimental import internal_kv
 
 from penstock import errors
 from penstock.runners import ray_tasks, worker_runtime
-from penstock.runners.base import Key, Report
+from penstock.runners.base import Key, Ref, Report
 from penstock.runners.ray_errors import first_words, is_propagated, neutral, never_ran
 from penstock.runners.ray_nodes import how_died
 
@@ -30,6 +30,7 @@ GATHER_SECONDS = 0.05
 STARTS_SECONDS = 0.1
 CANCELS = 200  # in one callback, during which Ray hears of nothing else
 CALLBACK_SECONDS = 5.0
+YIELDS = 200  # taken from one generator before others are looked at
 
 log = logging.getLogger("penstock.runners.ray")
 
@@ -47,8 +48,9 @@ class Handle:
         The attempt that makes it.
     value : ObjectRef
         Ray's own reference; None once it was released.
-    note : ObjectRef or None
-        The record beside it; None for a value that was put, and once the task has completed.
+    note : ObjectRef, ObjectRefGenerator or None
+        The record beside it; None for a value that was put, and once the task has completed. Of a
+        generator whose items come one by one the stream of them, as long as it goes on.
     """
 
     key: Key
@@ -65,7 +67,8 @@ class Flight:
     handle : Handle
         What the engine holds.
     value, note : ObjectRef
-        Held here too: an error that nobody looked at is printed by Ray when its reference goes.
+        Held here too: an error that nobody looked at is printed by Ray when its reference goes. Of a
+        stream the note is the stream itself, and the value stands for its end until that has come.
     upstream : tuple of Handle
         The values it depends on.
     announce : bool
@@ -76,6 +79,10 @@ class Flight:
         Who runs it, if that was announced.
     claimed, dropped : bool
         Somebody cancels it and will answer for it, if it never ran; it never ran.
+    items : int
+        How many have come from a stream.
+    unread : ObjectRef or None
+        What a stream gave last, if the note on it has not come yet.
     """
 
     handle: Handle
@@ -87,6 +94,13 @@ class Flight:
     worker: str = ""
     claimed: bool = False
     dropped: bool = False
+    items: int = 0
+    unread: Any = None
+
+    @property
+    def end(self) -> Any:
+        """What is there when the task has ended."""
+        return self.note.completed() if isinstance(self.note, ObjectRefGenerator) else self.note
 
 
 class Pump:
@@ -184,10 +198,11 @@ class Pump:
 
     def settle(self, flights: Sequence[Flight], ended: Sequence[Any]) -> list[Key]:
         """Return the keys of claimed tasks that never ran; the others are reported as usual."""
-        for note, answer in zip(ended, _read(ended), strict=True):
+        by_end = {flight.end: flight for flight in flights}
+        for end, answer in zip(ended, _read(ended), strict=True):
             if never_ran(answer):
                 with self._lock:
-                    flight = self._flying.pop(note, None)
+                    flight = self._flying.pop(by_end[end].note, None)
                 if flight is not None:  # else the thread was faster
                     flight.dropped = True
         with self._lock:
@@ -264,10 +279,15 @@ class Pump:
         found, _ = _wait(looked, num_returns=len(looked), timeout=0, fetch_local=False)
         return found
 
-    def _ended(self, notes: Sequence[Any]) -> list[Report]:
+    def _ended(self, ready: Sequence[Any]) -> list[Report]:
         reports: list[Report] = []
         silent: list[Flight] = []
-        for note, answer in zip(notes, _read(notes), strict=True):
+        notes = [one for one in ready if not isinstance(one, ObjectRefGenerator)]
+        answers = list(zip(notes, _read(notes), strict=True))
+        if len(notes) < len(ready):
+            for stream in (one for one in ready if isinstance(one, ObjectRefGenerator)):
+                answers.extend((stream, answer) for answer in self._drawn(stream, reports))
+        for note, answer in answers:
             with self._lock:
                 flight = self._flying.pop(note, None)
                 if flight is None:
@@ -283,6 +303,31 @@ class Pump:
                 reports.extend(_unwritten(flight, answer))
         _look_at(silent)
         return reports
+
+    def _drawn(self, stream: Any, reports: list[Report]) -> list[Any]:
+        """Take what a generator has yielded and report it; return what it said in the end, if it has ended."""
+        flight = self._flying.get(stream)
+        for _ in range(YIELDS if flight is not None else 0):
+            there, _ = _wait([stream], num_returns=1, timeout=0, fetch_local=False)
+            if not there:
+                break
+            reference = next(stream, None)
+            if reference is None or reference == stream.completed():  # it has broken off
+                return _read([stream.completed()])
+            if flight.unread is None:
+                flight.unread = reference
+                continue
+            value, flight.unread = flight.unread, None
+            [note] = _read([reference])
+            if not isinstance(note, bytes):
+                return [note]
+            if note[0] != ray_tasks.ITEM:
+                flight.value = value
+                if flight.handle.value is not None:  # else it was released meanwhile
+                    flight.handle.value, flight.handle.note = value, reference
+                return [note]
+            reports.append(_yielded(flight, value, note))
+        return []
 
     def _started(self) -> list[Report]:
         """Ask which tasks have begun; each worker process has one key for its present task."""
@@ -343,6 +388,16 @@ def _look_at(flights: Sequence[Flight]) -> None:
     """Look at the errors in place of values, or Ray prints them as some that nobody handled."""
     with contextlib.suppress(Exception):
         _read([flight.value for flight in flights])
+
+
+def _yielded(flight: Flight, value: Any, note: bytes) -> Report:
+    """Say where an item of a generator lies."""
+    _, nbytes, worker, _ = ray_tasks.read_note(note)
+    key, number = flight.handle.key, flight.items
+    flight.items += 1
+    name: Key = (f"{key[0]}-{key[1]}-items", number)
+    item = Ref(name, Handle(name, value, None), nbytes, worker)
+    return Report(key, "item", nbytes=nbytes, worker=worker, number=number, ref=item)
 
 
 def _written(flight: Flight, note: bytes) -> Report:

@@ -24,14 +24,14 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from types import FrameType, SimpleNamespace
 from typing import Any
 
 Note = bytes
 """What travels beside a value: flag, size, worker, record; see `write_note`."""
 
-COMPLETED, FAILED, UPSTREAM = 0, 1, 2
+COMPLETED, FAILED, UPSTREAM, ITEM = 0, 1, 2, 3
 STORE = b"penstock"
 """Namespace of our keys in the key-value store of Ray's head."""
 
@@ -191,11 +191,7 @@ def work(head: bytes, values: Sequence[Any]) -> tuple[Any, Any]:
     start = rt.starts().begin(key)
     task = _task = _Task(key, announce)
     try:
-        upstream = [_arrived(value) for value in values[after:]]
-        if any(note[0] != COMPLETED for note in values[:after]):
-            upstream.append(rt.Failed(b""))
-        if isinstance(function, str):
-            function = _stored(function)
+        upstream, function = _upstream(values, after), _content(function)
         value, record = rt.run(order, function, arguments, upstream, key, task.begin)
         task.is_over = True
         start.end()  # Ray stores the result after this; the note of what has ended stays for a while
@@ -203,6 +199,55 @@ def work(head: bytes, values: Sequence[Any]) -> tuple[Any, Any]:
     finally:
         _task = None
         start.end()
+
+
+def stream(head: bytes, values: Sequence[Any]) -> Iterator[Any]:
+    """Run the task of a generator: give each item and a note on it, and in the end value and note of the task.
+
+    Ray draws this in the main thread, so the user's code runs there, too, and can be interrupted.
+    """
+    global _task
+    key, order, function, arguments, announce, after = pickle.loads(head)
+    _listen()
+    start = rt.starts().begin(key)
+    task = _task = _Task(key, announce)
+    try:
+        upstream, function = _upstream(values, after), _content(function)
+        items = rt.items(order, function, arguments, upstream, key, task.begin)
+        value, record = yield from _parcels(items)
+        task.is_over = True
+        start.end()
+        yield from _departing(value, record)
+    finally:
+        _task = None
+        start.end()
+
+
+def _parcels(items: Generator[Any, None, Any]) -> Generator[Any, None, Any]:
+    """Give each item as Ray can carry it, and a note on it; return what the task answers in the end."""
+    try:
+        item = next(items)
+        while True:
+            note = write_note(ITEM, rt.size(item), b"")
+            try:
+                item = item if _always_pickles(item) else _Sealed(item)
+            except Exception as error:
+                item = items.throw(error)  # which fails the task, hence ends it
+                continue
+            yield item
+            item = None  # it may be large, and the next one is about to be made
+            yield note
+            item = next(items)
+    except StopIteration as end:
+        return end.value
+
+
+def _upstream(values: Sequence[Any], after: int) -> list[Any]:
+    """Return the values that a task uses; a failed one among them if what comes first has failed."""
+    upstream = [_arrived(value) for value in values[after:]]
+    if any(note[0] != COMPLETED for note in values[:after]):
+        upstream.append(rt.Failed(b""))
+    return upstream
 
 
 class _Task:
@@ -230,8 +275,10 @@ _task: _Task | None = None
 _kept: OrderedDict[str, bytes] = OrderedDict()
 
 
-def _stored(name: str) -> bytes:
-    """Read a large function from Ray's key-value store, once per process."""
+def _content(name: bytes | str) -> bytes:
+    """Return a function; a large one is read from Ray's key-value store, once per process."""
+    if isinstance(name, bytes):
+        return name
     if name not in _kept:
         from ray.experimental.internal_kv import _internal_kv_get
 
@@ -337,21 +384,28 @@ class _Letter:
         self.note = note
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        import ray.cloudpickle
-
-        buffers: list[Any] = []
         try:
-            data = ray.cloudpickle.dumps(self.value, protocol=5, buffer_callback=buffers.append)
+            return _Sealed(self.value).__reduce__()
         except Exception as error:
             value, record = rt.refuse(self.record, self.value, error)
             if not isinstance(value, rt.Failed):  # of a chunk the rest can travel
                 self.note = write_note(COMPLETED, read_note(self.note)[1], record)
-                return functools.partial(pickle.loads, buffers=[]), (
-                    ray.cloudpickle.dumps(value, protocol=5),
-                )
+                return _Sealed(value).__reduce__()
             self.note = write_note(FAILED, 0, record)
             return SimpleNamespace, (), _mark(record).__dict__
-        return functools.partial(pickle.loads, buffers=buffers), (data,)
+
+
+class _Sealed:
+    """A value that is pickled already, its large buffers out of band; it unpickles to the value itself."""
+
+    def __init__(self, value: Any) -> None:
+        import ray.cloudpickle
+
+        self.buffers: list[Any] = []
+        self.data = ray.cloudpickle.dumps(value, protocol=5, buffer_callback=self.buffers.append)
+
+    def __reduce__(self) -> Any:
+        return functools.partial(pickle.loads, buffers=self.buffers), (self.data,)
 
 
 class _Postmark:
