@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from penstock import errors
 from penstock.engine.cache import NOTHING_SAID, CacheOptions
-from penstock.runners import result_formats, result_store
+from penstock.runners.worker import result_formats, result_store
 from penstock.settings import settings
 
 if TYPE_CHECKING:
