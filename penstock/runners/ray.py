@@ -21,18 +21,17 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import Any, Self
 
 import ray
 from ray.experimental import internal_kv
 
 from penstock import errors
-from penstock.runners import ray_cluster, ray_nodes, ray_tasks, result_formats, result_store, worker_runtime
+from penstock.runners import ray_cluster, ray_nodes, ray_tasks, shipment, worker
 from penstock.runners.base import Key, Options, Ref, RunnerInfo, Submission, TaskRunner
 from penstock.runners.ray_errors import first_words
 from penstock.runners.ray_pump import Flight, Handle, Pump, arrived, missing
+from penstock.runners.worker.sizes import size_of
 
 FUNCTION_BYTES = 8_192  # larger functions are stored once, not sent with each task
 CANCEL_SECONDS = 0.2
@@ -199,7 +198,7 @@ class RayTaskRunner(TaskRunner):
             except TypeError as error:
                 message = f"a value of type {type(value).__qualname__} cannot be sent to Ray: {error}"
                 raise errors.UnserializableArgument(message) from error
-            found.append(Ref(key, Handle(key, reference, None), worker_runtime.size(value)))
+            found.append(Ref(key, Handle(key, reference, None), size_of(value)))
         return found
 
     def send(self, submissions: Sequence[Submission]) -> list[Ref]:
@@ -351,17 +350,12 @@ def _end_deaf(pump: Pump, flights: Sequence[Flight]) -> None:
 
 
 @functools.cache
-def _exported() -> Any:
-    """Return the one remote function of this process; Ray exports it again where it has to."""
-    modules = (worker_runtime, ray_tasks, result_formats, result_store)
-    function = ray_tasks.entry(*map(_source, modules))
-    return ray.remote(num_returns=2, max_retries=0, retry_exceptions=False)(function)
-
-
-def _source(module: ModuleType) -> str:
-    """Return the text of a module, also where it was shipped as text itself."""
-    shipped: str | None = getattr(module, "_source", None)
-    return Path(str(module.__file__)).read_text(encoding="utf-8") if shipped is None else shipped
+def _exported(streams: bool) -> Any:
+    """Return one of the two remote functions of this process; Ray exports it again where it has to."""
+    here = getattr(worker, "_sources", None)  # where it was shipped as text itself
+    function = ray_tasks.entry(here or shipment.sources("ray_tasks.py"), streams=streams)
+    results = "streaming" if streams else 2
+    return ray.remote(num_returns=results, max_retries=0, retry_exceptions=False)(function)
 
 
 def _ray_options(options: Options) -> dict[str, Any]:

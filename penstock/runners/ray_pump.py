@@ -17,10 +17,12 @@ from ray import ObjectRefGenerator, exceptions
 from ray.experimental import internal_kv
 
 from penstock import errors
-from penstock.runners import ray_tasks, worker_runtime
+from penstock.runners import ray_tasks
 from penstock.runners.base import Key, Ref, Report
 from penstock.runners.ray_errors import first_words, is_propagated, neutral, never_ran
 from penstock.runners.ray_nodes import how_died
+from penstock.runners.worker.failure import Failed
+from penstock.runners.worker.starts import find_start
 
 FEW = 64  # tasks in flight, for whose end we wait in Ray itself
 WINDOW, SLICE = 512, 1_000  # notes in one question to Ray: it takes time by their number
@@ -438,7 +440,7 @@ def _located(cause: errors.RunError, key: Key) -> errors.RunError:
     """Name the process that has died, if it was one of this host: Ray does not."""
     if not isinstance(cause, (errors.WorkerLost, errors.OutOfMemory)):
         return cause
-    found = worker_runtime.find_start(key)
+    found = find_start(key)
     if found is None:
         return cause
     name = key[0].rpartition("-")[0]
@@ -470,9 +472,9 @@ def _is_broken(handle: Handle) -> bool:
 
 
 def arrived(value: Any) -> Any:
-    """Turn what stands for the value of a failed task into `worker_runtime.Failed`."""
+    """Turn what stands for the value of a failed task into `Failed`."""
     record = ray_tasks.failure(value)
-    return value if record is None else worker_runtime.Failed(record)
+    return value if record is None else Failed(record)
 
 
 def missing(handle: Handle) -> bool:
