@@ -183,7 +183,7 @@ class Sender:
                 self._progress.notify_all()
             self._back_off(LONGEST_PAUSE)
         if complete:
-            self._rest(INTERVAL)
+            self._hurry.wait(INTERVAL)
         else:
             self._wake.set()  # there is more to send, whether or not new events come
 

@@ -195,6 +195,8 @@ class RunnerInfo:
         Running Python code can be stopped.
     streams : bool
         Items of a generator can be used while it goes on.
+    holds_puts : bool
+        What was put lies with the driver, so that no worker's death loses it.
     versions : tuple of (str, str)
         Libraries that matter, for the record.
     """
@@ -209,6 +211,7 @@ class RunnerInfo:
     dependencies: bool = False
     interrupts: bool = False
     streams: bool = False
+    holds_puts: bool = False
     versions: tuple[tuple[str, str], ...] = ()
 
 

@@ -52,6 +52,7 @@ def describe() -> RunnerInfo:
     resources = ray.cluster_resources()
     threads = max(1, int(resources.get("CPU", 1)))
     address = getattr(ray.get_runtime_context(), "gcs_address", "")  # Ray's client has none
+    remote = ray.util.client.ray.is_connected()  # this process is no part of the cluster
     return RunnerInfo(
         "ray",
         address=str(address),
@@ -61,7 +62,8 @@ def describe() -> RunnerInfo:
         memory=int(resources.get("memory", 0)),
         dependencies=True,
         interrupts=True,
-        streams=not ray.util.client.ray.is_connected(),
+        streams=not remote,
+        holds_puts=not remote,
         versions=(("python", platform.python_version()), ("ray", ray.__version__)),
     )
 
