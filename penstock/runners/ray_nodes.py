@@ -68,6 +68,12 @@ def describe() -> RunnerInfo:
     )
 
 
+def cluster_size() -> tuple[int, int]:
+    """Return how many CPUs there are, and the size of all object stores in bytes, 0 if Ray does not tell it."""
+    resources = ray.cluster_resources()
+    return max(1, int(resources.get("CPU", 1))), int(resources.get("object_store_memory", 0))
+
+
 def _dashboard() -> str:
     worker = getattr(getattr(ray, "_private", None), "worker", None)
     node = getattr(worker, "_global_node", None)

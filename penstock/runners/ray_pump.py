@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import ObjectRefGenerator, exceptions
@@ -20,9 +20,12 @@ from penstock import errors
 from penstock.runners import ray_tasks
 from penstock.runners.base import Key, Ref, Report
 from penstock.runners.ray_errors import first_words, is_propagated, neutral, never_ran
-from penstock.runners.ray_nodes import how_died
+from penstock.runners.ray_nodes import cluster_size, how_died
 from penstock.runners.worker.failure import Failed
 from penstock.runners.worker.starts import find_start
+
+if TYPE_CHECKING:
+    from penstock.runners.ray_queue import Queue
 
 FEW = 64  # tasks in flight, for whose end we wait in Ray itself
 WINDOW, SLICE = 512, 1_000  # notes in one question to Ray: it takes time by their number
@@ -30,6 +33,7 @@ LOOK_SECONDS = 0.01  # a new task is not in the question that is being asked
 LIVELY_SECONDS = 0.002  # the same while tasks come and go
 GATHER_SECONDS = 0.05
 STARTS_SECONDS = 0.1
+MEASURE_SECONDS = 5.0
 CANCELS = 200  # in one callback, during which Ray hears of nothing else
 CALLBACK_SECONDS = 5.0
 YIELDS = 200  # taken from one generator before others are looked at
@@ -75,6 +79,8 @@ class Flight:
         The values it depends on.
     announce : bool
         The engine waits for the news that it has started.
+    kind : object
+        By what the queue counts it.
     asked : bool
         It was asked to stop.
     worker : str
@@ -92,6 +98,7 @@ class Flight:
     note: Any
     upstream: tuple[Handle, ...]
     announce: bool
+    kind: Any
     asked: bool = False
     worker: str = ""
     claimed: bool = False
@@ -114,18 +121,32 @@ class Pump:
         Takes a list of `Report`.
     starts : bytes
         Prefix of the keys under which workers say what they have begun.
+    queue : Queue
+        Hears of what has ended.
+    go_on : callable
+        Starts what waits in the queue, as far as there is room.
     """
 
-    def __init__(self, deliver: Callable[[list[Report]], None], starts: bytes) -> None:
+    def __init__(
+        self,
+        deliver: Callable[[list[Report]], None],
+        starts: bytes,
+        queue: Queue,
+        go_on: Callable[[], None],
+    ) -> None:
         self.has_announced = False
         self._deliver = deliver
         self._starts = starts
+        self._queue = queue
+        self._go_on = go_on
+        self._untold: list[Report] = []
         self._flying: dict[Any, Flight] = {}  # by note, oldest first
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._closing = False
         self._unstarted: dict[Key, Flight] = {}
         self._looked = self._moved = 0.0
+        self._measured = time.monotonic()
         self._slices: list[list[Any]] = []
         self._token = ray.put(None)
         self._thread = threading.Thread(target=self._run, name="penstock-ray-pump", daemon=True)
@@ -158,6 +179,12 @@ class Pump:
             self.has_announced = True
         self._moved = time.monotonic()
         self._wake.set()
+
+    def tell(self, reports: Sequence[Report]) -> None:
+        """Deliver reports on what Ray never knew of, from the thread."""
+        if reports:
+            self._untold.extend(reports)
+            self._wake.set()
 
     def find(self, notes: Iterable[Any], *, claim: bool = False) -> list[Flight]:
         """Return the tasks behind notes that have not ended; claimed ones go to `settle`."""
@@ -207,6 +234,7 @@ class Pump:
                     flight = self._flying.pop(by_end[end].note, None)
                 if flight is not None:  # else the thread was faster
                     flight.dropped = True
+                    self._queue.ended(flight)
         with self._lock:
             for flight in flights:
                 flight.claimed = False
@@ -227,14 +255,19 @@ class Pump:
     # -- the thread -----------------------------------------------------------------------
     def _run(self) -> None:
         while not self._closing:
-            if not self._flying:
+            if not self._flying and not self._untold:
                 self._wake.wait()
                 self._wake.clear()
                 continue
             try:
                 ready = self._ready()
                 reports = self._started() if self._unstarted else []
+                while self._untold:
+                    reports.append(self._untold.pop())
                 reports.extend(self._ended(ready))
+                if self._queue:
+                    self._measure()
+                    self._go_on()
             except Exception as error:  # Ray is gone; user errors do not come this way
                 if self._closing:
                     return
@@ -244,6 +277,13 @@ class Pump:
                     self._deliver(reports)
                 except Exception:  # a listener's fault must not end the thread for all others
                     log.exception("reports could not be delivered")
+
+    def _measure(self) -> None:
+        """Tell the queue how large the cluster is: nodes come and go."""
+        if time.monotonic() - self._measured >= MEASURE_SECONDS:
+            self._measured = time.monotonic()
+            with contextlib.suppress(Exception):  # the head may be busy: ask again later
+                self._queue.resize(*cluster_size())
 
     def _ready(self) -> list[Any]:
         """Wait a little for notes; return those that are there."""
@@ -294,6 +334,7 @@ class Pump:
                 flight = self._flying.pop(note, None)
                 if flight is None:
                     continue
+                self._queue.ended(flight, _size_in(answer))
                 if flight.claimed and never_ran(answer):
                     flight.dropped = True  # `settle` answers for it
                     continue
@@ -357,7 +398,8 @@ class Pump:
             self._flying.clear()
         cause = errors.SchedulerLost(f"Ray no longer answers: {first_words(error)}")
         cause.final = True  # the driver's own process is a part of Ray: there is no way back
-        return [Report(flight.handle.key, "lost", cause=cause) for flight in left]
+        handles = [one.handle for one in (*left, *self._queue.clear())]
+        return [Report(handle.key, "lost", cause=cause) for handle in handles]
 
 
 _NOTHING = pickle.dumps(None)
@@ -384,6 +426,13 @@ def _read(references: Sequence[Any]) -> list[Any]:
             except exceptions.RayError as error:
                 found.append(error)
     return found
+
+
+def _size_in(answer: Any) -> int:
+    """Return the size of the value that a note is about, -1 if there is none."""
+    if not isinstance(answer, bytes) or answer[0] != ray_tasks.COMPLETED:
+        return -1
+    return ray_tasks.read_note(answer)[1]
 
 
 def _look_at(flights: Sequence[Flight]) -> None:
