@@ -35,7 +35,7 @@ from .worker.failure import Failed
 from .worker.interruption import AGAIN_SECONDS, Cancelled, hear_swallowed
 from .worker.record import refuse, set_worker
 from .worker.running import current
-from .worker.sizes import size, too_large
+from .worker.sizes import size_of, too_large
 from .worker.starts import starts
 
 Note = bytes
@@ -268,7 +268,9 @@ def stream(head: bytes, values: Sequence[Any]) -> Iterator[Any]:
         value, record = yield from _parcels(items)
         task.is_over = True
         start.end()
-        yield from _departing(value, record)
+        answer, note = _departing(value, record)
+        yield answer
+        yield note
     finally:
         _task = None
         start.end()
@@ -279,7 +281,7 @@ def _parcels(items: Generator[Any, None, Any]) -> Generator[Any, None, Any]:
     try:
         item = next(items)
         while True:
-            note = write_note(ITEM, size(item), b"")
+            note = write_note(ITEM, size_of(item), b"")
             try:
                 item = item if _always_pickles(item) else _Sealed(item)
             except Exception as error:
