@@ -90,11 +90,8 @@ def entry(sources: dict[str, str], *, streams: bool = False) -> Callable[..., An
                     file = self.paths.get(name)
                     if file is None:
                         return None
-                    return importlib.util.spec_from_loader(
-                        name,
-                        self,
-                        is_package=file.endswith("__init__.py"),  # type: ignore[arg-type]
-                    )
+                    ours: Any = self
+                    return importlib.util.spec_from_loader(name, ours, is_package="__init__" in file)
 
                 def create_module(self, spec: Any) -> None:
                     """Have Python make it."""
@@ -133,7 +130,7 @@ def entry(sources: dict[str, str], *, streams: bool = False) -> Callable[..., An
                 sys.modules.setdefault(package, types.ModuleType(package)).__path__ = []
             if there is None:
                 shipped = Shipped(package)
-                sys.meta_path.insert(0, shipped)  # type: ignore[arg-type]
+                sys.meta_path.insert(0, shipped)
                 shipped.load(f"{package}.worker")._sources = sources
                 tasks = shipped.load(f"{package}.ray_tasks")
             else:
