@@ -350,7 +350,9 @@ class Pump:
     def _drawn(self, stream: Any, reports: list[Report]) -> list[Any]:
         """Take what a generator has yielded and report it; return what it said in the end, if it has ended."""
         flight = self._flying.get(stream)
-        for _ in range(YIELDS if flight is not None else 0):
+        if flight is None:  # a cancel was faster
+            return []
+        for _ in range(YIELDS):
             there, _ = _wait([stream], num_returns=1, timeout=0, fetch_local=False)
             if not there:
                 break
@@ -398,7 +400,7 @@ class Pump:
             self._flying.clear()
         cause = errors.SchedulerLost(f"Ray no longer answers: {first_words(error)}")
         cause.final = True  # the driver's own process is a part of Ray: there is no way back
-        handles = [one.handle for one in (*left, *self._queue.clear())]
+        handles = [flight.handle for flight in left] + [held.handle for held in self._queue.clear()]
         return [Report(handle.key, "lost", cause=cause) for handle in handles]
 
 
