@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -242,7 +243,11 @@ def _died(kind: str, attempt: int) -> dict[str, Any]:
 
 
 def _about(run: TaskRun, parameters: dict[str, Any]) -> dict[str, Any]:
+    outside = run.flow_run is None and run.surrounding is None
     return {
+        **(
+            {"host": events.HOST, "pid": os.getpid()} if outside else {}
+        ),  # else its flow run tells who drives it
         "flow_run": run.flow_run.id if run.flow_run else None,
         "parent": run.surrounding.id if run.surrounding else None,
         "task": run.task.name,
