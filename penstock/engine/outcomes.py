@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from penstock.engine.calls import TaskRun
     from penstock.engine.chunks import Chunk
     from penstock.engine.session import Session
+    from penstock.runners.base import Key
 
 
 def chunk_ended(session: Session, chunk: Chunk, record: dict[str, Any], worker: str) -> None:
     """A chunk has come to an end: each of its elements in its own way; some it may not have run at all."""
     worker = worker or record["worker"] or f"{record['host']}:{record['pid']}"
     done, odd = record["done"], record["odd"]
+    session.made.add_chunk(chunk)
     _learn(chunk, record)
     place = -1
     for runs, column in zip(chunk.stages, record["stages"], strict=True):
@@ -90,13 +92,13 @@ def started(session: Session, run: TaskRun) -> None:
         session.hooks.started(run)
     timeout = run.task.options.timeout_seconds
     if timeout is not None:
-        attempt = run.attempt
-        run.alarm = clock.call_later(timeout, lambda: session.later(lambda: expired(session, run, attempt)))
+        key = run.key
+        run.alarm = clock.call_later(timeout, lambda: session.later(lambda: expired(session, run, key)))
 
 
-def expired(session: Session, run: TaskRun, attempt: int) -> None:
-    """The deadline has passed: the run is over, whether its code stops or not."""
-    if run.done or run.attempt != attempt:
+def expired(session: Session, run: TaskRun, key: Key | None) -> None:
+    """The deadline of what was sent under a key has passed: it is over, whether its code stops or not."""
+    if run.done or run.key is not key:
         return
     ref = run.ref
     session.forget(run)
@@ -257,10 +259,10 @@ def _ask(session: Session, run: TaskRun, delay: float, state: State, details: di
     state.state_details = {"task_run_id": run.id, "attempt": run.attempt}
     if not run.direct:
         session.forget(run)  # the attempt is over, whatever becomes of its worker meanwhile
-    attempt = run.attempt
+    failures = run.failures
 
     def decide(again: bool) -> None:
-        if run.done or run.attempt != attempt:  # cancelled meanwhile
+        if run.done or run.failures != failures:  # cancelled meanwhile
             return
         if again and not run.cancelling:
             try_again(session, run, delay, state.message, details)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from penstock import errors
 from penstock.engine import invoke, recipes
+from penstock.engine.executions import spelled, was_executed
 from penstock.engine.failure import Failure
 from penstock.engine.graph import sources_of
-from penstock.engine.states import StateType, advance
+from penstock.engine.states import Position, StateType, advance
 
 if TYPE_CHECKING:
     from penstock.engine.calls import TaskRun
@@ -29,14 +30,14 @@ def made_again(session: Session, runs: Sequence[TaskRun], report: Report) -> Non
     record = invoke.read_record(report.record)
     worker = report.worker or record["worker"]
     for run in runs:
-        if record["status"] != "chunk":
-            _made_again(session, run, record, max(report.nbytes, record["nbytes"]), worker)
-            continue
-        own = invoke.element_record(record, run.place)
-        if own is None:  # this time the chunk ended before it
+        own: dict[str, Any] | None = record
+        if record["status"] == "chunk":
+            own = invoke.element_record(record, run.place)
+        if own is None or own["status"] == "upstream":  # not executed this time
             gone(session, run, errors.ResultLost(f"the value of {run.name!r} was lost with its worker"))
         else:
-            _made_again(session, run, own, own["nbytes"], worker)
+            nbytes = own["nbytes"] if own is not record else max(report.nbytes, record["nbytes"])
+            _made_again(session, run, own, nbytes, worker)
 
 
 def _made_again(session: Session, run: TaskRun, record: dict[str, Any], nbytes: int, worker: str) -> None:
@@ -116,16 +117,36 @@ def _reopen(session: Session, run: TaskRun, message: str, **details: Any) -> Non
 
 
 def _count_death(session: Session, run: TaskRun, cause: Exception) -> None:
-    """The back end was making a lost value again when that worker died, too: an execution more, if it had begun."""
+    """The back end was making a lost value again when that worker died, too: an attempt more, if it was executed."""
     death = cause.__cause__
-    if not isinstance(death, errors.CrashedRun):
+    executed = False
+    if isinstance(death, errors.CrashedRun):
+        executed = was_executed(death, run.place, session.made.count(run.key))
+    if executed is not False:
+        _reopen(session, run, str(death), cause=type(death).__name__, began=spelled(executed))
+
+
+def count_elsewhere(session: Session, run: TaskRun, place: int, report: Report) -> None:
+    """Count what a back end has executed again of a run that has left this key meanwhile, or is not needed any more.
+
+    Its state stays what it is: the attempt is told, and nothing follows from it.
+    """
+    if report.kind == "again":
+        record = invoke.read_record(report.record)
+        own = invoke.element_record(record, place) if record["status"] == "chunk" else record
+        executed: bool | None = own is not None and own["status"] != "upstream"
+    else:
+        death = report.cause.__cause__ if report.cause is not None else None
+        executed = was_executed(death, place, session.made.count(report.key)) if death is not None else False
+    if executed is False:
         return
-    began, element = getattr(death, "began", None), getattr(death, "element", None)
-    if began and run.place >= 0:  # one of a chunk; of fused ones nobody here knows how many stand in a row
-        fused = run.key is not None and "+" in run.key[0]
-        began = None if element is None or (fused and run.place > element) else run.place <= element
-    if began is not False:
-        _reopen(session, run, str(death), cause=type(death).__name__, began="yes" if began else "unknown")
+    run.excuses += 1
+    before = run.position
+    run.position = Position(before.type, before.name, before.attempt + 1)
+    details: dict[str, Any] = {"reason": REASON, "began": spelled(executed)}
+    if run.done:
+        details.update(started=run.started, seconds=max(run.ended - run.started, 0.0))
+    session.journal.task_state(run, **details)
 
 
 def _give_up(session: Session, run: TaskRun, message: str) -> None:

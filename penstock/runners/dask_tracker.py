@@ -49,7 +49,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.protocol.serialize import deserialize
 
 plugin: Any = importlib.import_module(f"{__package__}.dask_plugin")  # has another name when shipped
-MARK, topic_of = plugin.MARK, plugin.topic_of
+MARK, KEPT, topic_of = plugin.MARK, plugin.KEPT, plugin.topic_of
 MADE = f"{MARK}:made"  # in the metadata of a task: its value existed once
 
 REASON = "penstock: withdrawn"  # why a client's future was cancelled by us
@@ -101,6 +101,8 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
                     self._completed(key, details)
             elif start == "memory" and finish == "released":
                 task = self.scheduler.tasks[key]
+                if KEPT in (task.metadata or ()) and (task.who_wants or task.waiters):
+                    task.annotations = {**(task.annotations or {}), KEPT: task.metadata[KEPT]}
                 if not task.who_wants:
                     return
                 if task.annotations and "penstock_once" in task.annotations:
@@ -267,12 +269,12 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
             return
         begun = starts.read() or {}
         starts.close()
-        elements = {name: element for name, (element, _) in begun.items()}
         known["rss"] = self._doomed.pop(known["worker"], 0)
+        company = [key for key, began in lost.items() if began is not False]  # the others have killed nobody
         for key, began in lost.items():
-            element = elements.get(plugin.runtime.start_name(key))
-            shared = 0 if key in excused else len(lost) - 1
-            details = {**known, "began": began, "shared": shared, "element": element}
+            element, called, _ = begun.get(plugin.runtime.start_name(key), (None, None, None))
+            shared = 0 if key in excused else len(company) - (key in company)
+            details = {**known, "began": began, "called": called, "shared": shared, "element": element}
             details["excused"] = key in excused
             self._add(topic_of(key), ("lost", key, b"", 0, known["worker"], details))
 

@@ -287,6 +287,8 @@ class Watch:
             cause.final = final
             cause.began = False if key in unsent else None
             reports.append(Report(key, "lost", cause=cause))
+        remade, self._remaking = self._remaking, set()
+        reports += [Report(key, "gone", cause=errors.SchedulerLost(text)) for key in remade]
         return reports
 
     def _look_at_futures(self) -> list[Report]:
@@ -392,13 +394,14 @@ def loss(key: Key, details: dict[str, Any]) -> Exception:
     key : tuple
         The attempt.
     details : dict
-        ``worker, pid, limit, rss, silent, began, shared, element, excused`` as the tracker found them.
+        ``worker, pid, limit, rss, silent, began, called, shared, element, excused`` as the tracker found them.
 
     Returns
     -------
     WorkerLost or OutOfMemory
-        With attributes ``began`` (whether user code had begun: True, False, or None if nobody
-        knows) and ``shared`` (how many other tasks were lost with it).
+        With attributes ``began`` (whether its turn had come: True, False, or None if nobody knows),
+        ``called`` (the same of the user's function) and ``shared`` (how many others that had begun
+        were lost with it).
     """
     worker, pid = details["worker"], details["pid"]
     began = details["began"]
@@ -418,7 +421,7 @@ def loss(key: Key, details: dict[str, Any]) -> Exception:
         cause = errors.WorkerLost(f"worker {worker} (pid {pid}) no longer answered {when} task {name!r}")
     else:
         cause = errors.WorkerLost(f"worker {worker} (pid {pid}) {_death(pid)} {when} task {name!r}")
-    cause.began, cause.element = began, details.get("element")
+    cause.began, cause.called, cause.element = began, details.get("called"), details.get("element")
     cause.shared, cause.excused = details["shared"], details.get("excused", False)
     return cause  # type: ignore[no-any-return]
 

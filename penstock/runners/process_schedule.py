@@ -217,7 +217,7 @@ class Schedule:
             cause.began = began
             if began:
                 assert child.begun is not None
-                cause.element = child.begun[worker_runtime.start_name(work.key)][0]
+                cause.element, cause.called, _ = child.begun[worker_runtime.start_name(work.key)]
             if child.victim is work:
                 cause = _cancelled(work)
             elif child.victim is not None:  # it had ended when we killed its process

@@ -28,6 +28,8 @@ Work order (a pickled dict of primitives)
     ``{position: where}``: upstream values that are read from a storage, and not among `values`.
 ``picks`` (optional)
     ``{position: place}``: of that upstream value, which is a chunk's, only the item at the place.
+``kept`` (optional)
+    Of a chunk whose lost value is made again: the places that had a value, True for all. Nothing else is run.
 
 The order of a chunk has ``stages``, ``count`` and ``box`` instead: see `_run_chunk`.
 
@@ -361,6 +363,7 @@ def _call(
     if order.get("prints"):
         route_prints()
     with interrupted_after(order.get("interrupt_after"), order.get("name")):
+        start_of(running.key).called()
         value = call(*args, **kwargs)
         if type(value) in _SIMPLE:
             return value
@@ -822,7 +825,7 @@ class _Stage:
             found.scope = self.scopes[number]
         return found
 
-    def invoke(self, number: int, running: Running) -> Any:
+    def invoke(self, number: int, running: Running, note: Start, place: int) -> Any:
         """Call the function for one element; a `Failed` means that it was not called."""
         args = [make(number) for make in self.args]
         kwargs = {keyword: make(number) for keyword, make in self.kwargs.items()} if self.kwargs else {}
@@ -839,6 +842,7 @@ class _Stage:
         if self.commits is not None and stored_under(running, self.call, args, kwargs):
             return running.found
         running.called = (self.call, args, kwargs)
+        note.called(place)
         value = self.call(*args, **kwargs)
         return value if type(value) in _SIMPLE else _settled(running, value)
 
@@ -853,7 +857,8 @@ def _run_chunk(
     """Execute the elements of a chunk, one after the other, each through all stages.
 
     The order has ``stages`` (see `_Stage`), ``count`` (of elements) and ``box``: seconds and bytes
-    of results after which the rest is left alone, or None.
+    of results after which the rest is left alone, or None. With ``kept`` exactly those places are run:
+    the others have ended elsewhere meanwhile, or without a value.
 
     Returns
     -------
@@ -866,7 +871,9 @@ def _run_chunk(
     begun, clock = time.time(), time.perf_counter()
     whole = Running({"attempt": 1}, key)
     token = _running.set(whole)
-    count, box = order["count"], order["box"]
+    count, kept = order["count"], order.get("kept")
+    box = order["box"] if kept is None else None
+    wanted = None if kept is None or kept is True else set(kept)
     odd: dict[int, dict[str, Any]] = {}
     stages: list[_Stage] = []
     done = filled = 0
@@ -887,8 +894,7 @@ def _run_chunk(
             on_start()
         note = start_of(key)
         while done < count:
-            note.element(done)
-            _run_element(stages, done, count, odd, whole)
+            _run_element(stages, done, count, odd, whole, note, wanted)
             done += 1
             if box is not None:
                 filled += sum(stage.nbytes[-1] for stage in stages)
@@ -909,10 +915,21 @@ def _run_chunk(
 
 
 def _run_element(
-    stages: list[_Stage], number: int, count: int, odd: dict[int, dict[str, Any]], whole: Running
+    stages: list[_Stage],
+    number: int,
+    count: int,
+    odd: dict[int, dict[str, Any]],
+    whole: Running,
+    note: Start,
+    wanted: set[int] | None,
 ) -> None:
-    """Run one element through all stages."""
+    """Run one element through all stages, or through those of its places that are wanted."""
     for at, stage in enumerate(stages):
+        place = at * count + number
+        if wanted is not None and place not in wanted:
+            _leave_out(stage, place, odd)
+            continue
+        note.element(place)
         running = stage.running(number, whole.key)
         _running.set(running)
         value: Any = None
@@ -922,11 +939,11 @@ def _run_element(
             if stage.commits is not None and stored_before(running):
                 value = running.found
             else:
-                value = stage.invoke(number, running)
+                value = stage.invoke(number, running, note, place)
         except BaseException as raised:
             error = raised
         if type(value) is Failed:
-            odd[at * count + number] = {"status": "upstream"}
+            odd[place] = {"status": "upstream"}
         elif (
             error is not None
             or running.logs
@@ -939,7 +956,7 @@ def _run_element(
             if error is not None:
                 value = Failed(b"", error)
             if len(details) > 1 or error is not None:
-                odd[at * count + number] = details
+                odd[place] = details
         stage.started.append(started)
         stage.seconds.append(time.perf_counter() - clock)
         stage.values.append(value)
@@ -954,11 +971,21 @@ def _fill_up(
 ) -> None:
     """Note of the later stages of an element that they were not reached."""
     for at, stage in enumerate(stages, first):
-        odd[at * count + number] = {"status": "upstream"}
-        stage.started.append(0.0)
-        stage.seconds.append(0.0)
-        stage.values.append(Failed(b""))
-        stage.nbytes.append(0)
+        _leave_out(stage, at * count + number, odd)
+
+
+def _leave_out(stage: _Stage, place: int, odd: dict[int, dict[str, Any]]) -> None:
+    odd[place] = {"status": "upstream"}
+    stage.started.append(0.0)
+    stage.seconds.append(0.0)
+    stage.values.append(Failed(b""))
+    stage.nbytes.append(0)
+
+
+def kept_of(values: list[Any]) -> Any:
+    """Return which places of a chunk have a value, True for all: what ``kept`` is if it is to be made again."""
+    kept = [place for place, value in enumerate(values) if type(value) is not Failed]
+    return True if len(kept) == len(values) else kept
 
 
 def _blame(error: BaseException, stages: Any, done: int, count: int, odd: Any, order: Any) -> None:
@@ -1734,11 +1761,14 @@ class Starts:
 
         start = starts().begin(key)          # before anything of the user is unpickled
         try:
-            ...                              # in a chunk, before each element: start.element(index)
+            ...                              # in a chunk, before each element: start.element(place)
+            start.called(place)              # right before the user's function is called
         finally:
             start.end()                      # when the result is out of the task's hands
 
-    Code further down finds the object by `start_of`. `begin` and `end` take 3 µs, `element` 0.2 µs.
+    Code further down finds the object by `start_of`. `begin` and `end` take 3 µs, `element` and
+    `called` 0.2 µs. Whoever has begun may have killed the process, say as it was loaded; only what was
+    called has been executed.
 
     Parameters
     ----------
@@ -1814,10 +1844,15 @@ class Start:
         self._place = place
         self._free = free
 
-    def element(self, index: int) -> None:
-        """Note which element of a chunk begins now; all before it have run."""
+    def element(self, place: int) -> None:
+        """Note which place of a chunk begins now; an element goes through all stages before the next one."""
         if self._cells is not None:
-            self._cells[self._place] = index + 1
+            self._cells[self._place] = 2 * place + 1
+
+    def called(self, place: int = 0) -> None:
+        """Note that the user's function is called now, in a chunk for one of its places."""
+        if self._cells is not None:
+            self._cells[self._place] = 2 * place + 2
 
     def end(self) -> None:
         """Note that the attempt has ended; calling it twice is harmless."""
@@ -1849,7 +1884,9 @@ def start_name(key: Any) -> str:
     return f"{key[0].rpartition('-')[2]}:{key[1]}"
 
 
-def read_starts(pid: int, label: str = "", *, remove: bool = True) -> dict[str, tuple[int, bool]] | None:
+def read_starts(
+    pid: int, label: str = "", *, remove: bool = True
+) -> dict[str, tuple[int, bool, bool]] | None:
     """Read what had begun in another process of this host, dead or alive.
 
     Parameters
@@ -1864,9 +1901,9 @@ def read_starts(pid: int, label: str = "", *, remove: bool = True) -> dict[str, 
     Returns
     -------
     dict or None
-        `start_name` of each attempt → index of the element that ran last (0 for what is no
-        chunk), and whether the attempt had ended. An attempt without an entry had not begun, or
-        its end is long past. None if nobody knows: another host, no file.
+        `start_name` of each attempt → place that began last (0 for what is no chunk), whether the
+        function had been called for it, and whether the attempt had ended. An attempt without an
+        entry had not begun, or its end is long past. None if nobody knows: another host, no file.
     """
     path = _starts_file(pid, label)
     found = _read_starts(path)
@@ -1894,7 +1931,7 @@ class LastStarts:
         with contextlib.suppress(OSError):
             self._file = open(self._path, "rb", buffering=0)  # noqa: SIM115 - the process may remove it before it ends
 
-    def read(self) -> dict[str, tuple[int, bool]] | None:
+    def read(self) -> dict[str, tuple[int, bool, bool]] | None:
         """Return what `read_starts` does, None if nobody knows."""
         return None if self._file is None else _starts_in(self._file)
 
@@ -1919,14 +1956,13 @@ class LastStarts:
         self.close()
 
 
-def find_start(key: Any) -> tuple[int, int, bool] | None:
+def find_start(key: Any) -> tuple[int, int, bool, bool] | None:
     """Look for an attempt in the files of all processes of this host.
 
     Returns
     -------
-    tuple of (int, int, bool) or None
-        Process id, index of the element that ran last, whether the attempt had ended. None if it
-        has not begun on this host, or nobody knows.
+    tuple of (int, int, bool, bool) or None
+        Process id, and what `read_starts` tells. None if it has not begun on this host, or nobody knows.
     """
     wanted = start_name(key)
     try:
@@ -1940,7 +1976,7 @@ def find_start(key: Any) -> tuple[int, int, bool] | None:
     return None
 
 
-def _read_starts(path: str) -> dict[str, tuple[int, bool]] | None:
+def _read_starts(path: str) -> dict[str, tuple[int, bool, bool]] | None:
     try:
         with open(path, "rb") as file:
             return _starts_in(file)
@@ -1948,7 +1984,7 @@ def _read_starts(path: str) -> dict[str, tuple[int, bool]] | None:
         return None
 
 
-def _starts_in(file: Any) -> dict[str, tuple[int, bool]] | None:
+def _starts_in(file: Any) -> dict[str, tuple[int, bool, bool]] | None:
     try:
         if os.fstat(file.fileno()).st_uid != os.getuid():
             return None
@@ -1964,7 +2000,8 @@ def _starts_in(file: Any) -> dict[str, tuple[int, bool]] | None:
         if cell:
             at = _CELLS_END + place * _NAME_BYTES
             name = data[at + 1 : at + 1 + data[at]].decode("ascii", "replace")
-            found[name] = (abs(cell) - 1, cell < 0)
+            element, called = divmod(abs(cell) - 1, 2)
+            found[name] = (element, bool(called), cell < 0)
     return found
 
 

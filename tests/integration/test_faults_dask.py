@@ -173,6 +173,13 @@ def test_a_lost_result_is_made_again_and_said_so(
 
 
 @task
+def blocks(path: Path) -> None:
+    """Hold a worker until a file is there."""
+    while not path.exists():
+        time.sleep(0.01)  # work: it holds the worker
+
+
+@task
 def falls(ledger: Path, when: int) -> str:
     """Die at one of the executions."""
     if enter(ledger, "falls") == when:
@@ -197,6 +204,201 @@ def test_a_death_while_a_lost_result_is_made_again_counts(
     assert executions(ledger) == {"falls": 3}
     assert (row.type, row.attempt) == ("COMPLETED", 3)
     check_count(record, row, 3)
+
+
+def attempts(record: Record, name: str) -> dict[str, int]:
+    """What the record says of each run of a task."""
+    return {row.name.rpartition("-")[2]: row.attempt for row in record.tasks(name)}
+
+
+def test_a_death_is_counted_though_a_consumer_misses_the_value_first(
+    run: Run, runner: DaskTaskRunner, record: Record, tmp_path: Path, wait_until: WaitUntil
+) -> None:
+    """Who waits for the value hears at once that it is gone, the news of the death comes a moment later."""
+    ledger, gate = tmp_path / "ledger", tmp_path / "gate"
+
+    def body() -> Any:
+        made = falls.submit(ledger, 2)
+        made.wait()
+        heir = follows.submit(made, wait_for=[blocks.submit(gate)])
+        scheduler = scheduler_of(runner)
+        wait_until(lambda: any(str(key[0]).startswith("follows") for key in scheduler.tasks))
+        kill_holder(runner, made, wait_until)
+        wait_until(lambda: executions(ledger)["falls"] == 3, 30.0)
+        gate.touch()
+        return heir.result()
+
+    assert run(body) == "alive"
+    assert executions(ledger) == {"falls": 3}
+    assert record.task("falls").attempt == 3
+    assert record.types() == ["COMPLETED"] * 3
+
+
+def test_a_death_as_the_flow_ends_leaves_nothing_open(
+    run: Run, runner: DaskTaskRunner, record: Record, tmp_path: Path, wait_until: WaitUntil
+) -> None:
+    ledger = tmp_path / "ledger"
+
+    def body() -> None:
+        made = falls.submit(ledger, 2)
+        made.wait()
+        kill_holder(runner, made, wait_until)
+        wait_until(lambda: bool(made._run.carrier.remaking))
+
+    run(body)
+    row = record.task("falls")
+    assert executions(ledger) == {"falls": 2}
+    assert (row.type, row.attempt) == ("COMPLETED", 2)
+
+
+@task
+def hesitates(ledger: Path, number: int) -> int:
+    """Take so long at the first execution that the chunk ends; one fails."""
+    if enter(ledger, number) == 1 and number == 0:
+        time.sleep(0.4)  # work: longer than a chunk may take
+    if number == 4:
+        raise ValueError("number 4")
+    return number
+
+
+def test_a_chunk_that_is_made_again_runs_what_it_had_and_no_more(
+    run: Run, runner: DaskTaskRunner, record: Record, tmp_path: Path, wait_until: WaitUntil
+) -> None:
+    """What a chunk had left undone has run elsewhere meanwhile; what failed in it is over."""
+    ledger = tmp_path / "ledger"
+
+    def body() -> None:
+        futures = hesitates.with_options(chunk_size=5).map(ledger, range(5))
+        futures.wait()
+        assert len({future._run.key for future in futures}) > 1, "the chunk has not ended early"
+        killed = {future._run.key for future in futures if future._run.key is not None}
+        while killed:
+            holders = [next(iter(scheduler_of(runner).tasks[key].who_has)) for key in killed]
+            os.kill(holders[0].pid, signal.SIGKILL)
+            wait_until(lambda: holders[0].address not in scheduler_of(runner).workers)
+            killed = {key for key, holder in zip(killed, holders, strict=True) if holder is not holders[0]}
+            wait_until(lambda: futures[0].state.state_details["attempt"] > 1, 20.0)
+
+    run(body)
+    assert executions(ledger)["0"] > 1
+    assert executions(ledger)["4"] == 1
+    assert executions(ledger) == attempts(record, "hesitates")
+
+
+@task
+def strikes(ledger: Path, number: int, at: int) -> int:
+    """Die at the first execution of one number."""
+    if enter(ledger, f"strikes-{number}") == 1 and number == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+@task
+def strikes_too(ledger: Path, number: int, at: int) -> int:
+    """Die at the first execution of one number, in a second stage."""
+    if enter(ledger, f"strikes_too-{number}") == 1 and number == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_of_fused_stages_the_one_that_kills_pays_and_all_are_counted(
+    run: Run, record: Record, tmp_path: Path, stage: int
+) -> None:
+    ledger = tmp_path / "ledger"
+    budgets = [int(stage == 0), int(stage == 1)]
+
+    def body() -> Any:
+        first = strikes.with_options(chunk_size=5, crash_retries=budgets[0])
+        second = strikes_too.with_options(chunk_size=5, crash_retries=budgets[1])
+        made = first.map(ledger, range(5), 2 if stage == 0 else -1)
+        return second.map(ledger, made, 2 if stage == 1 else -1).result()
+
+    assert run(body) == list(range(5))
+    counted = {row.name: row.attempt for name in ("strikes", "strikes_too") for row in record.tasks(name)}
+    assert executions(ledger) == counted
+    again = {f"strikes-{number}" for number in range(3)} | {"strikes_too-0", "strikes_too-1"}
+    assert {name for name, count in counted.items() if count > 1} == again | (
+        {"strikes_too-2"} if stage else set()
+    )
+
+
+class Awaited:
+    """An argument that, the first time, arrives only when its worker is dead."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return _arrive, (self.marker,)
+
+
+def _arrive(marker: Path) -> Awaited:
+    deadline = time.monotonic() + 60
+    first = not marker.exists()
+    marker.touch()
+    while first and time.monotonic() < deadline:
+        time.sleep(0.01)  # work: until the process is killed
+    return Awaited(marker)
+
+
+@task
+def takes(ledger: Path, argument: Any) -> None:
+    enter(ledger, "takes")
+
+
+@task
+def shoots(marker: Path) -> None:
+    """Kill the worker once, as soon as the other one's argument is on its way."""
+    while not marker.exists():
+        time.sleep(0.01)  # work: it holds the worker
+    if not marker.with_suffix(".shot").exists():
+        marker.with_suffix(".shot").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_had_not_been_called_is_a_suspect_and_no_execution(record: Record, tmp_path: Path) -> None:
+    ledger, marker = tmp_path / "ledger", tmp_path / "marker"
+    kwargs = {"n_workers": 1, "threads_per_worker": 2, "memory_limit": 0, "dashboard_address": None}
+
+    def body() -> None:
+        taken = takes.submit(ledger, Awaited(marker))
+        shoots.submit(marker).result()
+        taken.result()
+
+    with DaskTaskRunner(cluster_kwargs=kwargs) as runner:
+        flow(task_runner=runner)(body)()
+    row = record.task("takes")
+    assert "Quarantined" in row.names
+    assert executions(ledger) == {"takes": 1}
+    assert (row.type, row.attempt) == ("COMPLETED", 1)
+    assert record.task("shoots").attempt == 2
+
+
+def test_what_is_made_again_is_no_company_for_a_suspect(record: Record, tmp_path: Path) -> None:
+    """Values that died with the worker are made again before a suspect goes alone, and it pays the next time."""
+    ledger = tmp_path / "ledger"
+    kwargs = {"n_workers": 1, "threads_per_worker": 4, "memory_limit": 0, "dashboard_address": None}
+
+    def body() -> Any:
+        kept = [works.submit(ledger, number, 0.3) for number in range(12)]
+        for one in kept:
+            one.wait()
+        company = works.submit(ledger, 12, 1.0)
+        while not executions(ledger)["12"]:
+            time.sleep(0.01)  # work: the killer is not to come alone
+        killer = dies.submit(ledger, "SIGKILL", 99)
+        assert company.result() == 12
+        killer.wait()
+        assert [one.result() for one in kept] == list(range(12))
+        return killer.result()
+
+    with pytest.raises(errors.WorkerLost), DaskTaskRunner(cluster_kwargs=kwargs) as runner:
+        flow(task_runner=runner)(body)()
+    row = record.task("dies")
+    assert executions(ledger)["dies"] == row.attempt == 3, "in company, alone, and once for its budget"
+    assert row.names.count("Quarantined") == 1
+    assert record.types("works") == ["COMPLETED"] * 13
 
 
 def test_a_lost_result_of_what_must_not_run_twice_is_a_crash(
@@ -224,11 +426,6 @@ def test_an_argument_that_was_put_is_put_again(
     scattering = DaskTaskRunner(runner.info.address, shared_memory="off")
     array = np.arange(500_000, dtype=float)
     gate = tmp_path / "gate"
-
-    @task
-    def blocks(path: Path) -> None:
-        while not path.exists():
-            time.sleep(0.01)  # work: it holds the worker
 
     def body() -> Any:
         door = blocks.submit(gate)
