@@ -253,36 +253,49 @@ def test_a_death_as_the_flow_ends_leaves_nothing_open(
 
 @task
 def hesitates(ledger: Path, number: int) -> int:
-    """Take so long at the first execution that the chunk ends; one fails."""
-    if enter(ledger, number) == 1 and number == 0:
-        time.sleep(0.4)  # work: longer than a chunk may take
-    if number == 4:
-        raise ValueError("number 4")
+    """Take so long at one of the first executions that a chunk ends with it."""
+    if enter(ledger, number) == 1 and number == 4:
+        time.sleep(0.4)  # work: longer than a chunk of tiny elements may take
     return number
 
 
+@task
+def refuses(ledger: Path, number: int) -> int:
+    """Fail for one number."""
+    enter(ledger, number)
+    if number == 2:
+        raise ValueError("number 2")
+    return number
+
+
+@pytest.mark.parametrize(("function", "size", "count"), [(hesitates, "auto", 40), (refuses, 5, 5)])
 def test_a_chunk_that_is_made_again_runs_what_it_had_and_no_more(
-    run: Run, runner: DaskTaskRunner, record: Record, tmp_path: Path, wait_until: WaitUntil
+    function: Any,
+    size: Any,
+    count: int,
+    run: Run,
+    runner: DaskTaskRunner,
+    record: Record,
+    tmp_path: Path,
+    wait_until: WaitUntil,
 ) -> None:
     """What a chunk had left undone has run elsewhere meanwhile; what failed in it is over."""
     ledger = tmp_path / "ledger"
 
     def body() -> None:
-        futures = hesitates.with_options(chunk_size=5).map(ledger, range(5))
+        futures = function.with_options(chunk_size=size).map(ledger, range(count))
         futures.wait()
-        assert len({future._run.key for future in futures}) > 1, "the chunk has not ended early"
-        killed = {future._run.key for future in futures if future._run.key is not None}
-        while killed:
-            holders = [next(iter(scheduler_of(runner).tasks[key].who_has)) for key in killed]
-            os.kill(holders[0].pid, signal.SIGKILL)
-            wait_until(lambda: holders[0].address not in scheduler_of(runner).workers)
-            killed = {key for key, holder in zip(killed, holders, strict=True) if holder is not holders[0]}
-            wait_until(lambda: futures[0].state.state_details["attempt"] > 1, 20.0)
+        assert executions(ledger) == dict.fromkeys(map(str, range(count)), 1)
+        made = futures[4]
+        assert made._run.place == (0 if size == "auto" else 4), "its chunk began otherwise"
+        kill_holder(runner, made, wait_until)
+        wait_until(lambda: made.state.state_details["attempt"] == 2 and made.state.is_completed(), 30.0)
 
     run(body)
-    assert executions(ledger)["0"] > 1
-    assert executions(ledger)["4"] == 1
-    assert executions(ledger) == attempts(record, "hesitates")
+    assert executions(ledger)["4"] == 2
+    assert executions(ledger) == attempts(record, function.name)
+    if function is refuses:
+        assert executions(ledger)["2"] == 1
 
 
 @task
