@@ -1,5 +1,6 @@
 """Workers and schedulers of Dask that die: who pays, what is counted, what is made again."""
 
+import contextlib
 import os
 import random
 import signal
@@ -17,7 +18,18 @@ import pytest
 
 from penstock import errors, flow, task
 from penstock.runners.dask import DaskTaskRunner
-from tests.faults import WAYS, check_count, check_random, dies, enter, executions, follows, works
+from tests.faults import (
+    WAYS,
+    Tally,
+    check_count,
+    check_random,
+    dies,
+    enter,
+    executions,
+    follows,
+    tallies,
+    works,
+)
 from tests.record import Record
 
 pytestmark = [pytest.mark.dask, pytest.mark.filterwarnings("ignore")]
@@ -95,13 +107,13 @@ def test_innocents_on_a_worker_of_many_threads_are_not_harmed(
     saturation: float, record: Record, tmp_path: Path
 ) -> None:
     """Forty neighbours and one killer, on one worker of eight threads."""
-    ledger = tmp_path / "ledger"
+    ledger, tally = tmp_path / "ledger", Tally(tmp_path / "tally", 40)
     kwargs = {"n_workers": 1, "threads_per_worker": 8, "memory_limit": 0, "dashboard_address": None}
 
     def body() -> Any:
-        innocents = [works.submit(ledger, number, 0.05) for number in range(20)]
+        innocents = [tallies.submit(tally, number, 0.05) for number in range(20)]
         killer = dies.submit(ledger, "SIGKILL", 99)
-        innocents += [works.submit(ledger, number, 0.05) for number in range(20, 40)]
+        innocents += [tallies.submit(tally, number, 0.05) for number in range(20, 40)]
         heir = follows.submit(innocents[39])
         assert [one.result() for one in innocents] == list(range(40))
         assert heir.result() == 39
@@ -112,21 +124,16 @@ def test_innocents_on_a_worker_of_many_threads_are_not_harmed(
         runner = DaskTaskRunner(cluster_kwargs=kwargs)
         with pytest.raises(errors.WorkerLost), runner:
             flow(task_runner=runner)(body)()
-    assert record.types("works") == ["COMPLETED"] * 40
+    assert record.types("tallies") == ["COMPLETED"] * 40
     row = record.task("dies")
     assert row.type == "CRASHED"
     assert executions(ledger)["dies"] <= 2 + 2, "two in company at most, and its budget alone"
     check_count(record, row, executions(ledger)["dies"])
-    shared = [
-        body for one in record.tasks("works") for _, body in one.history if body["name"] == "Quarantined"
-    ]
+    rows = record.tasks("tallies")
+    shared = [body for one in rows for _, body in one.history if body["name"] == "Quarantined"]
     assert shared, "nobody was lost in company: the test has tested nothing"
-    # Of what was being made again when a worker died the record counts one attempt more now and then, and never
-    # less. Likely, not proven: the kill strikes between the note of the begin and the first line of the code.
-    kills = executions(ledger)["dies"]
-    for number, one in enumerate(record.tasks("works")):
-        executed = executions(ledger)[str(number)]
-        assert executed <= one.attempt <= executed + kills, (executed, one.names)
+    counted = [one.attempt for one in rows]
+    assert counted == tally.executions(), [one.names for one in rows]
 
 
 # ------------------------------------------------------------------------------------------ values that are lost
@@ -673,10 +680,6 @@ def test_a_few_random_deaths(runner: DaskTaskRunner, record: Record, tmp_path: P
     random_deaths(runner, record, tmp_path, 3)
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="known defect: an execution of what Dask makes again is sometimes not counted if its worker dies, too",
-)
 @pytest.mark.parametrize("orders", [2, pytest.param(40, marks=pytest.mark.soak)])
 def test_random_deaths_under_chunks(
     runner: DaskTaskRunner, record: Record, tmp_path: Path, orders: int
@@ -705,8 +708,9 @@ def random_deaths(
             for _ in range(2):
                 first[dice.randrange(elements)].wait()
                 workers = list(scheduler_of(runner).workers.values())
-                if workers:
-                    os.kill(dice.choice(workers).pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # the scheduler has not noticed the first kill
+                    if workers:
+                        os.kill(dice.choice(workers).pid, signal.SIGKILL)
             return second.result()
 
         assert flow(task_runner=runner)(body)() == list(range(elements)), f"order {order}"
