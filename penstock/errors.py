@@ -232,7 +232,17 @@ class TaskTimeout(RunError, TimeoutError):
 
 
 class CancelledRun(RunError):
-    """Somebody asked for the run to stop."""
+    """Somebody asked for the run to stop.
+
+    Attributes
+    ----------
+    began, called, element
+        As those of a `CrashedRun`, where the process was ended to stop it.
+    """
+
+    began: bool | None = None
+    called: bool | None = None
+    element: int | None = None
 
 
 class RunOwnedElsewhere(RunError):

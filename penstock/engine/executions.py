@@ -15,7 +15,7 @@ def was_executed(cause: BaseException, place: int = -1, count: int = 0) -> bool 
     Parameters
     ----------
     cause : Exception
-        Why it was lost; what is no `CrashedRun` tells nothing.
+        Why it was lost; what is neither a `CrashedRun` nor a `CancelledRun` tells nothing.
     place : int
         Of the run in the value of the chunk that was lost; -1 if it was alone.
     count : int
@@ -26,7 +26,7 @@ def was_executed(cause: BaseException, place: int = -1, count: int = 0) -> bool 
     bool or None
         None if nobody knows.
     """
-    if not isinstance(cause, errors.CrashedRun):
+    if not isinstance(cause, (errors.CrashedRun, errors.CancelledRun)):
         return None
     if not cause.began:
         return cause.began

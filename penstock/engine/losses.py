@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from penstock import errors
 from penstock.engine import outcomes, remaking
-from penstock.engine.executions import is_before, spelled, was_executed
+from penstock.engine.executions import spelled, was_executed
 from penstock.engine.states import StateType, advance
 
 if TYPE_CHECKING:
@@ -137,13 +137,11 @@ def chunk_lost(session: Session, chunk: Chunk, report: Report) -> None:
     element = getattr(cause, "element", None)
     killed = not isinstance(cause, errors.CancelledRun) and cause.began is not False
     left = [(place, run) for place, run in enumerate(chunk.runs) if not run.done and run.key is chunk.key]
-    for place, run in left if killed else ():  # before any is put back: that takes back what follows it
-        had_its_turn = element is None or is_before(place, element, chunk.count)
-        if had_its_turn and not run.cancelling:
-            began = _excuse(run, True if element is not None else None)
-            details = {"cause": type(cause).__name__, "began": began}
-            message = f"lost with its worker, which another element may have killed: {cause}"
-            _note(session, run, "Rescheduled", message, details)
+    for place, run in left:  # before any is put back: that takes back what follows it
+        executed = was_executed(cause, place, chunk.count)
+        known = executed or (executed is None and killed)
+        if known and not run.cancelling and not (killed and place == element):
+            _not_to_blame(session, run, cause, executed)
     for place, run in left:
         if killed and place == element:
             lost(session, run, report)
@@ -154,6 +152,15 @@ def chunk_lost(session: Session, chunk: Chunk, report: Report) -> None:
             mapped = next((run.mapped for run in stage if run.mapped is not None), None)
             if mapped is not None and mapped.packer is not None:
                 mapped.packer.part()
+
+
+def _not_to_blame(session: Session, run: TaskRun, cause: Exception, executed: bool | None) -> None:
+    """An element has run for nothing: its chunk was lost because of another one."""
+    why = "which another element may have killed"
+    if isinstance(cause, errors.CancelledRun):
+        why = "which was ended to stop another element"
+    details = {"cause": type(cause).__name__, "began": _excuse(run, executed)}
+    _note(session, run, "Rescheduled", f"lost with its worker, {why}: {cause}", details)
 
 
 def _without_input(session: Session, run: TaskRun, cause: errors.ResultLost) -> None:

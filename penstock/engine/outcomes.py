@@ -37,6 +37,8 @@ def chunk_ended(session: Session, chunk: Chunk, record: dict[str, Any], worker: 
                 continue
             own = odd.get(place)
             if number >= done or (own is not None and _was_spared(run, own)):
+                if own is not None and own["status"] == "cancelled":
+                    _interrupted(session, run)
                 not_run(session, run)
             elif own is not None or run.task.options.timeout_seconds is not None:
                 element = invoke.element_record(record, place) or {}
@@ -56,6 +58,14 @@ def chunk_ended(session: Session, chunk: Chunk, record: dict[str, Any], worker: 
 def _was_spared(run: TaskRun, own: dict[str, Any]) -> bool:
     """Whether an element has to run again: it lacked what it needs, or another one was to be stopped."""
     return own["status"] == "upstream" or (own["status"] == "cancelled" and not run.cancelling)
+
+
+def _interrupted(session: Session, run: TaskRun) -> None:
+    """Its code was at work when another element was to be stopped: an attempt at no cost."""
+    run.excuses += 1
+    run.position = advance(run.position, StateType.PENDING, "Rescheduled")
+    run.message = "interrupted, since another element of its chunk was to be stopped; it runs again"
+    session.journal.task_state(run, cause="CancelledRun", began="unknown")
 
 
 def _learn(chunk: Chunk, record: dict[str, Any]) -> None:
