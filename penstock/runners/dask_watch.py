@@ -108,20 +108,29 @@ class Watch:
         ending : str
             Of the names in the keys that are of interest.
         seconds : float
-            After which whoever asks goes on without.
+            After which whoever asks goes on without; what is left is told as lost, and may have been
+            executed.
         """
         if threading.current_thread() is self._thread:
             return
         deadline = time.monotonic() + seconds
+        left: list[Key] = []
         while self._thread.is_alive():
-            told = threading.Event()
-            self._messages.put(told)
-            told.wait(1.0)
+            self._hear_all()
             left = [key for key in list(self._remaking) if key[0].endswith(ending)]
             if not left or self.is_away or time.monotonic() > deadline:
                 break
             time.sleep(0.005)
-        self._remaking.difference_update([key for key in list(self._remaking) if key[0].endswith(ending)])
+        if left:
+            self._remaking.difference_update(left)
+            self.tell([Report(key, "gone", cause=_unheard(key)) for key in left])
+            self._hear_all()
+
+    def _hear_all(self) -> None:
+        """Wait until the messages that have come are read."""
+        told = threading.Event()
+        self._messages.put(told)
+        told.wait(1.0)
 
     def close(self) -> None:
         """Hear no more."""
@@ -185,7 +194,7 @@ class Watch:
             if kind == "losing":
                 if key in self._client.futures:  # what nobody holds any more Dask does not make again
                     self._remaking.add(key)
-                reports.append(Report(key, "losing", worker=worker))
+                    reports.append(Report(key, "losing", worker=worker))
                 continue
             if kind == "remark":
                 self._remark(details["text"])
@@ -458,6 +467,13 @@ def _made_up_record() -> bytes:
     }
     record.update(nbytes=0, peak=0, host=socket.gethostname(), pid=os.getpid(), worker="", thread=0)
     return pickle.dumps(record, 4)
+
+
+def _unheard(key: Key) -> errors.ResultLost:
+    """Say that a value was still being made again when nobody waited for it any longer."""
+    cause = errors.ResultLost(f"the value of task {_name(key)!r} was lost with the worker that held it")
+    cause.__cause__ = errors.CrashedRun("Dask was making it again when its session ended")
+    return cause
 
 
 def _gone(key: Key) -> errors.ResultLost:
