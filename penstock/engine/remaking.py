@@ -20,7 +20,7 @@ from penstock.engine.states import Position, StateType, advance
 if TYPE_CHECKING:
     from penstock.engine.calls import TaskRun
     from penstock.engine.session import Session
-    from penstock.runners.base import Report
+    from penstock.runners.base import Key, Report
 
 REASON = "lost_result"
 
@@ -118,16 +118,22 @@ def _reopen(session: Session, run: TaskRun, message: str, **details: Any) -> Non
 
 def _count_death(session: Session, run: TaskRun, cause: Exception) -> None:
     """The back end was making a lost value again when that worker died, too: an attempt more, if it was executed."""
-    death = cause.__cause__
-    executed = False
-    if isinstance(death, errors.CrashedRun):
-        executed = was_executed(death, run.place, session.made.count(run.key))
+    executed = _died(session, run.key, run.place, cause)
     if executed is not False:
+        death = cause.__cause__
         _reopen(session, run, str(death), cause=type(death).__name__, began=spelled(executed))
 
 
+def _died(session: Session, key: Key | None, place: int, cause: Exception | None) -> bool | None:
+    """Answer whether a value's loss is that of a worker that was making it again, and had called its function."""
+    death = cause.__cause__ if cause is not None else None
+    if not isinstance(death, errors.CrashedRun):
+        return False
+    return was_executed(death, place, session.made.count(key))
+
+
 def count_elsewhere(session: Session, run: TaskRun, place: int, report: Report) -> None:
-    """Count what a back end has executed again of a run that has left this key meanwhile, or is not needed any more.
+    """Count what a back end has executed again of a run that has left its key meanwhile, or is not needed any more.
 
     Its state stays what it is: the attempt is told, and nothing follows from it.
     """
@@ -136,8 +142,7 @@ def count_elsewhere(session: Session, run: TaskRun, place: int, report: Report) 
         own = invoke.element_record(record, place) if record["status"] == "chunk" else record
         executed: bool | None = own is not None and own["status"] != "upstream"
     else:
-        death = report.cause.__cause__ if report.cause is not None else None
-        executed = was_executed(death, place, session.made.count(report.key)) if death is not None else False
+        executed = _died(session, report.key, place, report.cause)
     if executed is False:
         return
     run.excuses += 1
