@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from penstock import errors
 from penstock.engine import invoke, recipes
 from penstock.engine.executions import spelled, was_executed
-from penstock.engine.failure import Failure
 from penstock.engine.graph import sources_of
 from penstock.engine.states import Position, StateType, advance
 
@@ -33,8 +32,8 @@ def made_again(session: Session, runs: Sequence[TaskRun], report: Report) -> Non
         own: dict[str, Any] | None = record
         if record["status"] == "chunk":
             own = invoke.element_record(record, run.place)
-        if own is None or own["status"] == "upstream":  # not executed this time
-            gone(session, run, errors.ResultLost(f"the value of {run.name!r} was lost with its worker"))
+        if own is None or own["status"] != "completed":
+            _not_made_again(session, run, own, report)
         else:
             nbytes = own["nbytes"] if own is not record else max(report.nbytes, record["nbytes"])
             _made_again(session, run, own, nbytes, worker)
@@ -45,18 +44,22 @@ def _made_again(session: Session, run: TaskRun, record: dict[str, Any], nbytes: 
     run.worker = worker
     details = {"started": record["started"], "seconds": record["seconds"], "peak": record["peak"]}
     run.ended = time.time()
-    if record["status"] == "completed":
-        run.nbytes = nbytes
-        run.position = advance(run.position, StateType.COMPLETED)
-    else:  # the function is not the one it was
-        described = record.get("error") or {"type": "Error", "message": record["status"], "text": ""}
-        failed: Any = Failure(described, "") if "frames" in described else None
-        run.error = failed or errors.ResultLost(described["message"])
-        run.ref = None
-        run.position = advance(run.position, StateType.FAILED)
-        details["error"] = {name: described[name] for name in ("type", "message", "text")}
-        run.message = f"its result was lost, and making it again failed: {described['message']}"
+    run.nbytes = nbytes
+    run.position = advance(run.position, StateType.COMPLETED)
     session.journal.task_state(run, **details)
+
+
+def _not_made_again(session: Session, run: TaskRun, record: dict[str, Any] | None, report: Report) -> None:
+    """The function has failed where it had returned before, or was not reached: the run's own retries decide."""
+    if session.closing:  # nobody needs the value
+        count_elsewhere(session, run, run.place, report)
+        return
+    message = f"the value of {run.name!r} was lost with its worker"
+    if record is not None and record["status"] != "upstream":
+        described = record.get("error") or {"type": "Error", "message": record["status"]}
+        message += f", and making it again failed: {described['type']}: {described['message']}"
+        _reopen(session, run, message)
+    gone(session, run, errors.ResultLost(message))
 
 
 def gone(session: Session, run: TaskRun, cause: Exception) -> bool:

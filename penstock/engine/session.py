@@ -91,7 +91,7 @@ class Session:
         self.made = recipes.Made()
         # The back end makes their values again: they are held, with their places, until that is written down.
         self.remaking: dict[Key, list[tuple[TaskRun, int]]] = {}
-        self._closing = False
+        self.closing = False
         # A nested flow run that has ended is gone with its runs: its row holds what it returned.
         self._prints: ByFlow[bool] = ByFlow()
         self._results: ByFlow[tuple[Any, ...]] = ByFlow()
@@ -125,7 +125,7 @@ class Session:
 
     def close(self) -> None:
         """Stop listening; runs that have not ended are left as they are."""
-        self._closing = True
+        self.closing = True
         self.runner.unlisten(self.tag)
         self.remaking.clear()
 
@@ -686,7 +686,7 @@ class Session:
         for run, place in held:
             if run.key != report.key or not run.completed:  # sent again before the news came
                 remaking.count_elsewhere(self, run, place, report)
-        if self._closing and report.kind == "gone":  # nobody will need it
+        if self.closing and report.kind == "gone":  # nobody will need it
             for run in runs:
                 remaking.count_elsewhere(self, run, run.place, report)
             return

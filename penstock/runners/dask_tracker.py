@@ -248,7 +248,8 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         except Exception:
             error = details.get("exception_text") or "an error that cannot be read"
         if isinstance(error, plugin.TaskFailure):
-            self._add(topic, ("ended", key, error.record, 0, worker, None))
+            again = {"again": True} if MADE in (self.scheduler.tasks[key].metadata or ()) else None
+            self._add(topic, ("ended", key, error.record, 0, worker, again))
         elif type(error).__name__ == "KilledWorker":
             self._displace(key, stimulus_id, given_up=True)  # more deaths than the cluster allows
         else:

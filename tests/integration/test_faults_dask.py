@@ -421,6 +421,36 @@ def test_what_is_made_again_is_no_company_for_a_suspect(record: Record, tmp_path
     assert record.types("works") == ["COMPLETED"] * 13
 
 
+@task
+def relapses(ledger: Path) -> str:
+    """Fail at the second execution."""
+    if enter(ledger, "relapses") == 2:
+        raise ValueError("not again")
+    return "alive"
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["needed", "over"])
+def test_a_failure_while_a_lost_result_is_made_again_counts(
+    waits: bool, run: Run, runner: DaskTaskRunner, record: Record, tmp_path: Path, wait_until: WaitUntil
+) -> None:
+    ledger = tmp_path / "ledger"
+
+    def body() -> Any:
+        made = relapses.submit(ledger)
+        made.wait()
+        kill_holder(runner, made, wait_until)
+        if not waits:
+            wait_until(lambda: bool(made._run.carrier.remaking))
+            return None
+        wait_until(lambda: made.state.state_details["attempt"] == 3 and made.state.is_completed(), 30.0)
+        return made.result()
+
+    assert run(body) == ("alive" if waits else None)
+    row = record.task("relapses")
+    assert executions(ledger) == {"relapses": 3 if waits else 2}
+    assert (row.type, row.attempt) == ("COMPLETED", 3 if waits else 2)
+
+
 def test_a_lost_result_of_what_must_not_run_twice_is_a_crash(
     run: Run, runner: DaskTaskRunner, record: Record, tmp_path: Path, wait_until: WaitUntil
 ) -> None:
