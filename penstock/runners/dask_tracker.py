@@ -236,8 +236,8 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         if exception is None:
             task = self.scheduler.tasks.get(key)
             blamed = task and task.exception_blame
-            again = bool(blamed and MADE in (blamed.metadata or ()))
-            self._add(topic, ("orphaned" if again else "upstream", key, b"", 0, worker, None))
+            existed = bool(blamed and MADE in (blamed.metadata or ()))
+            self._add(topic, ("orphaned" if existed else "upstream", key, b"", 0, worker, None))
             return
         try:
             error = (
@@ -248,7 +248,8 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         except Exception:
             error = details.get("exception_text") or "an error that cannot be read"
         if isinstance(error, plugin.TaskFailure):
-            again = {"again": True} if MADE in (self.scheduler.tasks[key].metadata or ()) else None
+            task = self.scheduler.tasks.get(key)
+            again = {"again": True} if task and MADE in (task.metadata or ()) else None
             self._add(topic, ("ended", key, error.record, 0, worker, again))
         elif type(error).__name__ == "KilledWorker":
             self._displace(key, stimulus_id, given_up=True)  # more deaths than the cluster allows
