@@ -16,7 +16,7 @@ import distributed  # noqa: F401 - its defaults have to be there before a test c
 import numpy as np
 import pytest
 
-from penstock import errors, flow, task
+from penstock import allow_failure, errors, flow, task
 from penstock.runners.dask import DaskTaskRunner
 from tests.faults import (
     WAYS,
@@ -325,14 +325,17 @@ def strikes_too(ledger: Path, number: int, at: int) -> int:
 def test_of_fused_stages_the_one_that_kills_pays_and_all_are_counted(
     run: Run, record: Record, tmp_path: Path, stage: int
 ) -> None:
-    ledger = tmp_path / "ledger"
+    ledger, gate = tmp_path / "ledger", tmp_path / "gate"
     budgets = [int(stage == 0), int(stage == 1)]
 
     def body() -> Any:
         first = strikes.with_options(chunk_size=5, crash_retries=budgets[0])
         second = strikes_too.with_options(chunk_size=5, crash_retries=budgets[1])
-        made = first.map(ledger, range(5), 2 if stage == 0 else -1)
-        return second.map(ledger, made, 2 if stage == 1 else -1).result()
+        door = blocks.submit(gate)  # the chunk is packed when its end is known: both stages are there by then
+        made = first.map(ledger, range(5), 2 if stage == 0 else -1, wait_for=[allow_failure(door)])
+        ended = second.map(ledger, made, 2 if stage == 1 else -1)
+        gate.touch()
+        return ended.result()
 
     assert run(body) == list(range(5))
     counted = {row.name: row.attempt for name in ("strikes", "strikes_too") for row in record.tasks(name)}
