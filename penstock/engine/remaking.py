@@ -40,12 +40,16 @@ def made_again(session: Session, runs: Sequence[TaskRun], report: Report) -> Non
 
 
 def _made_again(session: Session, run: TaskRun, record: dict[str, Any], nbytes: int, worker: str) -> None:
-    _reopen(session, run, "its result was lost with the worker that held it, and made again")
+    lost = advance(run.position, StateType.PENDING, "Recomputed", run.attempt + 1)
+    message = "its result was lost with the worker that held it, and made again"
+    session.journal.task_passed(run, lost, message, reason=REASON)
+    run.excuses += 1
+    run.message = message
     run.worker = worker
     details = {"started": record["started"], "seconds": record["seconds"], "peak": record["peak"]}
     run.ended = time.time()
     run.nbytes = nbytes
-    run.position = advance(run.position, StateType.COMPLETED)
+    run.position = advance(lost, StateType.COMPLETED)  # in one step: whoever looks sees a run that has ended
     session.journal.task_state(run, **details)
 
 
@@ -72,6 +76,7 @@ def gone(session: Session, run: TaskRun, cause: Exception) -> bool:
     """
     if run.stored is not None:  # whoever needs it reads the copy (`values`)
         return True
+    run.done = False  # before it is in another state: whoever looks waits
     _count_death(session, run, cause)
     message = str(cause)
     options = run.task.options
@@ -161,10 +166,11 @@ def _give_up(session: Session, run: TaskRun, message: str) -> None:
     """The value is gone for good; the run that had made it is told so, in an attempt that never began."""
     run.excuses += 1
     run.unbegun += 1
+    run.error = errors.ResultLost(message).of_run(run.id)
     run.position = advance(run.position, StateType.CRASHED, None, run.attempt + 1)
     run.message = message
-    run.error = errors.ResultLost(message).of_run(run.id)
     run.ref = run.value = None
+    run.done = True
     session.failures += 1
     session.journal.task_state(run, cause="ResultLost", began="no", reason=REASON)
     session.recall(run)
