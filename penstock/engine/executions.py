@@ -1,7 +1,7 @@
 """What the loss of an attempt means for the number of executions: was the user's function called or not.
 
 An attempt that had begun may have killed its worker, say while its function was loaded; executed is only
-what was called. Back ends tell both (`worker_runtime.Starts`), and of a chunk which place was at its turn.
+what was called. Back ends tell both (`worker.starts`), and of a chunk which place was at its turn.
 """
 
 from __future__ import annotations
