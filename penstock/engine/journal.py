@@ -19,6 +19,7 @@ from penstock.engine.summary import describe_all
 if TYPE_CHECKING:
     from penstock.engine.calls import FlowRun, TaskRun
     from penstock.engine.past import Past
+    from penstock.engine.states import Position
 
 PRESENT = 0
 TERMINAL = 2
@@ -159,6 +160,17 @@ class Journal:
         if run.tracked:
             rank = TERMINAL if run.done and run.type.is_final else PRESENT
             self.write("state", run.id, run.root, _state(run, details), run.attempt, rank)
+
+    def task_passed(self, run: TaskRun, position: Position, message: str, **details: Any) -> None:
+        """A task run was in a state that is over already; nobody has seen it there."""
+        if run.tracked:
+            body = {
+                **_state(run, details),
+                "type": str(position.type),
+                "name": position.name,
+                "message": message,
+            }
+            self.write("state", run.id, run.root, body, position.attempt, PRESENT)
 
     def add(self, run: TaskRun, details: dict[str, Any]) -> None:
         """A task run has ended; told with the next `write_out`, together with its neighbours."""
