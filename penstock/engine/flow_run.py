@@ -49,7 +49,7 @@ from penstock.engine.resumption import resumed
 from penstock.engine.seeds import begin_again, next_ordinal
 from penstock.engine.session import Session
 from penstock.engine.states import TRANSITIONS, Position, State, StateType, Stored, advance, failure_of
-from penstock.engine.steps import Invoke, Sleep, Steps, Wait
+from penstock.engine.steps import Invoke, Sleep, Steps, Wait, drive
 from penstock.engine.summary import describe_all
 from penstock.engine.tracking import start_tracking, stop_tracking
 from penstock.engine.venues import Venues
@@ -95,7 +95,7 @@ class FlowRunScope:
         self._made = False
         self._validated = False
         self._lock = threading.RLock()  # a request to stop comes from any thread
-        self._over = self._expired = self._force = False
+        self._over = self._expired = self._force = self._dropped = False
         self._alarm: Alarm | None = None
         self._attempt = 0  # of those that this driver makes
         self._earlier = 0  # attempts before the run was resumed
@@ -383,8 +383,10 @@ class FlowRunScope:
             self._reason = self._reason or reason
             first, self.flow_run.cancelled = not self.flow_run.cancelled, True
             if self.flow_run.type is StateType.PENDING:
-                if self._submitted:  # its thread may still wait for an upstream: nobody waits for that
-                    self.finish(self._stopped("Cancelled before it started."))
+                if (
+                    self._submitted and not self._dropped
+                ):  # its thread may still wait for an upstream: nobody waits
+                    self._drop(self._stopped("Cancelled before it started."))
                 return True
             if first and self.flow_run.type is not StateType.SCHEDULED:
                 said = str(self._reason or "")
@@ -395,6 +397,22 @@ class FlowRunScope:
         if first and reason is not None:
             cancelling.aside(lambda: cancelling.stop(list(self.flow_run.live)))
         return True
+
+    def _drop(self, state: State) -> None:
+        """End a run in the background that has not begun: hooks first, in a thread of their own."""
+        self._dropped = True
+        if not self.flow.options.hooks.of_flow(state.type):
+            self.finish(state, dropped=True)
+            return
+
+        def end() -> None:
+            try:
+                drive(self.end_hooks(state, dropped=True))
+            finally:
+                worker_runtime.close_loop()
+                self.finish(state, dropped=True)
+
+        threading.Thread(target=end, name="penstock-hooks", daemon=True).start()
 
     def _expire(self) -> None:
         """The time-out has passed in a thread that no alarm can interrupt."""
@@ -577,8 +595,10 @@ class FlowRunScope:
             Invoke,
         )
 
-    def end_hooks(self, state: State) -> Steps:
+    def end_hooks(self, state: State, *, dropped: bool = False) -> Steps:
         """Call the hooks of the final state before it is recorded; they have time, and may use tasks."""
+        if self._dropped is not dropped:  # they are called where it was dropped
+            return
         self._disarm()
         self.flow_run.deadline, self.flow_run.cancelled = None, False
         if state.name == "NotReady":
@@ -646,10 +666,10 @@ class FlowRunScope:
             return self._stopped(state.message)
         return state
 
-    def finish(self, state: State) -> State:
+    def finish(self, state: State, *, dropped: bool = False) -> State:
         """Enter the final state, once, and tell those who wait; returns the state."""
         with self._lock:
-            if self._over:
+            if self._over or self._dropped is not dropped:
                 return state
             self._disarm()
             state = self.concluded(state)

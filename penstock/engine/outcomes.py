@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from penstock import errors
 from penstock.engine import invoke, results
 from penstock.engine.clock import clock
-from penstock.engine.failure import Failure
+from penstock.runners.failure import Failure
 from penstock.engine.states import State, StateType, advance
 from penstock.runners import worker_runtime
 from penstock.runners.base import UNSENT

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from penstock import errors
 from penstock.engine import invoke, recipes
-from penstock.engine.failure import Failure
+from penstock.runners.failure import Failure
 from penstock.engine.graph import sources_of
 from penstock.engine.states import StateType, advance
 

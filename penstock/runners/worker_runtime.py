@@ -16,6 +16,8 @@ Work order (a pickled dict of primitives)
     "readonly", "copy" or "shared": what arrays in the arguments are to the function.
 ``prints``
     Whether `print` goes to the run's log.
+``plain`` (optional)
+    The function is no task: nothing in it finds a run around itself.
 ``streams``
     Whether the items of a generator are wanted one by one.
 ``context``
@@ -244,7 +246,8 @@ class Attempt:
         return Failed(record), record
 
     def __enter__(self) -> Any:
-        self._token = _running.set(self.running)
+        # What is no task has no run that the user's code could ask for, or submit into.
+        self._token = _running.set(None if "plain" in self.running.order else self.running)
         self._started, self._clock = time.time(), time.perf_counter()
         try:  # last: a request to stop that strikes before the block would pass `__exit__` by
             _enter(self.running)

@@ -25,7 +25,7 @@ from penstock import (
 )
 from penstock import settings as configuration
 from penstock.cache_policies import FLOW_PARAMETERS, INPUTS, NO_CACHE, RUN_ID, TASK_SOURCE
-from penstock.engine import lookups
+from penstock.engine import cache, lookups
 from penstock.runners.base import TaskRunner
 from tests.conftest import InFlow
 from tests.record import Record
@@ -262,6 +262,71 @@ def test_parameters_of_the_flow_count(runner: TaskRunner, marks: Path) -> None:
     for day in ("Monday", "Sunday"):
         nested(day)
     assert calls(marks) == 3
+
+
+def test_large_parameters_of_the_flow_count_in_nested_tasks(runner: TaskRunner, marks: Path) -> None:
+    @task(cache_policy=FLOW_PARAMETERS)
+    def work() -> int:
+        mark(marks)
+        return 1
+
+    @task
+    def outer() -> int:
+        return work.submit().result() + work()
+
+    @flow(task_runner=runner)
+    def nested(data: Any) -> int:
+        return outer.submit().result()
+
+    first, second = np.zeros(LARGE, np.uint8), np.ones(LARGE, np.uint8)
+    for data in (first, second, first.copy()):
+        assert nested(data) == 2
+    assert calls(marks) == 2
+
+
+def test_parameters_that_were_not_hashed_give_no_other_key(
+    apart: TaskRunner, marks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @task
+    def outer() -> int:
+        from penstock import task
+
+        @task(cache_policy=INPUTS + FLOW_PARAMETERS)
+        def work(x: int) -> int:
+            mark(marks)
+            return x
+
+        return work.submit(1).result()
+
+    @flow(task_runner=apart)
+    def nested(data: Any) -> int:
+        return outer.submit().result()
+
+    monkeypatch.setattr(cache, "_heeding", [])  # no task of this process heeds them
+    with pytest.raises(ValueError, match=r"were not hashed, since no task with FLOW_PARAMETERS is known"):
+        nested(np.zeros(LARGE, np.uint8))
+    assert calls(marks) == 0
+    assert nested("Monday") == 1
+    assert calls(marks) == 1
+
+
+def test_parameters_without_content_are_named_in_nested_tasks(apart: TaskRunner, marks: Path) -> None:
+    @task(cache_policy=FLOW_PARAMETERS)
+    def work() -> int:
+        mark(marks)
+        return 1
+
+    @task
+    def outer() -> int:
+        return work.submit().result()
+
+    @flow(task_runner=apart)
+    def nested(lock: Any) -> int:
+        return outer.submit().result()
+
+    with pytest.raises(ValueError, match=r"a parameter of the flow cannot be part of a cache key"):
+        nested(threading.Lock())
+    assert calls(marks) == 0
 
 
 def test_keys_of_ones_own(in_flow: InFlow, record: Record, marks: Path) -> None:
