@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from penstock.engine.graph import Edge
     from penstock.engine.lookups import Caching
     from penstock.engine.mapped import Mapped
-    from penstock.engine.past import Past
+    from penstock.engine.past import Lane, Past
     from penstock.engine.recipes import Recipe
     from penstock.engine.recollection import Recollection
     from penstock.engine.seeds import Ordinals
@@ -313,6 +312,7 @@ class FlowRun:
         "finished",
         "flow",
         "id",
+        "lane",
         "live",
         "memory",
         "name",
@@ -327,7 +327,6 @@ class FlowRun:
         "started",
         "tags",
         "task_run",
-        "thread",
     )
 
     def __init__(
@@ -362,7 +361,7 @@ class FlowRun:
         self.runs = 0
         self.started = time.time()
         self.past: Past | None = parent.past if parent is not None else None  # of a run that is resumed
-        self.thread = threading.get_ident()
+        self.lane: Lane | None = None  # where its code runs, once it does
 
     @property
     def type(self) -> StateType:

@@ -43,6 +43,7 @@ from penstock.engine.journal import Journal
 from penstock.engine.living import living
 from penstock.engine.names import new_name
 from penstock.engine.options import run_name
+from penstock.engine.past import lane
 from penstock.engine.recollection import Recollection
 from penstock.engine.reservation import reserved, whereabouts
 from penstock.engine.resumption import resumed
@@ -171,11 +172,18 @@ class FlowRunScope:
         if parent is None or parent.past is None or around is None:
             return None
         outside = around.surrounding.id if around.surrounding is not None else None
-        found = parent.past.flow(parent, outside, self.flow.name)
+        found = parent.past.flow(parent, outside, self.flow.name, self._bound())
         if found is None:
             return None
         around._id = found["row"] or around.id
         return SimpleNamespace(id=found["id"], name=found["run_name"], attempt=found["attempt"])
+
+    def _bound(self) -> dict[str, Any] | None:
+        """Return the arguments by name, None if they do not fit; whoever says so comes later."""
+        try:
+            return parameters.bind(self.flow.signature, self.flow.name, self.args, self.kwargs)
+        except Exception:
+            return None
 
     def make_in_background(self) -> TaskRun:
         """Write the run's row; the row in the parent is the run of a future, for which others may wait."""
@@ -308,6 +316,7 @@ class FlowRunScope:
     def start(self) -> None:
         """Open the runner (a nested flow uses its parent's) and enter RUNNING; again for each attempt."""
         self.heed()
+        self.flow_run.lane = lane()
         self._attempt += 1
         if self._attempt == 1:
             own = self.outer is None or self.flow._runner_override is not None

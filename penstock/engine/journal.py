@@ -13,6 +13,7 @@ import msgpack
 
 from penstock.engine import events, results
 from penstock.engine.events import Event
+from penstock.engine.past import is_beside
 from penstock.engine.summary import describe_all
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Journal:
     ) -> None:
         """A task run exists, unless it did before its flow run is resumed; its name may be made only where it runs."""
         past = run.flow_run.past if run.flow_run is not None else None
-        if past is not None and run.tracked and past.task(run, describe_all(parameters), parents):
+        if past is not None and run.tracked and past.task(run, parameters, parents):
             self._told_again(run)
             return
         if run.tracked:
@@ -250,6 +251,7 @@ def _about(run: TaskRun, parameters: dict[str, Any]) -> dict[str, Any]:
         "tags": sorted(run.tags),
         "parameters": describe_all(parameters),
         "child_flow_run": run.child_flow_run,
+        **({"beside": True} if is_beside(run.flow_run, run.surrounding) else {}),
     }
 
 

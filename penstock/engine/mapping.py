@@ -268,7 +268,10 @@ class Making:
         self._packer = packing(task.options, session.runner, self.window, count, self._reason)
         past = scope.flow_run.past if scope.flow_run is not None else None
         around = scope.task_run.id if scope.task_run is not None else None
-        known = past.map(scope.flow_run, around, task.name, count) if past and scope.flow_run else None
+        known = None
+        if past is not None and scope.flow_run is not None:
+            idempotent = task.options.idempotent
+            known = past.map(scope.flow_run, around, task.name, count, idempotent=idempotent)
         self._map_id = known or events.new_id()
         self._ordinal = next_ordinal(scope, task.name)
         self._keys = MapPlan(task, scope.flow_run, in_process=session.in_process)
