@@ -231,6 +231,11 @@ class TaskRun:
         """The name of the run; elements of a map are numbered."""
         return self._name or f"{self.task.name}-{self.index}"
 
+    @property
+    def given_name(self) -> str | None:
+        """The name, None if nobody has made one yet."""
+        return self._name or None
+
     @name.setter
     def name(self, name: str) -> None:
         self._name = name
@@ -246,6 +251,7 @@ class TaskRun:
         """What is called with what; None once the run has ended."""
         if self.call is None and self.mapped is not None:
             self.call = self.mapped.call(self.index)
+            self.call.naming = None if self._name else self.mapped.naming
         return self.call
 
     @property

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from penstock import errors
 from penstock.engine import invoke, results
 from penstock.engine.clock import clock
-from penstock.runners.failure import Failure
 from penstock.engine.states import State, StateType, advance
 from penstock.runners import worker_runtime
 from penstock.runners.base import UNSENT
+from penstock.runners.failure import Failure
 
 if TYPE_CHECKING:
     from penstock.engine.calls import TaskRun

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from penstock import errors
 from penstock.engine import invoke, recipes
-from penstock.runners.failure import Failure
 from penstock.engine.graph import sources_of
 from penstock.engine.states import StateType, advance
+from penstock.runners.failure import Failure
 
 if TYPE_CHECKING:
     from penstock.engine.calls import TaskRun

@@ -13,9 +13,9 @@ from penstock.engine import lookups
 from penstock.engine import results as stored
 from penstock.engine.annotations import SKIPPED_AS_NONE, SKIPPED_AS_STATE
 from penstock.engine.calls import Source, TaskRun
-from penstock.runners.failure import Failure
 from penstock.engine.states import State, StateType, Stored, failure_of
 from penstock.runners import worker_runtime
+from penstock.runners.failure import Failure
 
 if TYPE_CHECKING:
     from penstock.engine.session import Session
