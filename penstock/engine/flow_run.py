@@ -28,6 +28,7 @@ from penstock.engine import (
     skipping,
     values,
 )
+from penstock.engine import results as stored_results
 from penstock.engine.annotations import Annotation, allow_failure, allow_skipped, freeze, quote
 from penstock.engine.caller import wait_sources
 from penstock.engine.calls import FlowRun, TaskRun
@@ -506,7 +507,19 @@ class FlowRunScope:
                 state.data = Returned(value, members.runs) if members.runs else value
                 if self.outer is None and members.runs:
                     state.data.load()  # the one implicit download; before the record says how much came here
+                if not self.flow.options.in_memory:
+                    self._put_away(state)
         return state
+
+    def _put_away(self, state: State) -> None:
+        """Keep the value in its storage only; what a nested flow gives back as references stays where it is."""
+        if isinstance(state.data, Returned) and self.outer is not None:
+            return
+        value = state.data.load() if isinstance(state.data, Returned) else state.data
+        kept = stored_results.put_away(self.flow_run, value)
+        if kept is not value:
+            state.data = kept
+            state.state_details["stored"] = stored_results.location(kept.where)
 
     def _tell_of_the_past(self) -> None:
         lines: list[tuple[str, str]] = []
@@ -777,7 +790,7 @@ class FlowRunScope:
         if not state.is_completed():
             raise failure_of(state)
         if not isinstance(state.data, Returned):
-            return state.data
+            return state.data.load() if isinstance(state.data, Stored) else state.data
         return state.data.load() if self.outer is None else state.data.value
 
     def close(self) -> None:
@@ -916,7 +929,8 @@ def _give(row: TaskRun, data: Any) -> None:
         row.nbytes = sum(run.nbytes for run in data.runs)
     else:
         row.value = data
-        row.nbytes = worker_runtime.size(data)
+        away = isinstance(data, stored_results.PutAway)
+        row.nbytes = data.where["nbytes"] if away else worker_runtime.size(data)
 
 
 class Returned(Stored):

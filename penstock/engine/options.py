@@ -69,6 +69,7 @@ class FlowOptions:
     retry_delay_seconds: DelayOption = None
     on_exit: str = "wait"
     results: ResultOptions = field(default_factory=ResultOptions)
+    in_memory: bool = True
     hooks: Hooks = NO_HOOKS
 
 
@@ -351,6 +352,11 @@ _VIEWS: dict[str, Callable[[Any], Any]] = {
     "result_storage": lambda options: options.results.storage,
     "result_storage_key": lambda options: options.results.key,
     "result_serializer": lambda options: options.results.serializer,
+    "cache_policy": lambda options: options.results.caching.policy,
+    "cache_key_fn": lambda options: options.results.caching.key_fn,
+    "cache_expiration": lambda options: options.results.caching.expiration,
+    "refresh_cache": lambda options: options.results.caching.refresh,
+    "cache_result_in_memory": lambda options: _in_memory(options),
     "should_validate_parameters": lambda options: options.validate_parameters,
     "task_runner": lambda options: options.task_runner,
     "on_completion_hooks": lambda options: list(options.hooks.on_completion),
@@ -379,6 +385,10 @@ def view(thing: Any, name: str) -> Any:
             pass
     message = f"{type(thing).__name__!r} object has no attribute {name!r}"
     raise AttributeError(message)
+
+
+def _in_memory(options: TaskOptions | FlowOptions) -> bool:
+    return options.in_memory if isinstance(options, FlowOptions) else options.results.caching.in_memory
 
 
 def changed(options: Any, changes: Mapping[str, Any]) -> Any:

@@ -296,7 +296,15 @@ class State:
 
 
 class Stored:
-    """Data of a state that is not here: `load` brings it."""
+    """Data of a state that is not here: `load` brings it.
+
+    Attributes
+    ----------
+    keeps : bool
+        Whether what was loaded may stay in memory.
+    """
+
+    keeps = True
 
     def load(self) -> Any:
         """Return the value."""

@@ -56,7 +56,7 @@ def results(runs: Sequence[TaskRun], *, raise_on_failure: bool = True) -> list[A
                 run.carrier.changed.wait_for(lambda run=run: run.done, REMADE_SECONDS)  # type: ignore[misc]
         if run.items is not None:
             _gather(run)
-        elif run.child_flow_run is not None and isinstance(run.value, Stored):
+        elif run.child_flow_run is not None and isinstance(run.value, Stored) and run.value.keeps:
             run.value = run.value.load()
     wanted: dict[Any, list[TaskRun]] = {}
     for run in runs:
@@ -77,7 +77,8 @@ def results(runs: Sequence[TaskRun], *, raise_on_failure: bool = True) -> list[A
         if lookups.is_stored(run) and run.value is None:
             found.append(_read(run))
             continue
-        found.append(run.value if error is None else error)
+        value = run.value.load() if isinstance(run.value, Stored) else run.value
+        found.append(value if error is None else error)
     return found
 
 

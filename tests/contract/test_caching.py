@@ -18,6 +18,7 @@ from penstock import (
     FileSystemLockManager,
     IsolationLevel,
     MemoryLockManager,
+    MissingResult,
     ResultCorrupt,
     flow,
     task,
@@ -26,6 +27,7 @@ from penstock import (
 from penstock import settings as configuration
 from penstock.cache_policies import FLOW_PARAMETERS, INPUTS, NO_CACHE, RUN_ID, TASK_SOURCE
 from penstock.engine import cache, lookups
+from penstock.engine.states import Stored
 from penstock.runners.base import TaskRunner
 from tests.conftest import InFlow
 from tests.record import Record
@@ -759,6 +761,57 @@ def test_a_value_need_not_stay_in_memory(in_flow: InFlow, record: Record) -> Non
         return last.submit(future).result(), int(future.result()[-1]), future._run.value is None
 
     assert in_flow(body) == (999, 999, True)
+
+
+@pytest.mark.parametrize("how", ["value", "state", "future"])
+def test_what_a_flow_returns_need_not_stay_in_memory(runner: TaskRunner, tmp_path: Path, how: str) -> None:
+    options: dict[str, Any] = {"persist_result": True, "cache_result_in_memory": False}
+
+    @task
+    def made(n: int) -> Any:
+        return np.arange(n)
+
+    @flow(task_runner=runner, result_storage=tmp_path / "results", **options)
+    def top(n: int) -> Any:
+        return [made.submit(n), n]
+
+    @flow(result_storage=tmp_path / "results", **options)
+    def child(n: int) -> Any:
+        return {"n": n}
+
+    @flow(task_runner=runner)
+    def around() -> Any:
+        future = child.submit(3)
+        return future.result(), future.result(), future._run.value
+
+    if how == "value":
+        array, n = top(1000)
+        assert (int(array[-1]), n) == (999, 1000)
+    elif how == "state":
+        state = top(1000, return_state=True)
+        assert isinstance(state.data, Stored)
+        stored = Path(state.state_details["stored"])
+        assert stored.is_relative_to(tmp_path / "results")
+        assert [int(state.result()[0][-1]) for _ in range(2)] == [999, 999]
+        assert state.result()[0] is not state.result()[0]
+        stored.unlink()
+        with pytest.raises(MissingResult):
+            state.result()
+    else:
+        first, second, kept = around()
+        assert first == second == {"n": 3}
+        assert first is not second
+        assert isinstance(kept, Stored)
+
+
+def test_what_a_flow_returns_stays_where_nothing_is_stored(runner: TaskRunner) -> None:
+    @flow(task_runner=runner, cache_result_in_memory=False)
+    def body() -> Any:
+        return {"n": 3}
+
+    assert body(return_state=True).data == {"n": 3}
+    assert body.cache_result_in_memory is False
+    assert body.with_options(cache_result_in_memory=True).cache_result_in_memory is True
 
 
 def test_no_caching_where_nothing_is_stored(in_flow: InFlow, marks: Path) -> None:
