@@ -447,7 +447,7 @@ class FlowRunScope:
 
     def heed(self) -> None:
         """End here if the run was asked to stop."""
-        if self.flow_run.cancelled:
+        if self.flow_run.cancelled or self._dropped:
             raise worker_runtime.Cancelled
 
     @contextlib.contextmanager
@@ -640,7 +640,7 @@ class FlowRunScope:
     def must_go_on(self, error: BaseException, state: State) -> bool:
         """Whether an error ends more than this run: what ends programs, or the task around it."""
         if isinstance(error, worker_runtime.Cancelled):
-            return not self.flow_run.cancelled
+            return not (self.flow_run.cancelled or self._dropped)
         return not isinstance(error, Exception) and not state.is_cancelled()
 
     def retry_delay(self, state: State) -> float | None:

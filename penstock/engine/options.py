@@ -330,6 +330,10 @@ def warn_unused(**given: Any) -> None:
             warnings.warn(f"'{name}' has no effect in penstock and is ignored.", stacklevel=4)
 
 
+def _in_memory(options: TaskOptions | FlowOptions) -> bool:
+    return options.in_memory if isinstance(options, FlowOptions) else options.results.caching.in_memory
+
+
 _VIEWS: dict[str, Callable[[Any], Any]] = {
     "description": lambda options: options.description,
     "task_run_name": lambda options: options.task_run_name,
@@ -356,7 +360,7 @@ _VIEWS: dict[str, Callable[[Any], Any]] = {
     "cache_key_fn": lambda options: options.results.caching.key_fn,
     "cache_expiration": lambda options: options.results.caching.expiration,
     "refresh_cache": lambda options: options.results.caching.refresh,
-    "cache_result_in_memory": lambda options: _in_memory(options),
+    "cache_result_in_memory": _in_memory,
     "should_validate_parameters": lambda options: options.validate_parameters,
     "task_runner": lambda options: options.task_runner,
     "on_completion_hooks": lambda options: list(options.hooks.on_completion),
@@ -385,10 +389,6 @@ def view(thing: Any, name: str) -> Any:
             pass
     message = f"{type(thing).__name__!r} object has no attribute {name!r}"
     raise AttributeError(message)
-
-
-def _in_memory(options: TaskOptions | FlowOptions) -> bool:
-    return options.in_memory if isinstance(options, FlowOptions) else options.results.caching.in_memory
 
 
 def changed(options: Any, changes: Mapping[str, Any]) -> Any:

@@ -93,6 +93,8 @@ LOG_LINES = 10_000  # per attempt; further lines are counted, not kept
 LOG_LINE_BYTES = 65_536
 ERROR_TEXT = 20_000  # characters of a traceback that travel
 FUNCTIONS_KEPT = 512
+CLEANING_SECONDS = 30.0  # that a coroutine which was interrupted may take for its own clean-up
+HEARING_SECONDS = 0.5  # that a coroutine has to hear of a request to stop at an await
 AGAIN_SECONDS = 0.005  # until a request to stop that was swallowed is made again
 
 _HOST = socket.gethostname()
@@ -149,6 +151,7 @@ class Running:
         self.helps = False  # a coroutine of the task does a child beside its event loop
         self.awaits = 0  # coroutines of the task that wait without its slot
         self.gap: Any = None  # what takes the slot again
+        self.interrupt: Any = None  # reaches a coroutine that awaits
         self.scope: Any = None  # set by the engine where the driver's objects are at hand
 
     def log(self, level: str, message: object) -> None:
@@ -1465,19 +1468,38 @@ def run_coroutine(coroutine: Any) -> Any:
     if threading.current_thread() is threading.main_thread():
         # The main thread is the user's: nothing of ours stays open in it between two tasks.
         loop = asyncio.new_event_loop()
-        task = loop.create_task(coroutine)
         try:
-            return loop.run_until_complete(task)
+            return _run_in(loop, coroutine)
         finally:
-            if not task.done():  # interrupted from outside
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    loop.run_until_complete(task)
             loop.close()
     holder = getattr(_loops, "holder", None)
     if holder is None:
         holder = _loops.holder = _Loop()
-    return holder.loop.run_until_complete(coroutine)
+    return _run_in(holder.loop, coroutine)
+
+
+def _run_in(loop: Any, coroutine: Any) -> Any:
+    """Run a coroutine; while it awaits, a request to stop the attempt reaches it through its loop."""
+    import asyncio
+
+    task = loop.create_task(coroutine)
+    running = _running.get()
+    if running is not None:
+        outer, running.interrupt = running.interrupt, lambda: loop.call_soon_threadsafe(task.cancel)
+        if running.cancelled:  # a moment ago: nobody knew of the loop
+            task.cancel()
+    try:
+        return loop.run_until_complete(task)
+    except asyncio.CancelledError:
+        if running is not None and running.cancelled:
+            raise Cancelled from None
+        raise
+    finally:
+        if running is not None:
+            running.interrupt = outer
+        if not task.done():  # interrupted from outside: its own clean-up runs, and nothing of it stays behind
+            task.cancel()
+            loop.run_until_complete(asyncio.wait([task], timeout=CLEANING_SECONDS))
 
 
 class _Loop:
@@ -1677,6 +1699,12 @@ def cancel(keys: Any) -> list[Any]:
                 continue
             found.append(key)
             running.cancelled = True
+            if running.interrupt is not None:  # it may await, which is a C call
+                with contextlib.suppress(RuntimeError):  # its loop has ended
+                    running.interrupt()
+                later = (running.thread, HEARING_SECONDS)
+                threading.Thread(target=_stop_again, args=later, daemon=True).start()
+                continue
             # Acts between two bytecodes: code in a C call ends only when that call returns.
             ctypes.pythonapi.PyThreadState_SetAsyncExc(
                 ctypes.c_ulong(running.thread), ctypes.py_object(Cancelled)
@@ -1710,8 +1738,8 @@ def hear_swallowed() -> None:
     sys.unraisablehook = hook
 
 
-def _stop_again(thread: int) -> None:
-    time.sleep(AGAIN_SECONDS)
+def _stop_again(thread: int, after: float = AGAIN_SECONDS) -> None:
+    time.sleep(after)
     with _active_lock:
         if any(one.thread == thread and one.cancelled for one in _active.values()):
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Cancelled))

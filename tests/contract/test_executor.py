@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from penstock import MissingContextError, WorkerLost, errors, flow, get_run_context, task
+from penstock import MissingContextError, errors, flow, get_run_context, task
 from penstock.runners.base import TaskRunner
 from tests.record import Record
 
@@ -245,7 +245,7 @@ def test_the_runner_has_to_be_started(runner: TaskRunner) -> None:
 def test_a_worker_that_dies(apart: TaskRunner) -> None:
     with apart.get_executor() as executor:
         lost = executor.submit(os._exit, 3)
-        assert isinstance(lost.exception(60), WorkerLost)
+        assert isinstance(lost.exception(60), errors.WorkerLost)
         assert executor.submit(add, 1).result(60) == 2
 
 
