@@ -227,14 +227,14 @@ class TaskRun:
         self.yielded = -1  # how many it has yielded in all, once it has ended
 
     @property
-    def name(self) -> str:
-        """The name of the run; elements of a map are numbered."""
-        return self._name or f"{self.task.name}-{self.index}"
-
-    @property
     def given_name(self) -> str | None:
         """The name, None if nobody has made one yet."""
         return self._name or None
+
+    @property
+    def name(self) -> str:
+        """The name of the run; elements of a map are numbered."""
+        return self._name or f"{self.task.name}-{self.index}"
 
     @name.setter
     def name(self, name: str) -> None:

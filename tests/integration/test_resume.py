@@ -456,7 +456,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("which", ["threads", "coroutines"])
 def test_calls_of_other_threads_and_asyncio_tasks_come_in_any_order(home: Path, which: str) -> None:
     path = home.parent / f"{home.name}-ledger"
-    more = {"LEDGER": str(path), "WHICH": which}
+    more: dict[str, Any] = {"LEDGER": str(path), "WHICH": which}
     with driver(home, BESIDE, FAIL="1", **more) as process:
         process.communicate(timeout=60)
     before = ledger(path)
