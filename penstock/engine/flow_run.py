@@ -527,9 +527,7 @@ class FlowRunScope:
             text = f"it called {left!r} before it was resumed, and did not call it again"
             lines.append(("WARNING", text))
         if self._resumed is not None:
-            past = self._resumed.past
-            text = f"resumed: {past.reused} task runs reused, {past.again} computed again"
-            lines.append(("INFO", text))
+            lines.append(("INFO", f"resumed: {self._resumed.past.told()}"))
         if lines:
             self.journal.flow_lines(self.flow_run, [[time.time(), *line] for line in lines])
 

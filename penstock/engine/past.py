@@ -71,12 +71,13 @@ class Past:
 
     Attributes
     ----------
-    reused, again : int
-        Task runs whose stored results were taken, and those that had begun and are computed again.
+    reused, again, anew : int
+        Task runs whose stored results were taken, those that had begun and are computed again, and calls from
+        other lanes that were not found again.
     """
 
     def __init__(self, told: Mapping[str, Any], rerun: Sequence[str] = ()) -> None:
-        self.reused = self.again = 0
+        self.reused = self.again = self.anew = 0
         self._lost = {run: (attempt, began) for run, attempt, began in lost(told)}
         self._rows = {one["row"] for one in told["flows"] if not one["over"]}
         self._rerun = frozenset(rerun)
@@ -97,6 +98,11 @@ class Past:
             self._calls.setdefault(key, deque()).append(call)
             if call["kind"] != "flow" and not call["parent"] and not call.get("child_flow_run"):
                 self._orders.setdefault(call["flow_run"], deque()).append(call)
+
+    def told(self) -> str:
+        """Say in words what became of the calls of before."""
+        anew = f", {self.anew} calls of other threads or asyncio tasks made anew" if self.anew else ""
+        return f"{self.reused} task runs reused, {self.again} that had begun computed again{anew}"
 
     # -- calls ------------------------------------------------------------------------------
     def flow(
@@ -176,7 +182,7 @@ class Past:
     def _in_order(self, flow_run: FlowRun, name: str, found: Found | None) -> None:
         """Say where the code of a flow goes another way; that of an async one may depend on what is ready."""
         order = self._orders.get(flow_run.id)
-        if not order or _is_async(flow_run):
+        if not order or _is_coroutine(flow_run):
             return
         if found is None:
             raise _diverged(flow_run, f"it calls {name!r}, where it had called {order[0]['task']!r}")
@@ -194,16 +200,15 @@ class Past:
         parents: Sequence[tuple[str, str]],
     ) -> Found | None:
         """Take a call of the same function with the same inputs, where the record tells these in full."""
-        if not tells_all(arguments):
-            return None
         described, edges = describe_all(arguments), _edges(parents)
         with self._gate:
             calls = self._beside.get((kind, flow_run.id, name), [])
-            for place, found in enumerate(calls):
+            for place, found in enumerate(calls if tells_all(arguments) else ()):
                 if found["parameters"] == described and (
                     kind == "flow" or _edges(found["upstream"]) == edges
                 ):
                     return calls.pop(place)
+            self.anew += kind == "task" and bool(calls)
         return None
 
     def _is_barred(self, run: TaskRun, flow_run: FlowRun) -> bool:
@@ -281,10 +286,10 @@ class Past:
     def left(self, flow_run: FlowRun) -> str:
         """Return which call a flow run had made and has not made again, empty if there is none."""
         order = self._orders.get(flow_run.id)
-        return str(order[0]["task"]) if order and not _is_async(flow_run) else ""
+        return str(order[0]["task"]) if order and not _is_coroutine(flow_run) else ""
 
 
-def _is_async(flow_run: FlowRun) -> bool:
+def _is_coroutine(flow_run: FlowRun) -> bool:
     return bool(getattr(flow_run.flow, "isasync", False))
 
 
