@@ -9,7 +9,7 @@ from dataclasses import replace as with_fields
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast, overload
 
 from penstock import errors
-from penstock.engine import context, markup, revision
+from penstock.engine import context, markup, parameters, revision
 from penstock.engine.flow_run import FlowRunScope, steps
 from penstock.engine.futures import PenstockFuture, PenstockFutureList
 from penstock.engine.hooks import H, Hook, read_hooks
@@ -479,6 +479,29 @@ class Flow(Generic[P, R]):
             check_wish(task_runner)
             new._runner_override = task_runner
         return new
+
+    def validate_parameters(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Check and coerce parameters by the annotations of the function, as a call does, without a run.
+
+        Parameters
+        ----------
+        given : mapping
+            Arguments by name; those with a default may be left out.
+
+        Returns
+        -------
+        dict
+            What the function would get, defaults included.
+
+        Raises
+        ------
+        ParameterBindError
+            If a parameter is missing, or unknown.
+        ParameterTypeError
+            Naming each one that does not fit.
+        """
+        bound = parameters.bind(self.signature, self.name, (), dict(given))
+        return parameters.validate(self.fn, self.signature, bound)
 
     def runner(self) -> TaskRunner:
         """Return the runner for a run of this flow.

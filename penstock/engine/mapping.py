@@ -506,7 +506,8 @@ def _as_they_come(future: PenstockFuture[Any], task: Task[..., Any]) -> Iterator
 def _unusable(future: PenstockFuture[Any], task: Task[..., Any]) -> errors.RunError:
     state = future.state
     message = (
-        f"{task.name}.map got the future of {future.name!r}, which ended as {state.name}: {state.message}"
+        f"Upstream task run '{future.task_run_id}' did not reach a 'COMPLETED' state. {task.name}.map got "
+        f"the future of {future.name!r}, which ended as {state.name}: {state.message}"
     )
     return errors.UpstreamTaskError(message).of_run(future.task_run_id)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from penstock import ParameterTypeError, flow, runtime, tags, task
+from penstock.cache_policies import INPUTS
 from penstock.runners.base import TaskRunner
 from tests.conftest import InFlow
 from tests.record import Record
@@ -268,8 +269,14 @@ def test_options_are_attributes() -> None:
     assert (made.on_completion_hooks, made.on_failure_hooks) == ([hook], [])
     with pytest.raises(AttributeError, match="'Task' object has no attribute 'nothing'"):
         made.nothing
-    whole = flow(timeout_seconds=3.0, flow_run_name="n", version="2")(documented.fn)
+    cached: dict[str, Any] = dict(
+        cache_policy=INPUTS, cache_expiration=60.0, refresh_cache=True, cache_result_in_memory=False, on_skip="run"
+    )
+    made = task(**cached)(documented.fn)
+    assert {name: getattr(made, name) for name in cached} == cached
+    whole = flow(timeout_seconds=3.0, flow_run_name="n", version="2", retries=3, tags={"a"})(documented.fn)
     assert (whole.timeout_seconds, whole.flow_run_name, whole.version) == (3.0, "n", "2")
+    assert (whole.retries, whole.tags, whole.on_exit) == (3, {"a"}, "wait")
     assert whole.should_validate_parameters is True
     with pytest.raises(AttributeError):
         whole.retry_condition_fn
