@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 from penstock.engine import cache, hashing, payload, refs, results
 from penstock.engine.cache import CachePolicy, NoCache, TaskContext, TaskInfo, TaskRunInfo
 from penstock.engine.calls import FlowRun, TaskRun
-from penstock.runners import result_store, worker_runtime
+from penstock.runners.worker import result_store
+from penstock.runners.worker.sizes import size_of
 
 if TYPE_CHECKING:
     from penstock.engine.session import Session
@@ -253,7 +254,7 @@ def parameters_digest(flow_run: FlowRun) -> str | None:
     parameters: Any = flow_run.parameters
     if not parameters:
         return None
-    if not cache.parameters_matter() and worker_runtime.size(parameters) > SMALL:
+    if not cache.parameters_matter() and size_of(parameters) > SMALL:
         return _told(cache.UnknownParameters(_NOT_HASHED))
     try:
         return _told(_digest(flow_run))
@@ -576,13 +577,13 @@ def where(run: TaskRun) -> dict[str, Any]:
 
 
 def keyed(order: dict[str, Any], running: Any, function: Any, args: Any, kwargs: Any) -> str | None:
-    """Make the key of a run where its values are; called by `worker_runtime`.
+    """Make the key of a run where its values are; called by `worker.commit`.
 
     Parameters
     ----------
     order : dict
         The commit order, with ``work``.
-    running : worker_runtime.Running
+    running : Running
         The attempt; gets a line in its log if this takes long.
     function : callable
         The task's.

@@ -24,8 +24,8 @@ from penstock.engine import results
 from penstock.engine.events import element_id
 from penstock.engine.states import Position, StateType
 from penstock.engine.summary import describe_all, tells_all
-from penstock.runners import result_store
-from penstock.runners.result_formats import CommitError
+from penstock.runners.worker import result_store
+from penstock.runners.worker.result_formats import CommitError
 
 if TYPE_CHECKING:
     from penstock.engine.calls import FlowRun, TaskRun

@@ -9,8 +9,8 @@ from typing import Any
 
 from penstock import errors
 from penstock.engine.refs import Slot
-from penstock.runners import worker_runtime
-from penstock.runners.pickling import Pickler, dumps, pack_function
+from penstock.runners.packing import Pickler, dumps, pack_function
+from penstock.runners.worker.sizes import size_of
 
 __all__ = [
     "SCALARS",
@@ -53,7 +53,7 @@ _NUMPY_SCALARS = frozenset(
 
 
 class _ArgumentPickler(Pickler):
-    """Leaves the upstream values out; `worker_runtime` puts them in."""
+    """Leaves the upstream values out; `worker.arguments` puts them in."""
 
     def persistent_id(self, obj: Any) -> int | None:
         return obj.position if type(obj) is Slot else None
@@ -83,7 +83,7 @@ class Envelope:
     It unpickles to the value itself. Buffers travel out of band, so nothing large is copied.
     """
 
-    penstock_envelope = True  # `worker_runtime.opened` looks for it: some clusters never pickle
+    penstock_envelope = True  # `worker.arguments.opened` looks for it: some clusters never pickle
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -91,10 +91,10 @@ class Envelope:
     @property
     def nbytes(self) -> int:
         """Size of the value, for a backend that wants to know before it pickles."""
-        return worker_runtime.size(self.value)
+        return size_of(self.value)
 
     def __sizeof__(self) -> int:
-        return worker_runtime.size(self.value)
+        return size_of(self.value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         buffers: list[Any] = []

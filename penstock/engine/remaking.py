@@ -14,7 +14,7 @@ from penstock import errors
 from penstock.engine import invoke, recipes
 from penstock.engine.graph import sources_of
 from penstock.engine.states import StateType, advance
-from penstock.runners.failure import Failure
+from penstock.runners.remote_error import Failure
 
 if TYPE_CHECKING:
     from penstock.engine.calls import TaskRun

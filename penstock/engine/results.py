@@ -1,6 +1,6 @@
 """Results that outlive the memory of their worker: who wants them, where they go, how they come back.
 
-The worker writes them (`penstock.runners.result_store`), before it says that it has completed; no
+The worker writes them (`penstock.runners.worker.result_store`), before it says that it has completed; no
 byte passes through the driver. Here a work order gets its commit target, and a stored copy takes
 the place of a value that is gone.
 """
@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from penstock import errors
 from penstock.engine.cache import NOTHING_SAID, CacheOptions
 from penstock.engine.states import Stored
-from penstock.runners import result_formats, result_store, worker_runtime
+from penstock.runners.worker import result_formats, result_store
+from penstock.runners.worker.commit import commit
 from penstock.settings import settings
 
 if TYPE_CHECKING:
@@ -439,7 +440,7 @@ def put_away(flow_run: FlowRun, value: Any) -> Any:
         return value
     order = _order(flow_run.results.over(defaults()), f"{flow_run.id}/{{run}}", wish)
     try:
-        _, stored = worker_runtime.commit(value, order, flow_run.id, flow_run.position.attempt)
+        _, stored = commit(value, order, flow_run.id, flow_run.position.attempt)
     except result_formats.CommitError as error:
         raise _ours(error, "", flow_run.id) from error.__cause__
     return value if stored is None else PutAway({**stored, "options": order["options"]}, flow_run.id)

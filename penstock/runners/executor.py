@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 from penstock import errors
-from penstock.runners import pickling
+from penstock.runners import packing
 from penstock.runners.base import Key, Ref, Report, Submission, TaskRunner, new_tag
-from penstock.runners.failure import Failure
-from penstock.runners.worker_runtime import Failed
+from penstock.runners.remote_error import Failure
+from penstock.runners.worker.failure import Failed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -227,7 +227,7 @@ class RunnerExecutor(Executor):
             )
             raise TypeError(message)
         name = str(getattr(fn, "__name__", type(fn).__name__)).strip("<>")
-        function = fn if self._runner.in_process else pickling.pack_function(fn)
+        function = fn if self._runner.in_process else packing.pack_function(fn)
         flights = [
             _Flight(RunnerFuture(self), self._submission(name, function, args, kwargs), name)
             for args, kwargs in calls
@@ -252,7 +252,7 @@ class RunnerExecutor(Executor):
         if self._runner.in_process:
             return Submission(key, order, function, lambda _: (args, kwargs), announce=True)  # type: ignore[arg-type]
         try:
-            arguments = pickling.dumps((args, kwargs))
+            arguments = packing.dumps((args, kwargs))
         except Exception as error:
             message = f"the arguments of {name!r} cannot be sent to another process: {error}"
             raise errors.UnserializableArgument(message) from error

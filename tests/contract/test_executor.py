@@ -80,7 +80,7 @@ def test_an_exception_shows_the_lines_of_the_user(executor: Executor) -> None:
         future.result(20)
     frames = traceback.extract_tb(caught.value.__traceback__)
     assert (frames[-1].filename, frames[-1].name) == (__file__, "fail")
-    assert not any("worker_runtime" in frame.filename for frame in frames)
+    assert not any("penstock/runners/worker" in frame.filename for frame in frames)
     assert any("'fail', on " in note for note in caught.value.__notes__)
     values = executor.map(fail, [1, 2])
     with pytest.raises(ValueError, match="no data for 1"):

@@ -270,7 +270,11 @@ def test_options_are_attributes() -> None:
     with pytest.raises(AttributeError, match="'Task' object has no attribute 'nothing'"):
         made.nothing
     cached: dict[str, Any] = dict(
-        cache_policy=INPUTS, cache_expiration=60.0, refresh_cache=True, cache_result_in_memory=False, on_skip="run"
+        cache_policy=INPUTS,
+        cache_expiration=60.0,
+        refresh_cache=True,
+        cache_result_in_memory=False,
+        on_skip="run",
     )
     made = task(**cached)(documented.fn)
     assert {name: getattr(made, name) for name in cached} == cached

@@ -16,7 +16,8 @@ from typing import Any
 import cloudpickle
 import pytest
 
-from penstock.runners import pickling, shared_memory, worker_runtime
+from penstock.runners import packing, shared_memory
+from penstock.runners.worker.pickling import dumps, reducers
 
 TEXT = """
 def plain(x):
@@ -75,7 +76,7 @@ def users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Users]:
     yield Users(module, str(file))
     cloudpickle.unregister_pickle_by_value(module)
     del sys.modules["users_own"]
-    pickling._users.pop("users_own", None)
+    packing._users.pop("users_own", None)
 
 
 def shared(value: Any) -> bytes:
@@ -106,7 +107,7 @@ NAMES = ("plain", "nested", "outer", "decorated", "Divider", "Error")
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("dump", [pickling.dumps, worker_runtime.dumps, shared])
+@pytest.mark.parametrize("dump", [packing.dumps, dumps, shared])
 def test_tracebacks_of_what_travelled_name_the_users_file(dump: Dump, name: str, users: Users) -> None:
     call = CALLS[name]
     at_home = places(lambda: call(users.module))
@@ -121,7 +122,7 @@ def test_tracebacks_of_what_travelled_name_the_users_file(dump: Dump, name: str,
 
 def test_every_other_field_of_code_stays(users: Users) -> None:
     code = users.module.outer.__code__
-    arrived = pickle.loads(pickling.dumps(users.module.outer)).__code__
+    arrived = pickle.loads(packing.dumps(users.module.outer)).__code__
     fields = [name for name in dir(code) if name.startswith("co_") and not callable(getattr(code, name))]
     assert "co_linetable" in fields
     fields.remove("co_consts")  # the inner code is equal, and another object
@@ -151,11 +152,11 @@ def test_code_keeps_its_file_whatever_cloudpickle_puts_there(users: Users) -> No
     code = users.module.plain.__code__
     for word in (None, "<another-word>"):
         kind = type("Kind", (cloudpickle.Pickler,), {"dispatch_table": table(word)})
-        made, arguments = worker_runtime.reducers(kind)[types.CodeType](code)
+        made, arguments = reducers(kind)[types.CodeType](code)
         assert made(*arguments).co_filename == users.file
 
     odd = {types.CodeType: lambda code: (bytes, (code.co_code, "a", "b"))}
     kind = type("Kind", (), {"dispatch_table": odd})
-    assert worker_runtime.reducers(kind) is odd, "what is not understood stays as it is"
+    assert reducers(kind) is odd, "what is not understood stays as it is"
     kind = type("Kind", (), {"dispatch_table": {}})
-    assert worker_runtime.reducers(kind) == {}
+    assert reducers(kind) == {}

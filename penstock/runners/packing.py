@@ -16,7 +16,7 @@ from typing import Any
 import cloudpickle
 
 from penstock import errors
-from penstock.runners import worker_runtime
+from penstock.runners.worker.pickling import reducers
 
 _registry = threading.RLock()  # cloudpickle's table of modules by value belongs to the process
 
@@ -45,7 +45,8 @@ def users_module(name: str | None) -> types.ModuleType | None:
     if name not in _users:
         module = sys.modules.get(name)
         path = getattr(module, "__file__", None)
-        own = path is not None and not str(Path(path).resolve()).startswith(_ROOTS)
+        shipped = path is not None and path.startswith("<")  # ours, on a worker without penstock
+        own = path is not None and not shipped and not str(Path(path).resolve()).startswith(_ROOTS)
         _users[name] = module if own else None
     return _users[name]
 
@@ -53,7 +54,7 @@ def users_module(name: str | None) -> types.ModuleType | None:
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """Pickles the user's functions and classes by value, and refuses futures in odd places."""
 
-    dispatch_table = worker_runtime.reducers(cloudpickle.Pickler)  # tracebacks name the user's file
+    dispatch_table = reducers(cloudpickle.Pickler)  # tracebacks name the user's file
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, (types.FunctionType, type)):
