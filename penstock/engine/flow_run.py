@@ -56,6 +56,7 @@ from penstock.engine.summary import describe_all
 from penstock.engine.tracking import start_tracking, stop_tracking
 from penstock.engine.venues import Venues
 from penstock.runners.base import kept, shutdown_all
+from penstock.runners.worker.coroutines import close_loop
 from penstock.runners.worker.errors import describe_error
 from penstock.runners.worker.interruption import Cancelled, TimedOut
 from penstock.runners.worker.running import current
