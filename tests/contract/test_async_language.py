@@ -414,6 +414,30 @@ def test_cancel(parallel: TaskRunner, record: Record, tmp_path: Path, wait_until
     assert record.task("show").state["name"] == "NotReady"
 
 
+def test_a_coroutine_cleans_up(parallel: TaskRunner, tmp_path: Path, wait_until: Any) -> None:
+    @task
+    async def careful(folder: Path) -> None:
+        try:
+            (folder / "began").touch()
+            await asyncio.sleep(30)
+        finally:
+            await asyncio.sleep(0.05)
+            (folder / "cleaned").touch()
+
+    @flow(task_runner=parallel)
+    def body() -> Any:
+        future = careful.submit(tmp_path)
+        wait_until((tmp_path / "began").exists, 20.0)
+        future.cancel()
+        future.wait(20)
+        return {"state": future.state, "next": add.submit(1)}
+
+    found = body()
+    assert found["state"].is_cancelled()
+    assert found["next"] == 2
+    wait_until((tmp_path / "cleaned").exists)
+
+
 # -- skips, branches, failures ------------------------------------------------------------------------
 
 
