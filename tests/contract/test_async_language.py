@@ -64,6 +64,7 @@ def run(request: pytest.FixtureRequest, runner: TaskRunner) -> Run:
         options.setdefault("name", "body")
         return finished(flow(task_runner=runner, **options)(made)(*args, return_state=return_state))
 
+    call.runner = runner  # type: ignore[attr-defined]
     return call
 
 
@@ -659,6 +660,100 @@ def test_tasks_in_async_tasks(run: Run, record: Record) -> None:
 
 async def _value(future: Any) -> Any:
     return await future
+
+
+def test_kinds_of_async_tasks(runner: TaskRunner, record: Record) -> None:
+    class Adder:
+        def __init__(self, y: int) -> None:
+            self.y = y
+
+        async def __call__(self, x: int) -> int:
+            await asyncio.sleep(0)
+            return x + self.y
+
+        @task
+        async def method(self, x: int) -> int:
+            await asyncio.sleep(0)
+            return x + self.y
+
+        @task
+        @classmethod
+        async def of_class(cls, x: int) -> str:
+            await asyncio.sleep(0)
+            return f"{cls.__name__} {x}"
+
+        @task
+        @staticmethod
+        async def static(x: int) -> int:
+            await asyncio.sleep(0)
+            return x
+
+    some: list[Any] = [
+        task(Adder(1)),
+        task(functools.partial(add.fn, y=10)),
+        Adder(100).method,
+        Adder.of_class,
+        Adder.static,
+    ]
+
+    @flow(task_runner=runner)
+    async def body() -> Any:
+        direct = [await one(1) for one in some]
+        return direct, [one.submit(1) for one in some], [one.map([1])[0] for one in some]
+
+    assert finished(body()) == ([2, 11, 101, "Adder 1", 1],) * 3
+    assert record.types() == ["COMPLETED"] * 15
+
+
+def test_maps_over_values_that_lie_elsewhere(run: Run) -> None:
+    @task
+    async def many(n: int) -> list[int]:
+        await asyncio.sleep(0)
+        return list(range(n))
+
+    def body() -> Any:
+        return add.map(x for x in range(5)), add.map(add.map([1, 2]), y=unmapped(add.submit(3)))
+
+    assert run(body) == ([1, 2, 3, 4, 5], [6, 7])
+
+    @flow(task_runner=run.runner)  # type: ignore[attr-defined] # set by the fixture
+    async def awaits() -> Any:
+        return add.map(await many.submit(3)), add.map(await many(2))
+
+    assert finished(awaits()) == ([1, 2, 3], [1, 2])
+
+
+@pytest.mark.parametrize("inputs", ["readonly", "copy"])
+def test_what_arrays_are_to_a_coroutine(run: Run, inputs: Any) -> None:
+    @task(inputs=inputs)
+    async def write(a: Any) -> Any:
+        await asyncio.sleep(0)
+        a[0] = 7
+        return a
+
+    @task
+    async def make() -> Any:
+        await asyncio.sleep(0)
+        return np.zeros(200_000)
+
+    state = run(lambda: write.submit(make.submit()), return_state=True)
+    if inputs == "copy":
+        assert state.result()[0] == 7
+    else:
+        with pytest.raises(ValueError, match="read-only"):
+            state.result()
+
+
+def test_combined_by_a_coroutine(runner: TaskRunner) -> None:
+    async def both(parts: list[int]) -> int:
+        await asyncio.sleep(0)
+        return sum(parts)
+
+    @flow(task_runner=runner)
+    async def body() -> Any:
+        return await add.map(range(20)).reduce(both, fanin=4, order="index")
+
+    assert finished(body()) == sum(range(1, 21))
 
 
 def test_a_failed_state_made_by_hand(run: Run, record: Record) -> None:
