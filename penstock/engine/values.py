@@ -77,7 +77,8 @@ def results(runs: Sequence[TaskRun], *, raise_on_failure: bool = True) -> list[A
         if lookups.is_stored(run) and run.value is None:
             found.append(_read(run))
             continue
-        value = run.value.load() if isinstance(run.value, Stored) else run.value
+        away = run.child_flow_run is not None and isinstance(run.value, Stored)
+        value = run.value.load() if away else run.value
         found.append(value if error is None else error)
     return found
 

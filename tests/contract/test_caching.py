@@ -779,10 +779,16 @@ def test_what_a_flow_returns_need_not_stay_in_memory(runner: TaskRunner, tmp_pat
     def child(n: int) -> Any:
         return {"n": n}
 
+    @task
+    def use(found: dict[str, int]) -> int:
+        return found["n"] + 1
+
     @flow(task_runner=runner)
     def around() -> Any:
         future = child.submit(3)
-        return future.result(), future.result(), future._run.value
+        first, second = future.result(), future.result()
+        assert use.submit(future).result() == use(future) == 4
+        return first, second, future._run.value
 
     if how == "value":
         array, n = top(1000)
