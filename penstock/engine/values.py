@@ -60,12 +60,12 @@ def results(runs: Sequence[TaskRun], *, raise_on_failure: bool = True) -> list[A
                     late.add(run)
         if run.items is not None:
             _gather(run)
-        value = run.value
-        if run.child_flow_run is not None and isinstance(value, Stored):
-            found[run] = value.load()
-            if value.keeps:
-                run.value = found[run]
-        elif run.completed and value is not None:
+        value, away = run.value, run.child_flow_run is not None and isinstance(run.value, Stored)
+        if away:
+            value = run.value.load()
+            if run.value.keeps:  # else it is read for each that asks
+                run.value = value
+        if run.completed and (value is not None or away):
             found[run] = value
         elif run.completed and run.ref is not None:
             wanted.setdefault(run.carrier, []).append(run)

@@ -780,8 +780,8 @@ def test_what_a_flow_returns_need_not_stay_in_memory(runner: TaskRunner, tmp_pat
         return {"n": n}
 
     @task
-    def use(found: dict[str, int]) -> int:
-        return found["n"] + 1
+    def use(found: Any) -> int:
+        return int(found["n"]) + 1
 
     @flow(task_runner=runner)
     def around() -> Any:
