@@ -703,7 +703,7 @@ class FlowRunScope:
                 _give(row, state.data)
             elif not state.is_skipped():
                 row.error = failure_of(state)
-            session.settle(row, state.type, state.name, state.message, **details)
+            session.endings.settle(row, state.type, state.name, state.message, **details)
 
     def _state(
         self,
@@ -791,7 +791,7 @@ class FlowRunScope:
                 clock.call_later(0, holds.close)
 
         for run in left:
-            run.carrier.add_callback(run, ended)
+            run.carrier.endings.add_callback(run, ended)
 
 
 def steps(run: FlowRunScope, wait_for: Any, return_state: bool) -> Steps:

@@ -72,7 +72,7 @@ def lost(session: Session, run: TaskRun, report: Report) -> None:
     cause = report.cause or errors.CrashedRun("the backend lost the task")
     run.worker = report.worker or run.worker
     if run.cancelling:
-        session.settle(run, StateType.CANCELLED, None, "Cancelled.")
+        session.endings.settle(run, StateType.CANCELLED, None, "Cancelled.")
         return
     if isinstance(cause, errors.CancelledRun):
         cause = errors.CrashedRun(f"the backend cancelled the task: {cause}")
@@ -95,7 +95,7 @@ def lost(session: Session, run: TaskRun, report: Report) -> None:
     if verdict is Verdict.CRASHED:
         if not options.idempotent and _began(cause) != "no":
             message += "; it is not tried again, since it may have begun and must not run twice"
-        session.settle(run, StateType.CRASHED, None, message, **details)
+        session.endings.settle(run, StateType.CRASHED, None, message, **details)
     elif verdict is Verdict.CHARGED:
         run.crashes += 1
         outcomes.try_again(session, run, 0.0, message, details)
@@ -141,7 +141,7 @@ def chunk_lost(session: Session, chunk: Chunk, report: Report) -> None:
                 details = {"cause": type(cause).__name__, "began": "unknown" if element is None else "yes"}
                 message = f"lost with its worker, which another element may have killed: {cause}"
                 _note(session, run, "Rescheduled", message, details)
-                session.put_back(run)
+                session.dispatch.put_back(run)
             else:
                 outcomes.not_run(session, run)
     if killed and element is None and began is not False:
@@ -160,7 +160,7 @@ def _without_input(session: Session, run: TaskRun, cause: errors.ResultLost) -> 
     if not remaking.renew_inputs(session, run, cause) and not run.done:
         message = f"{cause}; the object that was put may have changed since, so it is not put again"
         run.error = errors.ResultLost(message).of_run(run.id)
-        session.settle(run, StateType.CRASHED, None, message, **details)
+        session.endings.settle(run, StateType.CRASHED, None, message, **details)
 
 
 def _began(cause: Exception) -> str:
