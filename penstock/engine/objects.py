@@ -66,8 +66,9 @@ class Objects:
             ref = self.put(value)
             self.bytes_put += size_of(value)
             self._remember(value, ref)
-            if not self._runner.in_process and (sum_ := fingerprint(value)) is not None:
-                self._origins[ref] = (value, sum_)
+            can_be_lost = not (self._runner.in_process or self._runner.info.holds_puts)
+            if can_be_lost and (known_sum := fingerprint(value)) is not None:
+                self._origins[ref] = (value, known_sum)
         source = known[id(value)] = Source(ref=ref)
         return source
 

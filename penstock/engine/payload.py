@@ -75,7 +75,8 @@ def users_module(name: str | None) -> types.ModuleType | None:
     if name not in _users:
         module = sys.modules.get(name)
         path = getattr(module, "__file__", None)
-        own = path is not None and not str(Path(path).resolve()).startswith(_ROOTS)
+        shipped = path is not None and path.startswith("<")  # ours, on a worker without penstock
+        own = path is not None and not shipped and not str(Path(path).resolve()).startswith(_ROOTS)
         _users[name] = module if own else None
     return _users[name]
 

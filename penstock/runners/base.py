@@ -87,6 +87,8 @@ class Submission:
         What the backend is asked for beyond running the function.
     announce : bool
         The engine wants a report of kind "started" when user code begins (it has a deadline).
+    streams : bool
+        It is a generator whose items are wanted one by one, by reports of kind "item".
     """
 
     key: Key
@@ -98,6 +100,7 @@ class Submission:
     priority: int = 0
     options: Options = field(default_factory=lambda: NO_OPTIONS)
     announce: bool = False
+    streams: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +195,8 @@ class RunnerInfo:
         Running Python code can be stopped.
     streams : bool
         Items of a generator can be used while it goes on.
+    holds_puts : bool
+        What was put lies with the driver, so that no worker's death loses it.
     versions : tuple of (str, str)
         Libraries that matter, for the record.
     """
@@ -206,6 +211,7 @@ class RunnerInfo:
     dependencies: bool = False
     interrupts: bool = False
     streams: bool = False
+    holds_puts: bool = False
     versions: tuple[tuple[str, str], ...] = ()
 
 

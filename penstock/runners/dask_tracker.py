@@ -48,6 +48,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.protocol.serialize import deserialize
 
 from . import dask_plugin as plugin  # relative: the package around has another name when shipped
+from .dask_memory import sweep
 from .worker.starts import LastStarts, start_name
 
 MARK, topic_of = plugin.MARK, plugin.topic_of
@@ -177,7 +178,7 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         self.drop(orphans)
         if f"{self.name}-memory" in scheduler.worker_plugins:
             for seconds in SWEEPS:
-                scheduler.loop.call_later(seconds, plugin.memory.sweep)
+                scheduler.loop.call_later(seconds, sweep)
         if lost:
             self.drop([key for key in lost if scheduler.tasks[key].state != "erred"])
         until = time.monotonic() + (LEAVING_SECONDS if excused else 0.0)

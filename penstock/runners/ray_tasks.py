@@ -24,24 +24,24 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from types import FrameType, SimpleNamespace
 from typing import Any
 
 from .worker import coroutines  # relative: the package around may have another name when shipped
 from .worker.errors import hide
-from .worker.execution import execute
+from .worker.execution import execute, execute_stream
 from .worker.failure import Failed
 from .worker.interruption import AGAIN_SECONDS, Cancelled, hear_swallowed
 from .worker.record import refuse, set_worker
 from .worker.running import current
-from .worker.sizes import too_large
+from .worker.sizes import size_of, too_large
 from .worker.starts import starts
 
 Note = bytes
 """What travels beside a value: flag, size, worker, record; see `write_note`."""
 
-COMPLETED, FAILED, UPSTREAM = 0, 1, 2
+COMPLETED, FAILED, UPSTREAM, ITEM = 0, 1, 2, 3
 STORE = b"penstock"
 """Namespace of our keys in the key-value store of Ray's head."""
 
@@ -54,23 +54,25 @@ FAILURE_BYTES = 32_768  # a longer record is not repeated in the value of a fail
 _worker = ""  # how the worker of this process is called; set by `begin`
 
 
-def entry(sources: dict[str, str]) -> Callable[..., Any]:
-    """Make the function that Ray exports: it brings its own source along.
+def entry(sources: dict[str, str], *, streams: bool = False) -> Callable[..., Any]:
+    """Make a function that Ray exports: it brings its own source along.
 
     Parameters
     ----------
     sources : dict of str to str
         Path → text of this file and of the folder `worker`, see `shipment.sources`.
+    streams : bool
+        Make the one for generators whose items are wanted one by one.
 
     Returns
     -------
     callable
-        Takes a head (see `pack_head`) and the upstream values, answers ``(value, note)``. It is a
-        closure, hence pickled by value, and names nothing outside itself.
+        Takes a head (see `pack_head`) and the upstream values, answers ``(value, note)``, or yields
+        what `stream` does. It is a closure, hence pickled by value, and names nothing outside itself.
     """
     loaded: dict[str, Any] = {}
 
-    def penstock(head: bytes, *values: Any) -> Any:
+    def tasks_here() -> Any:
         if not loaded:
             import importlib.util
             import os
@@ -88,11 +90,8 @@ def entry(sources: dict[str, str]) -> Callable[..., Any]:
                     file = self.paths.get(name)
                     if file is None:
                         return None
-                    return importlib.util.spec_from_loader(
-                        name,
-                        self,
-                        is_package=file.endswith("__init__.py"),  # type: ignore[arg-type]
-                    )
+                    ours: Any = self
+                    return importlib.util.spec_from_loader(name, ours, is_package="__init__" in file)
 
                 def create_module(self, spec: Any) -> None:
                     """Have Python make it."""
@@ -131,21 +130,29 @@ def entry(sources: dict[str, str]) -> Callable[..., Any]:
                 sys.modules.setdefault(package, types.ModuleType(package)).__path__ = []
             if there is None:
                 shipped = Shipped(package)
-                sys.meta_path.insert(0, shipped)  # type: ignore[arg-type]
+                sys.meta_path.insert(0, shipped)
                 shipped.load(f"{package}.worker")._sources = sources
                 tasks = shipped.load(f"{package}.ray_tasks")
             else:
                 tasks = importlib.import_module(f"{package}.ray_tasks")
             tasks.begin()
-            loaded["work"] = tasks.work
-        return loaded["work"](head, values)
+            loaded["tasks"] = tasks
+        return loaded["tasks"]
 
-    return penstock
+    def penstock(head: bytes, *values: Any) -> Any:
+        return tasks_here().work(head, values)
+
+    def penstock_stream(head: bytes, *values: Any) -> Any:
+        yield from tasks_here().stream(head, values)
+
+    return penstock_stream if streams else penstock
 
 
 def begin() -> None:
-    """Make this process ready for tasks; called once."""
+    """Make this process ready for tasks, once."""
     global _worker
+    if _worker:
+        return
     try:
         import cloudpickle  # noqa: F401
     except ImportError:  # functions are pickled with it; Ray has a copy
@@ -232,11 +239,7 @@ def work(head: bytes, values: Sequence[Any]) -> tuple[Any, Any]:
     start = starts().begin(key)
     task = _task = _Task(key, announce)
     try:
-        upstream = [_arrived(value) for value in values[after:]]
-        if any(note[0] != COMPLETED for note in values[:after]):
-            upstream.append(Failed(b""))
-        if isinstance(function, str):
-            function = _stored(function)
+        upstream, function = _upstream(values, after), _content(function)
         value, record = execute(order, function, arguments, upstream, key, task.begin)
         task.is_over = True
         start.end()  # Ray stores the result after this; the note of what has ended stays for a while
@@ -244,6 +247,57 @@ def work(head: bytes, values: Sequence[Any]) -> tuple[Any, Any]:
     finally:
         _task = None
         start.end()
+
+
+def stream(head: bytes, values: Sequence[Any]) -> Iterator[Any]:
+    """Run the task of a generator: give each item and a note on it, and in the end value and note of the task.
+
+    Ray draws this in the main thread, so the user's code runs there, too, and can be interrupted.
+    """
+    global _task
+    key, order, function, arguments, announce, after = pickle.loads(head)
+    _listen()
+    start = starts().begin(key)
+    task = _task = _Task(key, announce)
+    try:
+        upstream, function = _upstream(values, after), _content(function)
+        items = execute_stream(order, function, arguments, upstream, key, task.begin)
+        value, record = yield from _parcels(items)
+        task.is_over = True
+        start.end()
+        answer, note = _departing(value, record)
+        yield answer
+        yield note
+    finally:
+        _task = None
+        start.end()
+
+
+def _parcels(items: Generator[Any, None, Any]) -> Generator[Any, None, Any]:
+    """Give each item as Ray can carry it, and a note on it; return what the task answers in the end."""
+    try:
+        item = next(items)
+        while True:
+            note = write_note(ITEM, size_of(item), b"")
+            try:
+                item = item if _always_pickles(item) else _Sealed(item)
+            except Exception as error:
+                item = items.throw(error)  # which fails the task, hence ends it
+                continue
+            yield item
+            item = None  # it may be large, and the next one is about to be made
+            yield note
+            item = next(items)
+    except StopIteration as end:
+        return end.value
+
+
+def _upstream(values: Sequence[Any], after: int) -> list[Any]:
+    """Return the values that a task uses; a failed one among them if what comes first has failed."""
+    upstream = [_arrived(value) for value in values[after:]]
+    if any(note[0] != COMPLETED for note in values[:after]):
+        upstream.append(Failed(b""))
+    return upstream
 
 
 class _Task:
@@ -271,8 +325,10 @@ _task: _Task | None = None
 _kept: OrderedDict[str, bytes] = OrderedDict()
 
 
-def _stored(name: str) -> bytes:
-    """Read a large function from Ray's key-value store, once per process."""
+def _content(name: bytes | str) -> bytes:
+    """Return a function; a large one is read from Ray's key-value store, once per process."""
+    if isinstance(name, bytes):
+        return name
     if name not in _kept:
         from ray.experimental.internal_kv import _internal_kv_get
 
@@ -378,21 +434,28 @@ class _Letter:
         self.note = note
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        import ray.cloudpickle
-
-        buffers: list[Any] = []
         try:
-            data = ray.cloudpickle.dumps(self.value, protocol=5, buffer_callback=buffers.append)
+            return _Sealed(self.value).__reduce__()
         except Exception as error:
             value, record = refuse(self.record, self.value, error)
             if not isinstance(value, Failed):  # of a chunk the rest can travel
                 self.note = write_note(COMPLETED, read_note(self.note)[1], record)
-                return functools.partial(pickle.loads, buffers=[]), (
-                    ray.cloudpickle.dumps(value, protocol=5),
-                )
+                return _Sealed(value).__reduce__()
             self.note = write_note(FAILED, 0, record)
             return SimpleNamespace, (), _mark(record).__dict__
-        return functools.partial(pickle.loads, buffers=buffers), (data,)
+
+
+class _Sealed:
+    """A value that is pickled already, its large buffers out of band; it unpickles to the value itself."""
+
+    def __init__(self, value: Any) -> None:
+        import ray.cloudpickle
+
+        self.buffers: list[Any] = []
+        self.data = ray.cloudpickle.dumps(value, protocol=5, buffer_callback=self.buffers.append)
+
+    def __reduce__(self) -> Any:
+        return functools.partial(pickle.loads, buffers=self.buffers), (self.data,)
 
 
 class _Postmark:

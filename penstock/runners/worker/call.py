@@ -81,6 +81,8 @@ def name_from(naming: Any, call: Any, args: Any, kwargs: Any) -> str:
 
 
 SIMPLE = INERT | {list, tuple, dict}
+LEFT_TO_CALLER: Any = object()
+"""In place of `on_item`: the caller draws the generator."""
 
 
 def settled(running: Running, value: Any, on_item: Any = None) -> Any:
@@ -88,6 +90,8 @@ def settled(running: Running, value: Any, on_item: Any = None) -> Any:
     if inspect.iscoroutine(value):
         return run_coroutine(value)
     if inspect.isgenerator(value) or inspect.isasyncgen(value):
+        if on_item is LEFT_TO_CALLER:
+            return value
         return _yielded(running, value, on_item)
     return value
 

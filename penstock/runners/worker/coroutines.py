@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import queue
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 from .running import shared
@@ -26,19 +27,51 @@ def run_coroutine(coroutine: Any) -> Any:
     if threading.current_thread() is threading.main_thread():
         # The main thread is the user's: nothing of ours stays open in it between two tasks.
         loop = asyncio.new_event_loop()
-        task = loop.create_task(coroutine)
         try:
-            return loop.run_until_complete(task)
+            return _run(loop, coroutine)
         finally:
-            if not task.done():  # interrupted from outside
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    loop.run_until_complete(task)
             loop.close()
     holder = getattr(_loops, "holder", None)
     if holder is None:
         holder = _loops.holder = _Loop()
     return holder.loop.run_until_complete(coroutine)
+
+
+def _run(loop: Any, coroutine: Any) -> Any:
+    """Run a coroutine on a loop; one that is interrupted from outside leaves nothing on it."""
+    import asyncio
+
+    task = loop.create_task(coroutine)
+    try:
+        return loop.run_until_complete(task)
+    finally:
+        if not task.done():
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                loop.run_until_complete(task)
+
+
+def steps(generator: Any) -> Iterator[Any]:
+    """Yield what a generator yields, also one that is asynchronous; on a loop of its own then."""
+    if not hasattr(generator, "__anext__"):
+        yield from generator
+        return
+    import asyncio
+
+    async def step() -> Any:
+        return await anext(generator, END)
+
+    loop = asyncio.new_event_loop()
+    try:
+        while (item := _run(loop, step())) is not END:
+            yield item
+            del item
+        _run(loop, generator.aclose())
+    finally:
+        loop.close()
+
+
+END: Any = object()
 
 
 class _Loop:

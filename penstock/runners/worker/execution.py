@@ -33,13 +33,15 @@ The order of a chunk has ``stages``, ``count`` and ``box`` instead: see `chunk`.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Generator
 from typing import Any
 
 from .arguments import picked
 from .attempt import Attempt
-from .call import invoke
+from .call import LEFT_TO_CALLER, invoke
 from .chunk import run_chunk
 from .commit import with_stored
+from .coroutines import steps
 from .failure import Failed
 
 
@@ -83,13 +85,10 @@ def execute(
     """
     if isinstance(order, bytes):
         order = pickle.loads(order)
-    if "loads" in order:
-        values = with_stored(values, order["loads"])
+    values = _upstream(order, values)
     if "stages" in order:
         return run_chunk(order, function, arguments, values, key, on_start)
     attempt = Attempt(order, key, scope)
-    if "picks" in order:
-        values = [picked(value, order["picks"].get(at)) for at, value in enumerate(values)]
     for value in values:
         if isinstance(value, Failed):
             return attempt.not_started()
@@ -97,3 +96,41 @@ def execute(
         attempt.value = invoke(attempt.running, function, arguments, values, on_start, on_item)
     outcome: tuple[Any, bytes] = attempt.outcome
     return outcome
+
+
+def execute_stream(
+    order: bytes, function: bytes, arguments: bytes, values: Any, key: Any, on_start: Any
+) -> Generator[Any, None, tuple[Any, bytes]]:
+    """Execute one attempt of a generator task whose caller draws the items; return what `execute` returns.
+
+    Between two items the attempt is paused: the caller's code is no part of it. An exception that the
+    caller throws in ends the attempt as one of the task's own.
+    """
+    work: dict[str, Any] = pickle.loads(order)
+    values = _upstream(work, values)
+    attempt = Attempt(work, key)
+    if any(isinstance(value, Failed) for value in values):
+        return attempt.not_started()
+    with attempt:
+        running = attempt.running
+        items = invoke(running, function, arguments, values, on_start, LEFT_TO_CALLER)
+        running.yielded = 0
+        for item in steps(items):
+            running.yielded += 1
+            attempt.pause()
+            try:
+                yield item
+            finally:
+                attempt.resume()
+            del item  # it may be large, and the next one is about to be made
+    outcome: tuple[Any, bytes] = attempt.outcome
+    return outcome
+
+
+def _upstream(order: Any, values: Any) -> Any:
+    """Return the upstream values: those that are read from a storage too, of chunks only what is used."""
+    if "loads" in order:
+        values = with_stored(values, order["loads"])
+    if "picks" in order:
+        values = [picked(value, order["picks"].get(at)) for at, value in enumerate(values)]
+    return values
