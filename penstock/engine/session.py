@@ -84,9 +84,9 @@ class Session:
         self._working = threading.Lock()
         self.inbox: deque[list[Report]] = deque()
         self.made = recipes.Made()
-        self.remaking: dict[
-            Key, list[TaskRun]
-        ] = {}  # their values are made again: they are held until that is written down
+        # The back end makes their values again: they are held, with their places, until that is written down.
+        self.remaking: dict[Key, list[tuple[TaskRun, int]]] = {}
+        self.closing = False
         self.luggage = Luggage(runner)
         self.locations = Locations(self)
         self.dispatch = Dispatch(self)
@@ -111,7 +111,9 @@ class Session:
 
     def close(self) -> None:
         """Stop listening; runs that have not ended are left as they are."""
+        self.closing = True
         self.runner.unlisten(self.tag)
+        self.remaking.clear()
 
     def skip(self, run: TaskRun, scope: Scope, message: str, **details: Any) -> None:
         """Take over a run that is skipped before anybody sends it."""
@@ -361,9 +363,18 @@ class Session:
         runs = [run for run in self.made.find(report.key) if run.completed]
         if report.kind == "losing":
             if runs:
-                self.remaking[report.key] = runs
+                self.remaking[report.key] = [(run, run.place) for run in runs]
             return
-        self.remaking.pop(report.key, None)
+        held = self.remaking.pop(report.key, ())
+        if isinstance(report.cause, errors.SchedulerLost):  # whoever needs the value will find out
+            return
+        for run, place in held:
+            if run.key != report.key or not run.completed:  # sent again before the news came
+                remaking.count_elsewhere(self, run, place, report)
+        if self.closing and report.kind == "gone":  # nobody will need it
+            for run in runs:
+                remaking.count_elsewhere(self, run, run.place, report)
+            return
         if runs and report.kind == "again":
             remaking.made_again(self, runs, report)
             return
@@ -389,7 +400,9 @@ class Session:
     def _turn(self) -> None:
         """Let suspects go on, if there are any."""
         if self.quarantine.waits:
-            again = self.quarantine.turn(len(self.dispatch.sent), lambda: self.runner.info.workers)
+            # What is made again is company, too.
+            in_flight = len(self.dispatch.sent) + len(self.remaking)
+            again = self.quarantine.turn(in_flight, lambda: self.runner.info.workers)
             if again is not None and self._alarm is None:
                 self._alarm = clock.call_later(again, self._wake)
 
@@ -417,7 +430,7 @@ class Session:
             self.dispatch.withdraw(dependant)
         if delay > 0:
             self.later(lambda: self._release_again(run), delay)
-        else:
+        elif run.waiting == 0:  # else it was lost in one chunk with what it waits for
             self.release(run)
 
     def renew(self, runs: Sequence[TaskRun], cause: Exception) -> bool:
@@ -432,7 +445,7 @@ class Session:
         return bool(missing)
 
     def _release_again(self, run: TaskRun) -> None:
-        if not run.done and not run.released:
+        if not run.done and not run.released and run.waiting == 0:
             if run.type is StateType.SCHEDULED:
                 run.position = advance(run.position, StateType.RUNNING, "Retrying", run.next_attempt)
                 self.journal.task_state(run)
