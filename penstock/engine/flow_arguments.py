@@ -42,6 +42,13 @@ class FlowArguments:
         """Find out which parameter each one is for."""
         self.named = parameters.bind(self.flow.signature, self.flow.name, self.args, self.kwargs)
 
+    def bound(self) -> dict[str, Any] | None:
+        """Return them by name, None if they do not fit; whoever says so comes later."""
+        try:
+            return parameters.bind(self.flow.signature, self.flow.name, self.args, self.kwargs)
+        except Exception:
+            return None
+
     def are_fit(self) -> bool:
         """Coerce the parameters before the run is named after them; with futures among them that is too early."""
         if self.flow.options.validate_parameters and not self.futures():

@@ -54,7 +54,7 @@ class FlowRecord:
         else:
             self.journal = outer.session.journal
 
-    def make(self, tags: frozenset[str]) -> FlowRun:
+    def make(self, tags: frozenset[str], arguments: FlowArguments) -> FlowRun:
         """Make the run: a new one, or the one that was reserved, or that is to be resumed."""
         outer, flow = self._outer, self._flow
         around = None
@@ -71,7 +71,7 @@ class FlowRecord:
                 tags=tags,
             )
             around.ordinal = next_ordinal(outer, flow.name)
-        row: Any = self.resumed or self._reservation or self._before(around)
+        row: Any = self.resumed or self._reservation or self._before(around, arguments)
         self.run = FlowRun(
             flow,
             row.name if row is not None else new_name(),
@@ -88,13 +88,13 @@ class FlowRecord:
             self.run.position = Position(StateType.PENDING, "Pending", row.attempt + 1)
         return self.run
 
-    def _before(self, around: TaskRun | None) -> Any:
+    def _before(self, around: TaskRun | None, arguments: FlowArguments) -> Any:
         """Return what a nested flow run was before its root is resumed; None if it is a new one."""
         parent = self._outer.flow_run if self._outer is not None else None
         if parent is None or parent.past is None or around is None:
             return None
         outside = around.surrounding.id if around.surrounding is not None else None
-        found = parent.past.flow(parent, outside, self._flow.name)
+        found = parent.past.flow(parent, outside, self._flow.name, arguments.bound())
         if found is None:
             return None
         around._id = found["row"] or around.id

@@ -22,6 +22,7 @@ from penstock.engine import (
     signals,
     values,
 )
+from penstock.engine import results as stored_results
 from penstock.engine.annotations import quote
 from penstock.engine.calls import TaskRun
 from penstock.engine.clock import Alarm, clock
@@ -32,16 +33,18 @@ from penstock.engine.holdings import Holdings
 from penstock.engine.interruption import Interruption
 from penstock.engine.living import living
 from penstock.engine.options import run_name
+from penstock.engine.past import lane
 from penstock.engine.recollection import Recollection
 from penstock.engine.returned import Returned, with_upstreams
 from penstock.engine.seeds import begin_again
 from penstock.engine.session import Session
-from penstock.engine.states import TRANSITIONS, State, StateType, failure_of
-from penstock.engine.steps import Invoke, Steps, Wait
+from penstock.engine.states import TRANSITIONS, State, StateType, Stored, failure_of
+from penstock.engine.steps import Invoke, Steps, Wait, drive
 from penstock.engine.summary import describe_all
 from penstock.engine.tracking import stop_tracking
 from penstock.engine.verdict import error_of, state_of_error, stopped
 from penstock.runners.base import shutdown_all
+from penstock.runners.worker.coroutines import close_loop
 from penstock.runners.worker.interruption import Cancelled, TimedOut
 from penstock.runners.worker.running import current
 from penstock.settings import settings
@@ -77,7 +80,7 @@ class FlowRunScope:
         self._submitted = False  # runs beside the code that submitted it
         self._made = False
         self._lock = threading.RLock()  # a request to stop comes from any thread
-        self._over = self._expired = self._force = False
+        self._over = self._expired = self._force = self._dropped = False
         self._alarm: Alarm | None = None
         self._reason: errors.RunError | None = None  # who asked from outside for an end, or why
         self._left: list[TaskRun] = []  # with on_exit="detach"
@@ -92,7 +95,7 @@ class FlowRunScope:
         outer, flow = self.outer, self.flow
         if outer is None:
             self._interrupts = self._ends.enter_context(signals.watched(blocks=not flow.isasync))
-        self.flow_run = self.record.make(flow.options.tags | current_tags())
+        self.flow_run = self.record.make(flow.options.tags | current_tags(), self.arguments)
         if outer is None:
             heartbeat.begin(self.flow_run, self.journal)
             self._ends.enter_context(kernel.shown(self.flow_run.id))
@@ -145,6 +148,7 @@ class FlowRunScope:
     def start(self) -> None:
         """Open the runner (a nested flow uses its parent's) and enter RUNNING; again for each attempt."""
         self.heed()
+        self.flow_run.lane = lane()
         self.record.attempt += 1
         if self.record.attempt == 1:
             own = self.outer is None or self.flow._runner_override is not None
@@ -195,8 +199,9 @@ class FlowRunScope:
             self._reason = self._reason or reason
             first, self.flow_run.cancelled = not self.flow_run.cancelled, True
             if self.flow_run.type is StateType.PENDING:
-                if self._submitted:  # its thread may still wait for an upstream: nobody waits for that
-                    self.finish(stopped("Cancelled before it started.", self._reason))
+                # Its thread may still wait for an upstream: nobody waits for that.
+                if self._submitted and not self._dropped:
+                    self._drop(stopped("Cancelled before it started.", self._reason))
                 return True
             if first and self.flow_run.type is not StateType.SCHEDULED:
                 said = str(self._reason or "")
@@ -206,6 +211,22 @@ class FlowRunScope:
         if first and reason is not None:
             cancelling.aside(lambda: cancelling.stop(list(self.flow_run.live)))
         return True
+
+    def _drop(self, state: State) -> None:
+        """End a run in the background that has not begun: hooks first, in a thread of their own."""
+        self._dropped = True
+        if not self.flow.options.hooks.of_flow(state.type):
+            self.finish(state, dropped=True)
+            return
+
+        def end() -> None:
+            try:
+                drive(self.end_hooks(state, dropped=True))
+            finally:
+                close_loop()
+                self.finish(state, dropped=True)
+
+        threading.Thread(target=end, name="penstock-hooks", daemon=True).start()
 
     def _expire(self) -> None:
         """The time-out has passed in a thread that no alarm can interrupt."""
@@ -226,7 +247,7 @@ class FlowRunScope:
 
     def heed(self) -> None:
         """End here if the run was asked to stop."""
-        if self.flow_run.cancelled:
+        if self.flow_run.cancelled or self._dropped:
             raise Cancelled
 
     @contextlib.contextmanager
@@ -286,7 +307,19 @@ class FlowRunScope:
                 state.data = Returned(value, members.runs) if members.runs else value
                 if self.outer is None and members.runs:
                     state.data.load()  # the one implicit download; before the record says how much came here
+                if not self.flow.options.in_memory:
+                    self._put_away(state)
         return state
+
+    def _put_away(self, state: State) -> None:
+        """Keep the value in its storage only; what a nested flow gives back as references stays where it is."""
+        if isinstance(state.data, Returned) and self.outer is not None:
+            return
+        value = state.data.load() if isinstance(state.data, Returned) else state.data
+        kept = stored_results.put_away(self.flow_run, value)
+        if kept is not value:
+            state.data = kept
+            state.state_details["stored"] = stored_results.location(kept.where)
 
     def _tell_of_the_past(self) -> None:
         lines: list[tuple[str, str]] = []
@@ -294,9 +327,7 @@ class FlowRunScope:
             text = f"it called {left!r} before it was resumed, and did not call it again"
             lines.append(("WARNING", text))
         if self.record.resumed is not None:
-            past = self.record.resumed.past
-            text = f"resumed: {past.reused} task runs reused, {past.again} computed again"
-            lines.append(("INFO", text))
+            lines.append(("INFO", f"resumed: {self.record.resumed.past.told()}"))
         if lines:
             self.journal.flow_lines(self.flow_run, [[time.time(), *line] for line in lines])
 
@@ -347,8 +378,10 @@ class FlowRunScope:
             Invoke,
         )
 
-    def end_hooks(self, state: State) -> Steps:
+    def end_hooks(self, state: State, *, dropped: bool = False) -> Steps:
         """Call the hooks of the final state before it is recorded; they have time, and may use tasks."""
+        if self._dropped is not dropped:  # they are called where it was dropped
+            return
         self._disarm()
         self.flow_run.deadline, self.flow_run.cancelled = None, False
         if state.name == "NotReady":
@@ -368,7 +401,7 @@ class FlowRunScope:
     def must_go_on(self, error: BaseException, state: State) -> bool:
         """Whether an error ends more than this run: what ends programs, or the task around it."""
         if isinstance(error, Cancelled):
-            return not self.flow_run.cancelled
+            return not (self.flow_run.cancelled or self._dropped)
         return not isinstance(error, Exception) and not state.is_cancelled()
 
     def retry_delay(self, state: State) -> float | None:
@@ -415,10 +448,10 @@ class FlowRunScope:
             return stopped(state.message, self._reason)
         return state
 
-    def finish(self, state: State) -> State:
+    def finish(self, state: State, *, dropped: bool = False) -> State:
         """Enter the final state, once, and tell those who wait; returns the state."""
         with self._lock:
-            if self._over:
+            if self._over or self._dropped is not dropped:
                 return state
             self._disarm()
             state = self.concluded(state)
@@ -476,7 +509,7 @@ class FlowRunScope:
         if not state.is_completed():
             raise failure_of(state)
         if not isinstance(state.data, Returned):
-            return state.data
+            return state.data.load() if isinstance(state.data, Stored) else state.data
         return state.data.load() if self.outer is None else state.data.value
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from penstock.engine import conclusion, values
+from penstock.engine import conclusion, results, values
 from penstock.engine.calls import TaskRun
 from penstock.engine.futures import PenstockFuture, run_of
 from penstock.engine.graph import sources_of
@@ -44,7 +44,8 @@ def give(row: TaskRun, data: Any) -> None:
         row.nbytes = sum(run.nbytes for run in data.runs)
     else:
         row.value = data
-        row.nbytes = size_of(data)
+        away = isinstance(data, results.PutAway)
+        row.nbytes = data.where["nbytes"] if away else size_of(data)
 
 
 def with_upstreams(members: Sequence[TaskRun]) -> set[TaskRun]:
