@@ -3,7 +3,8 @@
 A loop of submits would cost the backend a message each; a batch of even ten recovers nearly
 all of that. The first run after a pause goes at once, so that a single submit keeps the latency
 of the bare backend. Inside a task nothing goes at once: if the task waits for its child within
-the next moment, it runs the child itself.
+the next moment, it runs the child itself. A generator that was submitted by itself stays until
+somebody looks at a future, or asks for its items, which is possible only before it is sent.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ BATCH = 256
 """Runs that make a full batch."""
 PAUSE = 0.003
 """Seconds that a run waits for company."""
+ITEMS_PAUSE = 0.1
+"""Seconds that a generator waits for somebody who asks for its items."""
 
 
 class Buffer:
@@ -33,6 +36,8 @@ class Buffer:
     def __init__(self, pump: Callable[[], None]) -> None:
         self._runs: dict[TaskRun, None] = {}
         self._packers: dict[Packer, None] = {}  # those in which elements wait
+        self._kept: dict[TaskRun, None] = {}  # generators whose items somebody may ask for
+        self._everything = False  # these go, too
         self._pump = pump
         self._alarm: Alarm | None = None
         self._last = 0.0
@@ -40,11 +45,11 @@ class Buffer:
 
     def __len__(self) -> int:
         """Count the runs that wait."""
-        return len(self._runs) + sum(len(packer.ready) for packer in self._packers)
+        return len(self._runs) + len(self._kept) + sum(len(packer.ready) for packer in self._packers)
 
     def __contains__(self, run: TaskRun) -> bool:
         """Whether a run waits here."""
-        return run in _place_of(run, self._runs)
+        return run in self._kept or run in _place_of(run, self._runs)
 
     def add(self, run: TaskRun, *, leading: bool) -> None:
         """Append a run (the caller holds the session's lock).
@@ -66,17 +71,28 @@ class Buffer:
         elif self._alarm is None and not self.due:
             self._alarm = clock.call_later(PAUSE, self._time_out)
 
+    def keep(self, run: TaskRun) -> None:
+        """Let a generator that waits here wait longer: its items may be asked for (the caller holds the lock)."""
+        if run in self._runs:
+            del self._runs[run]
+            self._kept[run] = None
+            clock.call_later(ITEMS_PAUSE, self._enough)
+
     def discard(self, run: TaskRun) -> bool:
         """Take one run out; answer whether it was there."""
+        if run in self._kept:
+            del self._kept[run]
+            return True
         place = _place_of(run, self._runs)
         found = place.pop(run, self) is None
         if found and not place and place is not self._runs and run.mapped is not None:
             self._packers.pop(run.mapped.packer, None)  # type: ignore[arg-type] # nothing of it waits any more
         return found
 
-    def flush(self) -> None:
-        """Make whatever may go due."""
-        if self._runs or any(packer.has_room for packer in self._packers):
+    def flush(self, *, everything: bool = False) -> None:
+        """Make whatever may go due; generators that are kept only if somebody looks at a future (`everything`)."""
+        self._everything |= everything and bool(self._kept)
+        if self._everything or self._runs or any(packer.has_room for packer in self._packers):
             self.due = True
 
     def take(self) -> list[TaskRun | list[TaskRun]]:
@@ -86,6 +102,10 @@ class Buffer:
         """
         batch: list[TaskRun | list[TaskRun]] = list(self._runs)
         self._runs.clear()
+        if self._everything:
+            batch.extend(self._kept)
+            self._kept.clear()
+            self._everything = False
         for packer in list(self._packers):
             batch.extend(packer.take())
             if not packer.ready:
@@ -100,6 +120,10 @@ class Buffer:
     def _time_out(self) -> None:
         self._alarm = None
         self.flush()
+        self._pump()
+
+    def _enough(self) -> None:
+        self.flush(everything=True)
         self._pump()
 
 

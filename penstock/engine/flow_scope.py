@@ -197,6 +197,8 @@ class FlowRunScope:
                 return False
             self._force = self._force or force
             self._reason = self._reason or reason
+            if self.flow_run.type is StateType.CANCELLING and not self.flow_run.cancelled:
+                return True  # its code has ended; its last hooks have time
             first, self.flow_run.cancelled = not self.flow_run.cancelled, True
             if self.flow_run.type is StateType.PENDING:
                 # Its thread may still wait for an upstream: nobody waits for that.

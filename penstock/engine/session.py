@@ -141,7 +141,8 @@ class Session:
         running = current()
         if running is not None:  # a task ends when its children have ended
             nested.children_of(running, self).runs.update(runs)
-        leading = running is None and not (len(runs) == 1 and items.yields(runs[0]))  # see `items.ask`
+        patient = running is None and len(runs) == 1 and items.yields(runs[0])  # see `items.ask`
+        leading = running is None and not patient
         foreign: list[tuple[TaskRun, Source]] = []
         with self.lock:
             self.luggage.note(scope)
@@ -153,6 +154,8 @@ class Session:
                     run.waiting += 1
                     foreign.append((run, source))
                 self.enter(run, leading=leading)
+            if patient:
+                self.buffer.keep(runs[0])
         for run, source in foreign:
             self._follow(run, source)
         if any(run.done for run in runs):  # an upstream had failed before: nobody else will tell
@@ -277,7 +280,7 @@ class Session:
         """Send whatever waits: somebody looks at a future."""
         if len(self.buffer):
             with self.lock:
-                self.buffer.flush()
+                self.buffer.flush(everything=True)
         self._pump()
 
     def later(self, call: Callable[[], None], delay: float = 0.0) -> None:

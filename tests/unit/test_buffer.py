@@ -1,6 +1,7 @@
 """When a batch of runs goes out."""
 
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,6 +46,41 @@ def test_the_next_ones_wait_for_company(pumped: threading.Event) -> None:
     assert pumped.wait(5)
     assert buffer.due
     assert buffer.take() == runs[1:]
+
+
+def test_a_generator_stays_until_somebody_looks(
+    pumped: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ITEMS_PAUSE", 60.0)
+    buffer, kept, other = Buffer(pumped.set), run(1), run(2)
+    buffer.add(kept, leading=False)
+    buffer.keep(kept)
+    buffer.add(other, leading=False)
+    assert pumped.wait(5)
+    assert buffer.take() == [other]
+    buffer.flush()
+    assert not buffer.due, "news of other runs are no reason"
+    assert kept in buffer
+    assert len(buffer) == 1
+    buffer.flush(everything=True)
+    assert buffer.take() == [kept]
+    assert kept not in buffer
+    buffer.add(kept, leading=False)
+    buffer.keep(kept)
+    assert buffer.discard(kept)
+    assert not buffer.discard(kept)
+    assert len(buffer) == 0
+
+
+def test_a_generator_that_nobody_asks_for_goes_all_the_same(
+    pumped: threading.Event, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., None]
+) -> None:
+    monkeypatch.setattr(module, "ITEMS_PAUSE", 0.01)
+    buffer, kept = Buffer(pumped.set), run(1)
+    buffer.add(kept, leading=False)
+    buffer.keep(kept)
+    wait_until(lambda: buffer.due)
+    assert buffer.take() == [kept]
 
 
 def test_inside_a_task_nothing_goes_at_once(pumped: threading.Event) -> None:
