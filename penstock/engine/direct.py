@@ -78,7 +78,7 @@ def _attempts(run: TaskRun, scope: Scope, call: Call, *, lazily: bool) -> Steps:
             session.journal.task_state(run)
         if options.hooks.on_running:
             yield from _hooks(run, options.hooks.on_running, hook_calls.running_state(run))
-        order = invoke.work_order(run, call, session.prints_of(run))
+        order = invoke.work_order(run, call, session.luggage.prints_of(run))
         if lazily:
             order.pop("commit", None)  # its items are never together in one value
         attempt = Attempt(order, None, session.scope_of(run))

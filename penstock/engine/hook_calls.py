@@ -170,7 +170,7 @@ class HookCalls:
                 return
             del self._pending[run]
             if run.done:
-                session.settled(run)
+                session.endings.settled(run)
 
 
 @dataclass(slots=True)
