@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from penstock.engine.seeds import Ordinals
     from penstock.engine.session import Session
     from penstock.engine.task import Task
+    from penstock.engine.transactions import RunTransaction
     from penstock.runners.base import Key, Ref
 
 
@@ -156,6 +157,7 @@ class TaskRun:
         "tags",
         "task",
         "tracked",
+        "transaction",
         "unbegun",
         "value",
         "waiting",
@@ -220,6 +222,7 @@ class TaskRun:
         self.nbytes = 0
         self.stored: dict[str, Any] | None = None  # where the value was stored, see `results`
         self.caching: Caching | None = None  # what is looked up or stored under which key, see `lookups`
+        self.transaction: RunTransaction | None = None  # its part in the transaction around it
         self.hit: dict[str, Any] | None = None  # where the value lies that is in a storage only
         self.worker = ""
         self.alarm: Alarm | None = None

@@ -268,6 +268,8 @@ def commit_order(run: TaskRun) -> dict[str, Any] | None:
     }
     if run.caching is not None:
         run.caching.extend(order, run)
+    if run.transaction is not None and run.transaction.holds_back(order):
+        order["staged"] = True
     return order
 
 
@@ -407,8 +409,19 @@ def _load(where: dict[str, Any], run_id: str | None) -> Any:
     except result_store.Damaged as error:
         raise errors.ResultCorrupt(f"{about}{error}.").of_run(run_id) from None
     except result_formats.CommitError as error:
-        kind: type[errors.PenstockError] = getattr(errors, error._penstock_error)
-        raised = kind(f"{about}{error}")
-        if isinstance(raised, errors.RunError):
-            raised.of_run(run_id)
-        raise raised from error.__cause__
+        raise public_error(error, run_id) from error.__cause__
+
+
+def load_at(where: dict[str, Any]) -> Any:
+    """Return what lies at a place, whoever wrote it; raises as `load_result` does."""
+    return _load(where, None)
+
+
+def public_error(error: Exception, run_id: str | None = None) -> errors.PenstockError:
+    """Return what users see of an error of a result storage."""
+    about = f"task run {run_id}: " if run_id else ""
+    kind: type[errors.PenstockError] = getattr(errors, error._penstock_error)  # type: ignore[attr-defined]
+    raised = kind(f"{about}{error}")
+    if isinstance(raised, errors.RunError):
+        raised.of_run(run_id)
+    return raised

@@ -759,6 +759,8 @@ class Session:
             run.ref = None
             self.failures += 1
         self.live.pop(run, None)
+        if run.transaction is not None:
+            run.transaction.note(details)
         held = bool(run.task.options.hooks) and self.hooks.ended(run)
         if run.flow_run is not None:
             if not held:
@@ -784,6 +786,8 @@ class Session:
         now = time.time()
         before: Position | None = None
         after = runs[0].position
+        if runs[0].transaction is not None:
+            transactions.note_all(runs, started, seconds, peak)
         flow_run = runs[0].flow_run
         hooks = runs[0].task.options.hooks
         for run in runs:

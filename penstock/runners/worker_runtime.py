@@ -53,6 +53,8 @@ Record (a pickled dict of primitives)
     How many items a generator has handed on one by one; absent if its value is a list.
 ``children``
     Packed events of task runs that this one submitted; absent if there are none.
+``values``
+    Pickled values that the code has set in its transaction; absent if there are none.
 """
 
 from __future__ import annotations
@@ -288,12 +290,13 @@ def _finished(
     tuple
         The value, the error, and what the record says besides times and sizes.
     """
-    children = None
+    children = noted = None
     if running.nested is not None:
         try:
             value = running.nested.finish(value, error)
         except BaseException as raised:
             error = error or raised
+        noted = running.nested.values()
         children = running.nested.events()
     details: dict[str, Any] = {"status": "completed" if error is None else _status(error, running)}
     if error is None:
@@ -317,6 +320,8 @@ def _finished(
         details["dropped"] = running.dropped
     if children:
         details["children"] = children
+    if noted:
+        details["values"] = noted
     if running.yielded >= 0:
         details["yielded"] = running.yielded
     return value, error, details
