@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from penstock.engine.past import Past
     from penstock.engine.recipes import Recipe
     from penstock.engine.recollection import Recollection
+    from penstock.engine.run_transactions import RunTransaction
     from penstock.engine.seeds import Ordinals
     from penstock.engine.session import Session
     from penstock.engine.task import Task
-    from penstock.engine.transactions import RunTransaction
     from penstock.runners.base import Key, Ref
 
 

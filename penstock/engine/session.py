@@ -786,8 +786,9 @@ class Session:
         now = time.time()
         before: Position | None = None
         after = runs[0].position
-        if runs[0].transaction is not None:
-            transactions.note_all(runs, started, seconds, peak)
+        for run, began, took in zip(runs, started, seconds, strict=True) if runs[0].transaction else ():
+            assert run.transaction is not None
+            run.transaction.note({"started": began, "seconds": took, "peak": peak})
         flow_run = runs[0].flow_run
         hooks = runs[0].task.options.hooks
         for run in runs:

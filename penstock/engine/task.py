@@ -11,7 +11,18 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast, overload
 
 from penstock import errors
-from penstock.engine import ambient, direct, lookups, mapping, payload, placement, revision, sample, skipping
+from penstock.engine import (
+    ambient,
+    direct,
+    lookups,
+    mapping,
+    payload,
+    placement,
+    revision,
+    run_transactions,
+    sample,
+    skipping,
+)
 from penstock.engine.annotations import TOLERANCE_OF
 from penstock.engine.cache import CachePolicy, read_cache_options
 from penstock.engine.caller import Caller, wait_sources
@@ -446,6 +457,8 @@ class Task(Generic[P, R]):
                 scope.session.skip(run, scope, reason)
             else:
                 scope.session.submit([run], scope)
+            if run.transaction is not None:
+                run_transactions.enter([run])
         except BaseException as error:
             errors.hide_frames(error)
             raise
@@ -490,6 +503,10 @@ class Task(Generic[P, R]):
             | (scope.flow_run.tags if scope.flow_run else frozenset()),
         )
         run.ordinal = next_ordinal(scope, self.name)
+        joining = run_transactions.joining(scope, self.options.hooks)
+        if joining is not None:
+            run.transaction = joining.of(run)
+            call.context = joining.context(call.context)
         return run
 
     # -- map ------------------------------------------------------------------------------------
