@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from penstock.engine.logs import get_run_logger
     from penstock.engine.placement import remote_options
     from penstock.engine.reference import Reference, put
+    from penstock.engine.result_records import ResultRecord, ResultStore
     from penstock.engine.results import ResultStorage, load_result
     from penstock.engine.retry import exponential_backoff
     from penstock.engine.run_context import FlowRunContext, TaskRunContext, get_run_context
@@ -70,6 +71,13 @@ if TYPE_CHECKING:
         StateType,
     )
     from penstock.engine.task import Task, task
+    from penstock.engine.transactions import (
+        CommitMode,
+        Transaction,
+        TransactionState,
+        get_transaction,
+        transaction,
+    )
     from penstock.errors import (
         CancelledRun,
         ConfigurationError,
@@ -144,6 +152,14 @@ __all__ = [
     "put",
     "Reference",
     "get_dask_client",
+    "ResultStore",
+    "ResultRecord",
+    # groups of task runs
+    "transaction",
+    "get_transaction",
+    "Transaction",
+    "TransactionState",
+    "CommitMode",
     # the record
     "get_client",
     "Client",
@@ -236,6 +252,7 @@ _ENGINE = {
     "logs": ("get_run_logger",),
     "placement": ("remote_options",),
     "reference": ("put", "Reference"),
+    "result_records": ("ResultStore", "ResultRecord"),
     "results": ("ResultStorage", "load_result"),
     "retry": ("exponential_backoff",),
     "run_context": ("get_run_context", "FlowRunContext", "TaskRunContext"),
@@ -257,6 +274,13 @@ _ENGINE = {
         "Skipped",
     ),
     "task": ("task", "Task"),
+    "transactions": (
+        "transaction",
+        "get_transaction",
+        "Transaction",
+        "TransactionState",
+        "CommitMode",
+    ),
 }
 _HOMES = {name: f"penstock.engine.{module}" for module, names in _ENGINE.items() for name in names}
 

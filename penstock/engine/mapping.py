@@ -188,7 +188,6 @@ def calls(
 
 def _drawn(making: Making, parts: dict[int | str, Part]) -> list[TaskRun]:
     """Draw the items of generators piece by piece, and wait while enough of them are on their way."""
-    session = making.scope.session
     sources = {place: iter(part.items) for place, part in parts.items()}
     runs: list[TaskRun] = []
     ahead: list[TaskRun] = []

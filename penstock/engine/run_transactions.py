@@ -130,10 +130,11 @@ class RunTransaction(Transaction):
                 return
             if not run.completed and run.type is not StateType.SKIPPED:
                 self.state = TransactionState.ROLLED_BACK
-            elif not run.completed or _is_cached(run):
+                return
+            hooks = run.task.options.hooks
+            if not run.completed or _is_cached(run) or not (self._later or hooks.of_transactions):
                 self.state = TransactionState.COMMITTED
             else:
-                hooks = run.task.options.hooks
                 self.stage(None, hooks.on_rollback, hooks.on_commit)
 
     def write(self) -> None:

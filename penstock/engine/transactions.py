@@ -358,6 +358,7 @@ class Transaction:
             if self._scope is not None and self._scope.session.plans:
                 return
             yield from self._arriving(heed=error is None)
+            self._closed = True  # what hooks call is no part of it
             yield from self._deciding(failed=error is not None)
         except BaseException as raised:  # the flow is to stop, or Ctrl-C: nothing is waited for any more
             cancelling.stop(self._pending())
