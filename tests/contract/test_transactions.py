@@ -145,9 +145,14 @@ def test_the_end_of_a_block_waits_for_what_was_submitted(in_flow: InFlow, seen: 
 
 
 def test_the_end_of_a_block_moves_no_values(runner: TaskRunner, monkeypatch: pytest.MonkeyPatch) -> None:
-    fetched = []
+    fetched: list[Any] = []
     fetch = type(runner).fetch
-    monkeypatch.setattr(type(runner), "fetch", lambda self, refs: fetched.append(refs) or fetch(self, refs))
+
+    def noted(self: Any, refs: Any) -> Any:
+        fetched.append(refs)
+        return fetch(self, refs)
+
+    monkeypatch.setattr(type(runner), "fetch", noted)
 
     @task
     def make(n: int) -> Any:
@@ -165,7 +170,9 @@ def test_the_end_of_a_block_moves_no_values(runner: TaskRunner, monkeypatch: pyt
 
 
 @HOW
-def test_a_task_that_fails_rolls_the_block_back(in_flow: InFlow, record: Record, seen: Seen, how: str) -> None:
+def test_a_task_that_fails_rolls_the_block_back(
+    in_flow: InFlow, record: Record, seen: Seen, how: str
+) -> None:
     good, bad = writer(seen, "good"), writer(seen, "bad")
 
     def body() -> Any:
@@ -339,7 +346,8 @@ def test_hooks_are_a_list_of_callables(kind: str) -> None:
         task(**{kind: ["hook"]})(lambda: None)  # type: ignore[call-overload]
     plain = task(lambda: None)
     assert getattr(plain, f"{kind}_hooks") == []
-    hooked = plain.with_options(**{kind: [print]})
+    options: dict[str, Any] = {kind: [print]}
+    hooked = plain.with_options(**options)
     assert getattr(hooked, f"{kind}_hooks") == [print]
 
 
@@ -564,8 +572,6 @@ def test_what_a_task_opens_is_decided_when_it_ends(
                 value.wait()
 
     in_flow(body)
-    if how == "call" and ending == "well":
-        pass  # nothing else is around it: it is decided at the end of the call, too
     word = "commit" if ending == "well" else "rollback"
     assert notes.read_text().split("\n") == ["end of block", f"{word} inner", f"{word} inner", ""]
 
@@ -744,7 +750,9 @@ def test_a_key_that_is_recorded_is_committed_at_once(in_flow: InFlow, tmp_path: 
 def test_a_rollback_writes_nothing_under_the_key(in_flow: InFlow, seen: Seen) -> None:
     def body() -> Any:
         with contextlib.suppress(Stop), transaction("report") as txn:
-            txn.stage(1, on_rollback_hooks=[noting(seen, "rollback")], on_commit_hooks=[noting(seen, "commit")])
+            txn.stage(
+                1, on_rollback_hooks=[noting(seen, "rollback")], on_commit_hooks=[noting(seen, "commit")]
+            )
             assert txn.is_staged()
             raise Stop
         with transaction("report") as again:
