@@ -41,7 +41,7 @@ class RunTransaction(Transaction):
         Copies of what was set there.
     """
 
-    __slots__ = ("_details", "_kept", "_run")
+    __slots__ = ("_details", "_kept", "_removed", "_run")
 
     def __init__(self, run: TaskRun, parent: Transaction | None, values: dict[str, Any]) -> None:
         super().__init__()
@@ -53,6 +53,7 @@ class RunTransaction(Transaction):
         self._run: TaskRun | None = run  # until it has ended
         self._kept: tuple[weakref.ref[TaskRun], TaskRun] | None = None
         self._details: dict[str, Any] = {}
+        self._removed = False
 
     # -- what the session and the worker tell -------------------------------------------------------
     def note(self, details: dict[str, Any]) -> None:
@@ -156,16 +157,33 @@ class RunTransaction(Transaction):
                 one.stored = said
         self._record(run, stored=results.location(said))
 
+    def is_far(self) -> bool:
+        """Whether there is a result to see to in an object storage."""
+        if self._kept is None or self.state in transactions.OVER or not self._owns:
+            return False
+        stored = self._kept[1].stored
+        return stored is not None and "://" in stored["storage"]
+
+    @property
+    def _owns(self) -> bool:
+        stored = self._kept[1].stored if self._kept is not None else None
+        return stored is not None and self._kept is not None and stored["run"] == self._kept[1].id
+
+    def remove(self) -> None:
+        """Remove the stored result, if it is its own."""
+        if self._kept is not None and self._owns and not self._removed:
+            result_store.withdraw(results.whereabouts(self._kept[1]))
+            self._removed = True
+
     def undo(self) -> None:
         """Remove the stored result, and give the run its new name."""
         if self._kept is None or self._kept[1].type is not StateType.COMPLETED:
             return
         alive, run = self._kept[0](), self._kept[1]
-        if run.stored is not None and run.stored["run"] == run.id:
-            try:
-                result_store.withdraw(results.whereabouts(run))
-            except result_store.formats.CommitError as error:
-                self.say("ERROR", f"its stored result is still there: {error}")
+        try:
+            self.remove()
+        except result_store.formats.CommitError as error:
+            self.say("ERROR", f"its stored result is still there: {error}")
         for one in (run, alive):
             if one is not None and one.completed:
                 one.position = rolled_back(one.position)

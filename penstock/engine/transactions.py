@@ -13,6 +13,7 @@ import logging
 import pickle
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar, Token
 from enum import Enum
 from types import TracebackType
@@ -22,6 +23,7 @@ from penstock import errors
 from penstock.engine import cancelling, context, events, locking, nested, payload, waiting
 from penstock.engine.cache import NOT_GIVEN, IsolationLevel
 from penstock.engine.hooks import Hook, name_of
+from penstock.engine.lookups import LOOKS_AT_ONCE
 from penstock.engine.result_records import ResultRecord, ResultStore, read_store
 from penstock.engine.results import ResultOptions
 from penstock.engine.steps import Invoke, Sleep, Steps, Wait, drive, drive_awaiting
@@ -398,7 +400,7 @@ class Transaction:
             yield from self._leftovers()
 
     def _unlock_if_over(self) -> None:
-        if self.state in _OVER:
+        if self.state in OVER:
             self._unlock()
 
     # -- runs that were submitted ---------------------------------------------------------------
@@ -424,11 +426,12 @@ class Transaction:
 
     # -- commit and rollback ----------------------------------------------------------------------
     def _committing(self) -> Steps:
-        if self.state in _OVER:
+        if self.state in OVER:
             yield from self._leftovers()
             return False
         try:
             yield from self._arriving(heed=True)
+            self._at_once("write", any(child.on_commit_hooks for child in self.children))
             for child in list(self.children):
                 yield from child._committing()
                 if child.is_rolled_back():
@@ -449,7 +452,7 @@ class Transaction:
         return True
 
     def _rolling_back(self) -> Steps:
-        if self.state in _OVER:
+        if self.state in OVER:
             yield from self._leftovers()
             return False
         self.state = TransactionState.ROLLED_BACK
@@ -457,6 +460,7 @@ class Transaction:
             yield from self._arriving(heed=False)
             yield from self._calling_all_back()
             self.undo()
+            self._at_once("remove", any(child.on_rollback_hooks for child in self.children))
             for child in reversed(self.children):
                 yield from child._rolling_back()
         finally:
@@ -483,13 +487,33 @@ class Transaction:
         self.say("INFO", f"Running {kind} hook {name_of(hook)!r}")
         yield Invoke(hook, (self,), name=name_of(hook))
 
+    def _at_once(self, what: str, one_by_one: bool) -> None:
+        """Ask an object storage for many runs together, if no hook comes in between; what fails is tried again."""
+        far = [child for child in self.children if child.is_far()]
+        if len(far) < 2 or one_by_one or any(child.children for child in self.children):
+            return
+
+        def ask(child: Transaction) -> None:
+            with contextlib.suppress(Exception):
+                getattr(child, what)()
+
+        with ThreadPoolExecutor(LOOKS_AT_ONCE, "penstock-commit") as pool:
+            list(pool.map(ask, far))
+
+    def is_far(self) -> bool:
+        """Whether there is a result to see to in an object storage."""
+        return False
+
     def write(self) -> None:
         """Make the result visible to others."""
         if self.key is not None and self.store is not None and self.write_on_commit:
             self.store.write(self.key, self._value, overwrite=self.overwrite)
 
+    def remove(self) -> None:
+        """Remove what is stored: nothing, where a value is stored with the commit only."""
+
     def undo(self) -> None:
-        """Take back what was visible: nothing, where a value is stored with the commit only."""
+        """Take back what was visible before the decision."""
 
     def _tell(self) -> None:
         """Have the record learn of the new states."""
@@ -535,7 +559,8 @@ class _Undone(Exception):
     """A child could not be committed."""
 
 
-_OVER = frozenset({TransactionState.COMMITTED, TransactionState.ROLLED_BACK})
+OVER = frozenset({TransactionState.COMMITTED, TransactionState.ROLLED_BACK})
+"""States in which nothing is to be decided any more."""
 _open: ContextVar[Transaction | None] = ContextVar("penstock_transaction", default=None)
 
 

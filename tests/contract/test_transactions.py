@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -820,6 +821,117 @@ def test_serializable_needs_locks(in_flow: InFlow) -> None:
 def test_a_block_is_entered_once() -> None:
     with transaction() as txn, pytest.raises(RuntimeError, match="Context already entered"), txn:
         pass
+
+
+# -- whatever else a block is in -------------------------------------------------------------------
+
+
+def test_a_generator_that_is_mapped(in_flow: InFlow, seen: Seen) -> None:
+    some = writer(seen, "some")
+
+    def body() -> Any:
+        with transaction() as txn:
+            some.map(x for x in range(700))
+        return txn.state, len(txn.children)
+
+    assert in_flow(body) == (TransactionState.COMMITTED, 700)
+    assert len(seen) == 700
+
+
+def test_tasks_of_a_subflow_belong_to_the_block(runner: TaskRunner, seen: Seen) -> None:
+    some = writer(seen, "some")
+
+    @flow
+    def inner() -> None:
+        some.submit()
+        some()
+
+    @flow(task_runner=runner)
+    def outer() -> None:
+        with transaction():
+            inner()
+            raise Stop
+
+    with pytest.raises(Stop):
+        outer()
+    assert said(seen) == ["rollback some"] * 2
+
+
+def test_outside_of_a_flow(runner: TaskRunner, seen: Seen) -> None:
+    some = writer(seen, "some")
+    with runner, transaction() as txn:
+        some.submit()
+        some()
+    assert txn.is_committed()
+    assert said(seen) == ["commit some"] * 2
+
+
+def test_a_plan_neither_waits_nor_decides(runner: TaskRunner, seen: Seen) -> None:
+    some = writer(seen, "some")
+
+    @flow(task_runner=runner)
+    def body() -> None:
+        with transaction():
+            some.map(range(3))
+
+    assert "some" in str(body.explain())
+    assert seen == []
+
+
+def test_a_flow_that_is_cancelled_rolls_back(
+    runner: TaskRunner, seen: Seen, tmp_path: Path, wait_until: Callable[[Callable[[], bool]], None]
+) -> None:
+    some = writer(seen, "some")
+
+    @task
+    def loop(started: Path) -> None:
+        started.touch()
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            time.sleep(0.005)  # work:
+
+    @flow
+    def inner() -> None:
+        with transaction():
+            some.submit().wait()
+            loop.submit(tmp_path / "started")
+
+    @flow(task_runner=runner)
+    def outer() -> None:
+        child = inner.submit()
+        wait_until((tmp_path / "started").exists)
+        child.cancel()
+        child.wait()
+        assert child.state.is_cancelled()
+
+    if runner.info.threads > 1 or not runner.in_process:
+        outer()
+        assert said(seen) == ["rollback some"]
+
+
+def test_a_failure_without_a_value_to_wait_for(in_flow: InFlow, seen: Seen) -> None:
+    some = writer(seen, "some")
+
+    def body() -> Any:
+        with transaction() as txn:
+            some.submit(some.submit("fail"))  # the second one never starts
+            some.submit(1)
+        return txn.state
+
+    assert in_flow(body) is TransactionState.ROLLED_BACK
+    assert said(seen) == ["rollback some"]
+
+
+def test_nothing_is_asked_where_there_is_no_transaction(in_flow: InFlow) -> None:
+    @task
+    def plain(x: int) -> int:
+        return x
+
+    def body() -> Any:
+        one, many = plain.submit(1), plain.map(range(3))
+        return [future._run.transaction for future in (one, *many)]
+
+    assert in_flow(body) == [None] * 4
 
 
 # -- async ------------------------------------------------------------------------------------------
