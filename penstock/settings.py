@@ -423,7 +423,7 @@ FORMATS = (
     "compressed/pickle",
     "compressed/json",
 )
-"""The names in `penstock.runners.result_formats`, which this room cannot see."""
+"""The names in `penstock.runners.worker.result_formats`, which this room cannot see."""
 
 _CHECKS: Mapping[str, _Check] = {
     "home": _path,

@@ -180,7 +180,11 @@ def test_the_map_shows_every_module() -> None:
     modules = [
         path for path in sources(PACKAGE) if path.name != "__init__.py" and "migrations" not in path.parts
     ]
-    rooms = [path for path in modules if path.parent.parent in {PACKAGE, ROOT} and path.parent.name != "demo"]
+    rooms = [
+        path
+        for path in modules
+        if (path.parent.parent in {PACKAGE, ROOT} and path.parent.name != "demo") or path.parent == WORKER
+    ]
     assert [named(path) for path in rooms if f"`{path.name}`" not in drawn] == []
 
 
@@ -239,20 +243,20 @@ def test_every_feature_links_to_a_section_that_exists() -> None:
 # ------------------------------------------------------------------------------ what is sent to the workers
 
 
+WORKER = PACKAGE / "runners" / "worker"
+BESIDE = {
+    "dask_memory": {"distributed"},
+    "dask_plugin": {"dask", "distributed"},
+    "dask_tracker": {"distributed"},
+    "ray_tasks": {"ray"},
+    "shared_memory": set(),
+}  # files that are sent with the folder → what else they may import
+
+
 @pytest.mark.parametrize(
-    ("name", "besides"),
-    [
-        ("worker_runtime", set()),
-        ("dask_plugin", {"dask", "distributed"}),
-        ("dask_memory", {"distributed"}),
-        ("shared_memory", set()),
-    ],
+    "path", [*sources(WORKER), *(WORKER.with_name(f"{name}.py") for name in BESIDE)], ids=named
 )
-def test_a_shipped_file_stands_alone(name: str, besides: set[str]) -> None:
-    path = PACKAGE / "runners" / f"{name}.py"
-    if not path.exists():
-        assert name == "shared_memory"  # the other two carry every cluster
-        return
+def test_a_shipped_file_stands_alone(path: Path) -> None:
     tree = parsed(path)
     imported = {
         alias.name.partition(".")[0]
@@ -261,11 +265,22 @@ def test_a_shipped_file_stands_alone(name: str, besides: set[str]) -> None:
         for alias in node.names
     }
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "a shipped file has no package around it"
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1, "what is around the package of shipped files is not there"
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            own = {name.removeprefix("worker.") for name in names}
+            folder = [] if path.parent == WORKER else BESIDE
+            there = {one.stem for one in sources(WORKER)} | {"worker"} | set(folder)
+            assert own <= there, f"{own - there} is not shipped"
+        elif isinstance(node, ast.ImportFrom):
             imported.add((node.module or "").partition(".")[0])
-    # cloudpickle is present wherever dask or ray is
-    assert imported - set(sys.stdlib_module_names) - {"cloudpickle"} - besides == set()
+    besides = BESIDE.get(path.stem, set()) | {"cloudpickle"}  # present wherever dask or ray is
+    if path.stem in {
+        "result_store",
+        "result_formats",
+    }:  # inside of functions, where a storage or a value asks for them
+        besides |= {"fsspec", "numpy", "xarray", "zarr"}
+    assert imported - set(sys.stdlib_module_names) - besides == set()
 
 
 # ---------------------------------------------------------------------------------------- what tests may do

@@ -13,7 +13,7 @@ from penstock.engine.flow_run import FlowRunScope, steps
 from penstock.engine.futures import PenstockFuture, PenstockFutureList
 from penstock.engine.states import StateType
 from penstock.engine.steps import drive, drive_awaiting
-from penstock.runners import worker_runtime
+from penstock.runners.worker.coroutines import close_loop, run_coroutine
 
 if TYPE_CHECKING:
     from penstock.engine.flow import Flow
@@ -72,7 +72,7 @@ def _prepared(
         try:
             surrounding.run(_work, run, wait_for)
         finally:
-            worker_runtime.close_loop()
+            close_loop()
 
     return future, work
 
@@ -81,7 +81,7 @@ def _work(run: FlowRunScope, wait_for: Any) -> None:
     try:
         todo = steps(run, wait_for, return_state=True)
         if run.flow.isasync:
-            worker_runtime.run_coroutine(drive_awaiting(todo))
+            run_coroutine(drive_awaiting(todo))
         else:
             drive(todo)
     except BaseException as error:  # its run tells; a thread has nobody to raise it to

@@ -10,7 +10,7 @@ from penstock.engine.annotations import TOLERANCE_OF
 from penstock.engine.calls import Bound, Call, Source, TaskRun
 from penstock.engine.futures import PenstockFuture, run_of
 from penstock.engine.refs import Slot
-from penstock.runners import worker_runtime
+from penstock.runners.worker.sizes import is_lazy
 
 if TYPE_CHECKING:
     from penstock.engine.context import Scope
@@ -66,7 +66,7 @@ class Caller:
             source = None if self.local else self.placed(value)
             if source is not None:
                 return self._slot(id(source), positions, sources, source)
-            if worker_runtime.is_lazy(value):
+            if is_lazy(value):
                 held.append(value)
             return value
 

@@ -2,7 +2,7 @@
 
 Every element keeps its own run: id, state, attempt, times, logs, error and future. Only the way to
 the worker and back is shared. A chunk that takes longer than it should, because its elements turned
-out slow or large, ends early and hands the rest back (`worker_runtime.run_chunk`), so that a wrong
+out slow or large, ends early and hands the rest back (`worker.chunk.run_chunk`), so that a wrong
 guess costs one element and not a thousand.
 """
 

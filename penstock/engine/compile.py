@@ -87,6 +87,7 @@ def _of_run(run: TaskRun, session: Session) -> Submission:
         priority=run.depth + options.priority,
         options=options.backend,
         announce=(options.timeout_seconds is not None or bool(options.hooks.on_running)) and run.tracked,
+        streams=run.items is not None,
     )
 
 

@@ -1,7 +1,7 @@
 """Where the calling code is: in which flow run, in which task run, under which tags.
 
 In the driver a context variable knows. Inside a task the attempt that runs knows
-(`worker_runtime.current`): on runners in this process it holds the driver's scope, elsewhere a
+(`worker.running.current`): on runners in this process it holds the driver's scope, elsewhere a
 scope is made from the few primitives that travelled with the work order.
 """
 
@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from penstock.runners import worker_runtime
+from penstock.runners.worker.running import current as running_attempt
 
 if TYPE_CHECKING:
     from penstock.engine.calls import FlowRun, TaskRun
@@ -55,7 +55,7 @@ _tags: ContextVar[frozenset[str]] = ContextVar("penstock_tags", default=frozense
 def current() -> Scope | None:
     """Return the scope of the calling code, None outside of flows and tasks."""
     scope = _scope.get()
-    running = worker_runtime.current()
+    running = running_attempt()
     if running is None or (scope is not None and scope.running is running):
         return scope
     if running.scope is None:

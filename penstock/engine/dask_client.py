@@ -8,7 +8,7 @@ from typing import Any
 
 from penstock import errors
 from penstock.engine import context
-from penstock.runners import worker_runtime
+from penstock.runners.worker.running import current
 
 
 @contextlib.contextmanager
@@ -37,7 +37,7 @@ def get_dask_client(timeout: float | None = None) -> Iterator[Any]:
     MissingContextError
         Outside of flows and tasks, or if they do not run on Dask.
     """
-    running = worker_runtime.current()
+    running = current()
     client = None
     if running is not None and running.scope is None:  # in a worker of another process
         found = running.order["context"].get("runner", "")

@@ -12,7 +12,12 @@ from penstock.engine.hooks import Hook
 from penstock.engine.states import State, StateType, advance
 from penstock.engine.steps import Enough, Give, Invoke, Sleep, Steps, Wait
 from penstock.engine.waiting import HOP
-from penstock.runners import worker_runtime
+from penstock.runners.worker.attempt import Attempt
+from penstock.runners.worker.call import ask, name_from
+from penstock.runners.worker.commit import recall
+from penstock.runners.worker.guard import Guard
+from penstock.runners.worker.interruption import Cancelled, TimedOut
+from penstock.runners.worker.prints import route_prints
 
 if TYPE_CHECKING:
     from penstock.engine.context import Scope
@@ -78,23 +83,23 @@ def _attempts(run: TaskRun, scope: Scope, call: Call, *, lazily: bool) -> Steps:
         order = invoke.work_order(run, call, session.prints_of(run))
         if lazily:
             order.pop("commit", None)  # its items are never together in one value
-        attempt = worker_runtime.Attempt(order, None, session.scope_of(run))
+        attempt = Attempt(order, None, session.scope_of(run))
         if (yield from _is_stored(attempt)):
             session.ended_here(run, *attempt.outcome)
             continue
         if inputs is None:
             inputs = values.of_sources(session, call.sources)
-        guard = worker_runtime.Guard(options.inputs)
+        guard = Guard(options.inputs)
         args, kwargs = call.arguments(guard.values(inputs))
         if guard.copies:  # else the caller's own arguments are passed as by any call
             args, kwargs = guard.arguments(args, kwargs, private=False)
         if call.naming is not None:
-            order["name"] = worker_runtime.name_from(call.naming, run.task.fn, args, kwargs)
+            order["name"] = name_from(call.naming, run.task.fn, args, kwargs)
         if (yield from _is_stored(attempt, args, kwargs)):
             session.ended_here(run, *attempt.outcome)
             continue
         if order["prints"]:
-            worker_runtime.route_prints()
+            route_prints()
         attempt.running.called = (run.task.fn, args, kwargs)
         if lazily:
             session.journal.task_state(run)
@@ -102,18 +107,18 @@ def _attempts(run: TaskRun, scope: Scope, call: Call, *, lazily: bool) -> Steps:
         else:
             with attempt:
                 if options.skip_if is not None:
-                    worker_runtime.ask(options.skip_if, args, kwargs)
+                    ask(options.skip_if, args, kwargs)
                 deep = run.inside % HOP == HOP - 1 and not run.task.isasync
                 attempt.value = yield Invoke(
                     run.task.fn, args, kwargs, options.timeout_seconds, fresh_stack=deep, name=run.name
                 )
         error = attempt.error
-        if isinstance(error, worker_runtime.TimedOut):  # of the flow around it: there is no time to try again
+        if isinstance(error, TimedOut):  # of the flow around it: there is no time to try again
             run.cancelling = True
         session.ended_here(run, *attempt.outcome)
         if error is not None and run.transaction is not None:
             yield from run.transaction.attempt_failed()
-        if isinstance(error, (KeyboardInterrupt, SystemExit, worker_runtime.Cancelled)):
+        if isinstance(error, (KeyboardInterrupt, SystemExit, Cancelled)):
             raise error
         asked = session.hooks.asked(run)
         if asked is not None:
@@ -170,7 +175,7 @@ def _ask(run: TaskRun, asked: hook_calls.Condition) -> Steps:
         asked.decide(again)
 
 
-def _is_stored(attempt: worker_runtime.Attempt, args: Any = None, kwargs: Any = None) -> Steps:
+def _is_stored(attempt: Attempt, args: Any = None, kwargs: Any = None) -> Steps:
     """Answer whether the result of an attempt is stored already; then the attempt has ended with it.
 
     Before the arguments are there, the key may be known; with them, it can be made.
@@ -187,7 +192,7 @@ def _is_stored(attempt: worker_runtime.Attempt, args: Any = None, kwargs: Any = 
             commit = running.order["commit"] = order
         while not lookups.locked(commit, running):  # nobody may block an event loop
             yield Sleep(locking.PAUSE)
-        if not worker_runtime.recall(running):
+        if not recall(running):
             return False
     except Exception:
         with attempt:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock import errors
-from penstock.runners import worker_runtime
+from penstock.runners.worker.sizes import size_of
 from penstock.settings import settings
 
 __all__ = ["arguments_of", "describe_entry"]
@@ -59,7 +59,7 @@ def _place(function: Any) -> dict[str, Any]:
 
 
 def _packed(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    if sum(map(worker_runtime.size, arguments.values())) > LARGEST:  # before anything is copied
+    if sum(map(size_of, arguments.values())) > LARGEST:  # before anything is copied
         return {"obstacle": _TOO_LARGE}
     try:
         text = json.dumps(dict(arguments))

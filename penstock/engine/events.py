@@ -59,7 +59,7 @@ from typing import Any
 
 import msgpack
 
-from penstock.runners.worker_runtime import element_id
+from penstock.runners.worker.element import element_id
 
 __all__ = ["HOST", "Bus", "Event", "bus", "element_id", "new_id", "pack", "unpack"]
 

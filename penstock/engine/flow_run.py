@@ -53,8 +53,11 @@ from penstock.engine.steps import Invoke, Sleep, Steps, Wait
 from penstock.engine.summary import describe_all
 from penstock.engine.tracking import start_tracking, stop_tracking
 from penstock.engine.venues import Venues
-from penstock.runners import worker_runtime
 from penstock.runners.base import kept, shutdown_all
+from penstock.runners.worker.errors import describe_error
+from penstock.runners.worker.interruption import Cancelled, TimedOut
+from penstock.runners.worker.running import current
+from penstock.runners.worker.sizes import size_of
 from penstock.settings import settings
 
 if TYPE_CHECKING:
@@ -420,7 +423,7 @@ class FlowRunScope:
     def heed(self) -> None:
         """End here if the run was asked to stop."""
         if self.flow_run.cancelled:
-            raise worker_runtime.Cancelled
+            raise Cancelled
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
@@ -433,7 +436,7 @@ class FlowRunScope:
             self.session,
             self.flow_run,
             None,
-            worker_runtime.current(),
+            current(),
             prints,
             self.outer.depth if self.outer else 0,
         )
@@ -525,7 +528,7 @@ class FlowRunScope:
     def _is_late(self, error: BaseException) -> bool:
         """Whether the flow was stopped because its time, or that of a flow around it, was over."""
         limit = self.flow_run.deadline
-        ours = (worker_runtime.TimedOut, errors.TaskTimeout, asyncio.CancelledError)
+        ours = (TimedOut, errors.TaskTimeout, asyncio.CancelledError)
         return self._expired or (limit is not None and limit.is_over and isinstance(error, ours))
 
     def _state_of_error(self, error: BaseException, asked: bool, late: bool) -> State:
@@ -543,7 +546,7 @@ class FlowRunScope:
             return State(StateType.FAILED, "TimedOut", message, timed_out)
         if (
             self._reason is not None
-            or isinstance(error, worker_runtime.Cancelled)
+            or isinstance(error, Cancelled)
             or (self.flow_run.cancelled and isinstance(error, (errors.CancelledRun, asyncio.CancelledError)))
         ):
             return self._stopped(f"Flow run {self.flow_run.name!r} was cancelled.")
@@ -597,7 +600,7 @@ class FlowRunScope:
 
     def must_go_on(self, error: BaseException, state: State) -> bool:
         """Whether an error ends more than this run: what ends programs, or the task around it."""
-        if isinstance(error, worker_runtime.Cancelled):
+        if isinstance(error, Cancelled):
             return not self.flow_run.cancelled
         return not isinstance(error, Exception) and not state.is_cancelled()
 
@@ -870,7 +873,7 @@ def _error_of(state: State) -> dict[str, Any]:
     if not isinstance(state.data, BaseException):
         return {}
     errors.hide_frames(state.data)
-    described = worker_runtime.describe(state.data)
+    described = describe_error(state.data)
     return {"error": {name: described[name] for name in ("type", "message", "text")}}
 
 
@@ -887,7 +890,7 @@ def _give(row: TaskRun, data: Any) -> None:
         row.nbytes = sum(run.nbytes for run in data.runs)
     else:
         row.value = data
-        row.nbytes = worker_runtime.size(data)
+        row.nbytes = size_of(data)
 
 
 class Returned(Stored):

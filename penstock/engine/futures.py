@@ -15,7 +15,8 @@ from penstock import errors
 from penstock.engine import cancelling, items, markup, refs, values, waiting
 from penstock.engine.states import State, StateType
 from penstock.engine.summary import human_bytes
-from penstock.runners import worker_runtime
+from penstock.runners.worker.coroutines import beside_loop
+from penstock.runners.worker.running import current
 
 if TYPE_CHECKING:
     from penstock.engine.calls import TaskRun
@@ -151,7 +152,7 @@ class PenstockFuture(Generic[R]):
             if values.is_at_hand(self._run):
                 value: R = values.results([self._run])[0]
             else:
-                value = (await worker_runtime.beside_loop(values.results, [self._run]))[0]
+                value = (await beside_loop(values.results, [self._run]))[0]
         except BaseException as error:
             errors.hide_frames(error)
             raise
@@ -185,10 +186,10 @@ class PenstockFuture(Generic[R]):
     async def _done_here(self) -> None:
         """Inside a task: do a child that was not sent beside the event loop, one at a time."""
         run = self._run
-        while worker_runtime.current() is not None and waiting.is_unsent(run):
+        while current() is not None and waiting.is_unsent(run):
             if waiting.kept_back(run):
                 try:
-                    await worker_runtime.beside_loop(waiting.do_one_here, [run])
+                    await beside_loop(waiting.do_one_here, [run])
                 finally:
                     waiting.let_go()
                 continue
@@ -601,7 +602,7 @@ class as_completed:  # noqa: N801 - the standard library's name; an iterator, pl
 
     def _help(self) -> None:
         """Inside a task that waits, do one of the runs here, or give the slot back: it may be the only one."""
-        if worker_runtime.current() is None or len(self._ended) > self._taken:
+        if current() is None or len(self._ended) > self._taken:
             return
         pending = [future._run for future in self._futures if not future._run.settled]
         if pending:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from penstock.engine import context, values
 from penstock.engine.hooks import Hook, name_of
 from penstock.engine.states import State, StateType
-from penstock.runners import worker_runtime
+from penstock.runners.worker.coroutines import close_loop, run_coroutine
 
 if TYPE_CHECKING:
     from penstock.engine.calls import TaskRun
@@ -131,7 +131,7 @@ class HookCalls:
         try:
             self._work_off()
         finally:
-            worker_runtime.close_loop()  # hooks may have been coroutines
+            close_loop()  # hooks may have been coroutines
 
     def _work_off(self) -> None:
         session = self._session
@@ -204,7 +204,7 @@ class Condition:
 
 def _called(function: Any, *arguments: Any) -> Any:
     answer = function(*arguments)
-    return worker_runtime.run_coroutine(_awaited(answer)) if hasattr(answer, "__await__") else answer
+    return run_coroutine(_awaited(answer)) if hasattr(answer, "__await__") else answer
 
 
 async def _awaited(answer: Any) -> Any:

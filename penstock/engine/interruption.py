@@ -16,7 +16,8 @@ from typing import Any
 
 from penstock.engine import signals
 from penstock.engine.clock import clock
-from penstock.runners import worker_runtime
+from penstock.runners.worker.interruption import Cancelled, Stoppable, cancel
+from penstock.runners.worker.running import Running
 
 MOMENT = 0.2  # seconds that code has to hear of the request by itself
 AGAIN = 2.0  # seconds after which code that goes on regardless is interrupted once more
@@ -40,7 +41,7 @@ class Interruption:
     def __init__(self) -> None:
         self._key = ("flow", next(_numbers))
         self._stack: list[Interruption] | None = None  # that of the thread in which sync code runs
-        self._code: worker_runtime.Running | None = None  # sync code
+        self._code: Running | None = None  # sync code
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[Any] | None = None
         self._cancels = 0
@@ -96,7 +97,7 @@ class Interruption:
         if inner and code is not None and not code.over:
             main = code.thread == threading.main_thread().ident
             if not (main and signals.interrupt_main(lambda: not code.over and stack[-1] is self)):
-                worker_runtime.cancel([self._key])
+                cancel([self._key])
         clock.call_later(AGAIN if inner else MOMENT, self._strike)
 
     @contextlib.contextmanager
@@ -113,8 +114,8 @@ class Interruption:
     def call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call sync code."""
         if self.asked:
-            raise worker_runtime.Cancelled
-        block = worker_runtime.Stoppable(self._key)
+            raise Cancelled
+        block = Stoppable(self._key)
         with block:
             self._code = block.running
             return function(*args, **kwargs)
@@ -124,12 +125,12 @@ class Interruption:
         self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
         try:
             if self.asked:
-                raise worker_runtime.Cancelled
+                raise Cancelled
             return await function(*args, **kwargs)
         except asyncio.CancelledError:
             if not self.asked or self._task is None:
                 raise
-            raise worker_runtime.Cancelled from None
+            raise Cancelled from None
         finally:
             task, self._task = self._task, None
             while self._cancels and task is not None:

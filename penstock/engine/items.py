@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from penstock.engine import results, values
 from penstock.engine.calls import TaskRun
 from penstock.engine.states import StateType, advance
-from penstock.runners import worker_runtime
 from penstock.runners.base import Ref, Report
+from penstock.runners.worker.running import current
 
 if TYPE_CHECKING:
     from penstock.engine.session import Session
@@ -40,7 +40,7 @@ def ask(run: TaskRun) -> bool:
             and run in session.buffer
             and not run.dependants
             and session.runner.info.streams
-            and worker_runtime.current() is None
+            and current() is None
             and yields(run)
             and (run.mapped is None or run.mapped.packer is None)
             and results.commit_order(run) is None

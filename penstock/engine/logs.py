@@ -10,7 +10,8 @@ from typing import Any
 from penstock import errors
 from penstock.engine import context
 from penstock.engine.run_context import FlowRunContext, TaskRunContext
-from penstock.runners import worker_runtime
+from penstock.runners.worker.prints import route_prints, set_outside
+from penstock.runners.worker.running import current
 
 FLOW_LOGGER = "penstock.flow_runs"
 TASK_LOGGER = "penstock.task_runs"
@@ -29,7 +30,7 @@ class RunHandler(logging.Handler):
 
 def write_line(level: str, text: str) -> None:
     """Add a line to the log of the innermost run around the calling code."""
-    running = worker_runtime.current()
+    running = current()
     scope = context.current()
     if running is not None and (scope is None or scope.running is running or scope.task_run is not None):
         running.log(level, text)
@@ -39,8 +40,8 @@ def write_line(level: str, text: str) -> None:
 
 def route_flow_prints() -> None:
     """Send `print` in the driver's own code to the log of the flow run that asked for it."""
-    worker_runtime.route_prints()
-    worker_runtime.set_outside(_flow_print)
+    route_prints()
+    set_outside(_flow_print)
 
 
 def _flow_print(text: str) -> bool:
@@ -87,7 +88,7 @@ def get_run_logger(context: TaskRunContext | FlowRunContext | None = None, **ext
 
 
 def _here() -> tuple[str, dict[str, Any]]:
-    running = worker_runtime.current()
+    running = current()
     if running is not None:
         order = running.order
         return TASK_LOGGER, {"task_run_id": order["run"], "task_run_name": order["name"]}

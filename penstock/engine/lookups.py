@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from penstock.engine import cache, hashing, payload, refs, results
 from penstock.engine.cache import CachePolicy, NoCache, TaskContext, TaskInfo, TaskRunInfo
 from penstock.engine.calls import FlowRun, TaskRun
-from penstock.runners import result_store, worker_runtime
+from penstock.runners.worker import result_store
+from penstock.runners.worker.sizes import size_of
 
 if TYPE_CHECKING:
     from penstock.engine.session import Session
@@ -210,7 +211,7 @@ def parameters_digest(flow_run: FlowRun) -> str | None:
     if flow_run.digest is not None:
         return str(flow_run.digest.text)
     parameters: Any = flow_run.parameters
-    if not parameters or worker_runtime.size(parameters) > SMALL:
+    if not parameters or size_of(parameters) > SMALL:
         return None
     try:
         return hashing.stable_hash(parameters)
@@ -510,13 +511,13 @@ def where(run: TaskRun) -> dict[str, Any]:
 
 
 def keyed(order: dict[str, Any], running: Any, function: Any, args: Any, kwargs: Any) -> str | None:
-    """Make the key of a run where its values are; called by `worker_runtime`.
+    """Make the key of a run where its values are; called by `worker.commit`.
 
     Parameters
     ----------
     order : dict
         The commit order, with ``work``.
-    running : worker_runtime.Running
+    running : Running
         The attempt; gets a line in its log if this takes long.
     function : callable
         The task's.

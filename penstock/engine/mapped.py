@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from penstock.engine import payload, refs
 from penstock.engine.calls import Call, Source, TaskRun
 from penstock.engine.refs import Slot
-from penstock.runners import worker_runtime
+from penstock.runners.worker.sizes import is_lazy
 
 if TYPE_CHECKING:
     from penstock.engine.chunks import Packer
@@ -178,7 +178,7 @@ class Mapped:
         return Call(self.task, self.function, arguments, tuple(sources), self.after, self.context, self.held)
 
     def columns(self, indices: Sequence[int], locate: Locate) -> list[tuple[str | None, tuple[Any, ...]]]:
-        """Return the arguments of some elements, as `worker_runtime` reads them for a chunk.
+        """Return the arguments of some elements, as `worker.chunk` reads them for a chunk.
 
         Parameters
         ----------
@@ -302,7 +302,7 @@ class Capture:
             if source is not None:
                 sources.append(source)
                 return Slot(len(sources) - 1)
-            if worker_runtime.is_lazy(item):
+            if is_lazy(item):
                 self.held.append(item)
             return item
 

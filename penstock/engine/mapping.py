@@ -29,7 +29,7 @@ from penstock.engine.lookups import Item, MapPlan
 from penstock.engine.mapped import Capture, Column, Mapped
 from penstock.engine.options import TaskOptions, run_name
 from penstock.engine.seeds import next_ordinal
-from penstock.runners import worker_runtime
+from penstock.runners.worker.sizes import size_of
 
 if TYPE_CHECKING:
     import inspect
@@ -211,7 +211,7 @@ def _drawn(making: Making, parts: dict[int | str, Part]) -> list[TaskRun]:
         if problems:  # what came before it is on its way
             raise problems[0]
         runs += piece
-        added = sum(worker_runtime.size(items) for items in drawn.values())
+        added = sum(size_of(items) for items in drawn.values())
         nbytes += added
         if added < AHEAD_BYTES // 32 and not lively:  # a chunk does not reach beyond a piece
             size = min(2 * size, LARGEST_PIECE, max(making.window // 2, 1))

@@ -17,7 +17,8 @@ from penstock.engine.calls import FlowRun, TaskRun
 from penstock.engine.context import Scope
 from penstock.engine.futures import run_of
 from penstock.engine.journal import Journal
-from penstock.runners import inside_worker, worker_runtime
+from penstock.runners import inside_worker
+from penstock.runners.worker.seeds import seed_of
 
 if TYPE_CHECKING:
     from penstock.engine.session import Session
@@ -88,7 +89,7 @@ def open_scope(running: Any) -> Scope:
 
     Parameters
     ----------
-    running : worker_runtime.Running
+    running : Running
         The attempt.
 
     Returns
@@ -112,5 +113,5 @@ def open_scope(running: Any) -> Scope:
     task = SimpleNamespace(name=running.order["task"])
     around = TaskRun(task, running.order["name"], root=context["root"], flow_run=flow_run)  # type: ignore[arg-type]
     around._id = running.order["run"]
-    around.session, around.seed = session, worker_runtime.seed_of(running.order)
+    around.session, around.seed = session, seed_of(running.order)
     return Scope(session, flow_run, around, running, bool(running.order["prints"]), context["depth"])

@@ -13,8 +13,8 @@ from typing import Any
 
 from penstock.engine import payload
 from penstock.engine.calls import Source
-from penstock.runners import worker_runtime
 from penstock.runners.base import Ref, TaskRunner
+from penstock.runners.worker.sizes import size_of
 
 _NEVER_LARGE = (bool, int, float, complex, type(None))
 
@@ -41,7 +41,7 @@ class Objects:
         """Whether a leaf of the arguments is worth a reference; arrays are sized without a copy."""
         if isinstance(value, _NEVER_LARGE):
             return False
-        return bool(worker_runtime.size(value) >= self._threshold)
+        return bool(size_of(value) >= self._threshold)
 
     def place(self, value: Any, known: dict[int, Source]) -> Source:
         """Put a value, unless it was.
@@ -64,10 +64,11 @@ class Objects:
         ref = self._earlier(value)
         if ref is None:
             ref = self.put(value)
-            self.bytes_put += worker_runtime.size(value)
+            self.bytes_put += size_of(value)
             self._remember(value, ref)
-            if not self._runner.in_process and (sum_ := fingerprint(value)) is not None:
-                self._origins[ref] = (value, sum_)
+            can_be_lost = not (self._runner.in_process or self._runner.info.holds_puts)
+            if can_be_lost and (known_sum := fingerprint(value)) is not None:
+                self._origins[ref] = (value, known_sum)
         source = known[id(value)] = Source(ref=ref)
         return source
 

@@ -11,8 +11,8 @@ from penstock.engine import invoke, results
 from penstock.engine.clock import clock
 from penstock.engine.failure import Failure
 from penstock.engine.states import State, StateType, advance
-from penstock.runners import worker_runtime
 from penstock.runners.base import UNSENT
+from penstock.runners.worker.failure import Failed
 
 if TYPE_CHECKING:
     from penstock.engine.calls import TaskRun
@@ -220,7 +220,7 @@ def _failure(run: TaskRun, described: dict[str, Any], record: dict[str, Any]) ->
     handle = run.ref.handle if run.ref is not None else None
     if run.place >= 0 and isinstance(handle, list):
         handle = handle[run.place]
-    own = handle.error if isinstance(handle, worker_runtime.Failed) else None
+    own = handle.error if isinstance(handle, Failed) else None
     if own is None:
         return Failure(described, where)
     if where not in getattr(own, "__notes__", ()):

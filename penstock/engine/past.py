@@ -18,8 +18,8 @@ from penstock import errors
 from penstock.engine import results
 from penstock.engine.events import element_id
 from penstock.engine.states import Position, StateType
-from penstock.runners import result_store
-from penstock.runners.result_formats import CommitError
+from penstock.runners.worker import result_store
+from penstock.runners.worker.result_formats import CommitError
 
 if TYPE_CHECKING:
     from penstock.engine.calls import FlowRun, TaskRun

@@ -19,7 +19,8 @@ import cloudpickle
 
 from penstock import errors
 from penstock.engine.refs import Slot
-from penstock.runners import worker_runtime
+from penstock.runners.worker.pickling import reducers
+from penstock.runners.worker.sizes import size_of
 
 _PLAIN = (int, float, str, bytes, bool, complex, type(None))
 SCALARS = frozenset(_PLAIN)
@@ -74,7 +75,8 @@ def users_module(name: str | None) -> types.ModuleType | None:
     if name not in _users:
         module = sys.modules.get(name)
         path = getattr(module, "__file__", None)
-        own = path is not None and not str(Path(path).resolve()).startswith(_ROOTS)
+        shipped = path is not None and path.startswith("<")  # ours, on a worker without penstock
+        own = path is not None and not shipped and not str(Path(path).resolve()).startswith(_ROOTS)
         _users[name] = module if own else None
     return _users[name]
 
@@ -82,7 +84,7 @@ def users_module(name: str | None) -> types.ModuleType | None:
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """Pickles the user's functions and classes by value, and refuses futures in odd places."""
 
-    dispatch_table = worker_runtime.reducers(cloudpickle.Pickler)  # tracebacks name the user's file
+    dispatch_table = reducers(cloudpickle.Pickler)  # tracebacks name the user's file
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, (types.FunctionType, type)):
@@ -100,7 +102,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
 
 class _ArgumentPickler(_Pickler):
-    """Leaves the upstream values out; `worker_runtime` puts them in."""
+    """Leaves the upstream values out; `worker.arguments` puts them in."""
 
     def persistent_id(self, obj: Any) -> int | None:
         return obj.position if type(obj) is Slot else None
@@ -165,7 +167,7 @@ class Envelope:
     It unpickles to the value itself. Buffers travel out of band, so nothing large is copied.
     """
 
-    penstock_envelope = True  # `worker_runtime.opened` looks for it: some clusters never pickle
+    penstock_envelope = True  # `worker.arguments.opened` looks for it: some clusters never pickle
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -173,10 +175,10 @@ class Envelope:
     @property
     def nbytes(self) -> int:
         """Size of the value, for a backend that wants to know before it pickles."""
-        return worker_runtime.size(self.value)
+        return size_of(self.value)
 
     def __sizeof__(self) -> int:
-        return worker_runtime.size(self.value)
+        return size_of(self.value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         buffers: list[Any] = []

@@ -28,8 +28,10 @@ from penstock.engine.journal import Journal
 from penstock.engine.session import Session
 from penstock.engine.states import StateType, advance
 from penstock.engine.summary import describe, human_bytes
-from penstock.runners import worker_runtime
 from penstock.runners.base import Key, Ref, RunnerInfo, Submission, TaskRunner
+from penstock.runners.worker.arguments import opened
+from penstock.runners.worker.coroutines import run_coroutine
+from penstock.runners.worker.sizes import size_of
 
 if TYPE_CHECKING:
     from penstock.engine.flow import Flow
@@ -191,8 +193,7 @@ class _Nowhere(TaskRunner):
         return RunnerInfo("plan", threads=self.threads, in_process=self.in_process, dependencies=True)
 
     def put(self, values: Sequence[Any]) -> list[Ref]:
-        opened = [worker_runtime.opened(value) for value in values]
-        return [Ref(("put", id(one)), describe(one), worker_runtime.size(one)) for one in opened]
+        return [Ref(("put", id(one)), describe(one), size_of(one)) for one in map(opened, values)]
 
     def send(self, submissions: Sequence[Submission]) -> list[Ref]:
         return [Ref(one.key, None) for one in submissions]
@@ -293,7 +294,7 @@ def explain(flow: Flow[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
             with context.entered(Scope(session, run)):
                 value = flow.body(*positional, **named)
                 if inspect.iscoroutine(value):
-                    worker_runtime.run_coroutine(value)
+                    run_coroutine(value)
         except sample.Ends as reason:
             end = f"{reason}{_where(reason)}"
         session.flush()  # a flow waits for what it has made

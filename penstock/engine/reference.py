@@ -9,7 +9,8 @@ from penstock.engine import ambient, items, nested
 from penstock.engine.calls import TaskRun
 from penstock.engine.futures import PenstockFuture
 from penstock.engine.task import Task
-from penstock.runners import worker_runtime
+from penstock.runners.worker.running import current
+from penstock.runners.worker.sizes import is_lazy, size_of
 
 if TYPE_CHECKING:
     from penstock.engine.context import Scope
@@ -74,7 +75,7 @@ def put(value: R) -> Reference[R]:
             "or task, or inside a block such as 'with ThreadPoolTaskRunner():'."
         )
         raise errors.MissingContextError(message) from None
-    if worker_runtime.is_lazy(value):
+    if is_lazy(value):
         return Reference(_computing().submit(value)._run)
     return Reference(_placed(value, scope))
 
@@ -82,10 +83,10 @@ def put(value: R) -> Reference[R]:
 def _placed(value: Any, scope: Scope) -> TaskRun:
     """Place a value; its source is kept, so that `Session.reference` can place it again if it is lost."""
     session = scope.session
-    running = worker_runtime.current()
+    running = current()
     if running is not None:  # references in what the task returns become their values
         nested.children_of(running, session)
-    nbytes = worker_runtime.size(value)
+    nbytes = size_of(value)
     session.objects.bytes_put += nbytes
     like = TaskRun(_computing(), "put", flow_run=scope.flow_run, surrounding=scope.task_run, tracked=False)
     return items.present(session, like, "put", session.objects.put(value), nbytes, value)

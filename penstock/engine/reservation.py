@@ -21,7 +21,7 @@ from penstock.engine.living import living
 from penstock.engine.names import new_name
 from penstock.engine.states import StateType, advance
 from penstock.engine.tracking import start_tracking
-from penstock.runners import worker_runtime
+from penstock.runners.worker.errors import describe_error
 from penstock.version import own_version
 
 _reserved: ContextVar[Reservation | None] = ContextVar("penstock_reservation", default=None)
@@ -70,7 +70,7 @@ class Reservation:
 
     def fail(self, error: BaseException) -> None:
         """The flow cannot be started, and this is why."""
-        described = worker_runtime.describe(error)
+        described = describe_error(error)
         kept = {name: described[name] for name in ("type", "message", "text")}
         self._end(StateType.FAILED, "StartError", f"{kept['type']}: {kept['message']}", error=kept)
 

@@ -12,7 +12,8 @@ from penstock.engine import events, results
 from penstock.engine.cache import IsolationLevel
 from penstock.engine.locking import LockManager
 from penstock.engine.results import ResultOptions, Storage
-from penstock.runners import result_store
+from penstock.runners.worker import result_store
+from penstock.runners.worker.result_formats import CommitError
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ class ResultStore:
             return result_store.peek(order, "", float("inf")) is not None
         except result_store.Damaged:  # it was set aside
             return False
-        except result_store.formats.CommitError as error:
+        except CommitError as error:
             raise results.public_error(error) from error.__cause__
 
     def read(self, key: str) -> ResultRecord:
@@ -110,7 +111,7 @@ class ResultStore:
         order = {**self._keyed(key), "refresh": overwrite}
         try:
             result_store.commit(value, order, events.new_id(), 1)
-        except result_store.formats.CommitError as error:
+        except CommitError as error:
             raise results.public_error(error) from error.__cause__
 
     def _keyed(self, key: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Results that outlive the memory of their worker: who wants them, where they go, how they come back.
 
-The worker writes them (`penstock.runners.result_store`), before it says that it has completed; no
+The worker writes them (`penstock.runners.worker.result_store`), before it says that it has completed; no
 byte passes through the driver. Here a work order gets its commit target, and a stored copy takes
 the place of a value that is gone.
 """
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from penstock import errors
 from penstock.engine.cache import NOTHING_SAID, CacheOptions
-from penstock.runners import result_formats, result_store
+from penstock.runners.worker import result_formats, result_store
 from penstock.settings import settings
 
 if TYPE_CHECKING:

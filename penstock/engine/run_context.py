@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from penstock import errors
 from penstock.engine import context, markup
 from penstock.engine.summary import describe, describe_all
-from penstock.runners import worker_runtime
+from penstock.runners.worker.running import current
+from penstock.runners.worker.seeds import seed_of
 
 if TYPE_CHECKING:
     from penstock.engine.calls import FlowRun
@@ -167,7 +168,7 @@ class TaskRunContext:
         task_run = task_run_here()
         if task_run is None:
             return None
-        running = worker_runtime.current()
+        running = current()
         scope = running.scope
         task: Any = scope.task_run.task if scope is not None and scope.task_run is not None else None
         if task is None or not hasattr(task, "fn"):
@@ -194,7 +195,7 @@ def get_run_context() -> TaskRunContext | FlowRunContext:
 
 def _in_task() -> bool:
     """Whether a task surrounds the calling code more closely than a flow."""
-    running = worker_runtime.current()
+    running = current()
     return running is not None and not _flow_within(running)
 
 
@@ -206,7 +207,7 @@ def _flow_within(running: Any) -> bool:
 
 def _live_flow() -> FlowRun | None:
     """Return the flow run around the calling code where it is an object of this process."""
-    running = worker_runtime.current()
+    running = current()
     scope = context.innermost()
     if running is None or _flow_within(running):
         return scope.flow_run if scope is not None else None
@@ -220,7 +221,7 @@ def flow_run_here() -> FlowRunView | None:
     live = _live_flow()
     if live is not None:
         return of_flow(live)
-    running = worker_runtime.current()
+    running = current()
     header = running.order.get("context") if running is not None else None
     if not header or not header.get("flow_run"):
         return None
@@ -278,7 +279,7 @@ def small(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 def task_run_here() -> TaskRunView | None:
     """Return the task run around the calling code."""
-    running = worker_runtime.current()
+    running = current()
     if running is None or not running.order.get("task"):
         return None
     order = running.order
@@ -291,7 +292,7 @@ def task_run_here() -> TaskRunView | None:
         order["attempt"],
         _arguments(running.called),
         header.get("flow_run") or None,
-        worker_runtime.seed_of(order),
+        seed_of(order),
     )
 
 

@@ -20,7 +20,8 @@ from penstock.engine.hooks import Hooks
 from penstock.engine.states import StateType, rolled_back
 from penstock.engine.steps import Steps, drive
 from penstock.engine.transactions import CommitMode, Transaction, TransactionState
-from penstock.runners import result_store
+from penstock.runners.worker import result_store
+from penstock.runners.worker.result_formats import CommitError
 
 if TYPE_CHECKING:
     from penstock.engine.context import Scope
@@ -149,7 +150,7 @@ class RunTransaction(Transaction):
         refresh, expires = (sharing.refresh, sharing.expires) if sharing is not None else (False, None)
         try:
             said = result_store.publish(results.whereabouts(run), refresh=refresh, expires=expires)
-        except (result_store.Absent, result_store.Damaged, result_store.formats.CommitError) as error:
+        except (result_store.Absent, result_store.Damaged, CommitError) as error:
             raise results.public_error(error, run.id) from error
         for one in (run, alive):
             if one is not None:
@@ -182,7 +183,7 @@ class RunTransaction(Transaction):
         alive, run = self._kept[0](), self._kept[1]
         try:
             self.remove()
-        except result_store.formats.CommitError as error:
+        except CommitError as error:
             self.say("ERROR", f"its stored result is still there: {error}")
         for one in (run, alive):
             if one is not None and one.completed:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING
 
-from penstock.runners.worker_runtime import seed_from
+from penstock.runners.worker.seeds import seed_from
 
 if TYPE_CHECKING:
     from penstock.engine.calls import FlowRun, TaskRun

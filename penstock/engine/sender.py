@@ -18,6 +18,8 @@ logger = logging.getLogger("penstock.tracking")
 START_DELAY = 1.0  # seconds before the store is loaded: a short script never pays for it
 LOADING_PATIENCE = 0.05
 INTERVAL = 0.05  # between two batches, so that many small events share a commit
+LONGEST_INTERVAL = 0.12  # what is recorded is to be seen within a quarter of a second
+SHARE = 0.1  # of the time of one core, that sending may take from the run while nobody waits
 SHORTEST_PAUSE = 0.02
 LONGEST_PAUSE = 5.0  # between two attempts to reach a store that does not answer
 ELSEWHERE_PAUSE = 0.25  # while another process commits our events
@@ -166,6 +168,7 @@ class Sender:
                     self._store.close()
 
     def _round(self) -> None:
+        begun = time.thread_time()
         try:
             complete = self._ship()
         except StoreUnusable:
@@ -183,7 +186,8 @@ class Sender:
                 self._progress.notify_all()
             self._back_off(LONGEST_PAUSE)
         if complete:
-            self._rest(INTERVAL)
+            cost = time.thread_time() - begun
+            self._hurry.wait(min(max(INTERVAL, cost / SHARE), LONGEST_INTERVAL))
         else:
             self._wake.set()  # there is more to send, whether or not new events come
 

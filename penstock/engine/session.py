@@ -52,8 +52,10 @@ from penstock.engine.objects import Objects
 from penstock.engine.quarantine import Quarantine
 from penstock.engine.results import ResultOptions
 from penstock.engine.states import Position, StateType, advance
-from penstock.runners import worker_runtime
 from penstock.runners.base import UNSENT, Key, Options, Ref, Report, Submission, TaskRunner, new_tag
+from penstock.runners.worker.errors import describe_error
+from penstock.runners.worker.failure import Failed
+from penstock.runners.worker.running import current
 from penstock.settings import settings
 
 log = logging.getLogger("penstock.flow_runs")
@@ -282,7 +284,7 @@ class Session:
         """
         self._check_depth(scope, runs[0])
         lookups.find(self, runs)
-        running = worker_runtime.current()
+        running = current()
         if running is not None:  # a task ends when its children have ended
             nested.children_of(running, self).runs.update(runs)
         leading = running is None and not (len(runs) == 1 and items.yields(runs[0]))  # see `items.ask`
@@ -307,7 +309,7 @@ class Session:
     def hold(self, runs: Sequence[TaskRun], scope: Scope) -> None:
         """Take over runs whose calls are not known yet; `bind` lets them go."""
         self._check_depth(scope, runs[0])
-        running = worker_runtime.current()
+        running = current()
         if running is not None:
             nested.children_of(running, self).runs.update(runs)
         with self.lock:
@@ -716,7 +718,7 @@ class Session:
         """Take the end of an attempt that was made in the calling thread."""
         with self.changing():
             read = invoke.read_record(record)
-            if isinstance(value, worker_runtime.Failed):
+            if isinstance(value, Failed):
                 run.ref = Ref(("", 0), value)
             else:
                 run.value = value
@@ -947,7 +949,7 @@ class Session:
 
     def _fail(self, run: TaskRun, error: Exception) -> None:
         run.error = error
-        self.settle(run, StateType.FAILED, None, str(error), error=worker_runtime.describe(error))
+        self.settle(run, StateType.FAILED, None, str(error), error=describe_error(error))
 
     def begin_direct(self, run: TaskRun, scope: Scope) -> None:
         """Take over a run that its caller executes."""

@@ -18,7 +18,7 @@ from typing import Any
 from penstock import errors
 from penstock.engine import kernel
 from penstock.engine.clock import clock
-from penstock.runners import worker_runtime
+from penstock.runners.worker.interruption import Cancelled
 
 AGAIN = 0.5  # seconds after which a signal that nobody heard is raised once more
 
@@ -43,7 +43,7 @@ class Interrupts:
         del frame
         if _wanted:
             if _wanted.pop()():  # nobody sent a signal: code in this thread is to end
-                raise worker_runtime.Cancelled
+                raise Cancelled
             return
         if self.heard and kernel.is_here():
             return  # the flow ends soon, the kernel does not
@@ -84,7 +84,7 @@ _wanted: list[Callable[[], bool]] = []
 
 
 def interrupt_main(still: Callable[[], bool]) -> bool:
-    """Raise `worker_runtime.Cancelled` in the main thread, also in a system call that blocks.
+    """Raise `Cancelled` in the main thread, also in a system call that blocks.
 
     Parameters
     ----------

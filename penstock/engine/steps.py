@@ -17,7 +17,8 @@ from penstock import errors
 from penstock.engine import waiting
 from penstock.engine.futures import PenstockFuture
 from penstock.engine.interruption import Interruption
-from penstock.runners import worker_runtime
+from penstock.runners.worker.coroutines import in_thread, run_coroutine
+from penstock.runners.worker.interruption import TimedOut, interrupted_after
 
 if TYPE_CHECKING:
     from penstock.engine.calls import TaskRun
@@ -156,23 +157,23 @@ def _carry_out(step: Any) -> Any:
         return None
     call = step.function
     if step.fresh_stack:
-        value = worker_runtime.in_thread(_called(call), step.args, step.kwargs)
+        value = in_thread(_called(call), step.args, step.kwargs)
     else:
         begun = time.monotonic()
         try:
-            with worker_runtime.interrupted_after(step.timeout, step.name):
+            with interrupted_after(step.timeout, step.name):
                 if step.interruption is not None:
                     value = step.interruption.call(call, step.args, step.kwargs)
                 else:
                     value = call(*step.args, **step.kwargs)
-        except worker_runtime.TimedOut as error:
+        except TimedOut as error:
             if step.timeout is None or time.monotonic() - begun < step.timeout:
                 raise  # the time of what surrounds this call
             raise _timed_out(step.name, step.timeout) from error
         if step.timeout is not None and time.monotonic() - begun > step.timeout:  # not interruptible here
             raise _timed_out(step.name, step.timeout)
     if inspect.iscoroutine(value):  # a sync function that returns an awaitable has it run to the end
-        value = worker_runtime.run_coroutine(value)
+        value = run_coroutine(value)
     return value
 
 

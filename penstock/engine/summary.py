@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from penstock.runners import worker_runtime
+from penstock.runners.worker.sizes import size_of
 
 TEXT = 120  # characters of one description
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
@@ -34,7 +34,7 @@ def describe(value: Any) -> str:
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     if isinstance(shape, tuple):
         kind = f"{type(value).__name__}{shape}" + (f" {dtype}" if dtype is not None else "")
-        return f"{kind} {human_bytes(worker_runtime.size(value))}"[:TEXT]
+        return f"{kind} {human_bytes(size_of(value))}"[:TEXT]
     if isinstance(value, (list, tuple, set, frozenset, dict)):
         if len(value) <= 4 and all(isinstance(item, _PLAIN) for item in _items(value)):
             return _short.repr(value)[:TEXT]

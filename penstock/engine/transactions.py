@@ -27,7 +27,7 @@ from penstock.engine.lookups import LOOKS_AT_ONCE
 from penstock.engine.result_records import ResultRecord, ResultStore, read_store
 from penstock.engine.results import ResultOptions
 from penstock.engine.steps import Invoke, Sleep, Steps, Wait, drive, drive_awaiting
-from penstock.runners import worker_runtime
+from penstock.runners.worker.running import current as running_attempt
 
 if TYPE_CHECKING:
     from penstock.engine.calls import TaskRun
@@ -289,7 +289,7 @@ class Transaction:
         if self._token is not None:
             message = "Context already entered. Context enter calls cannot be nested."
             raise RuntimeError(message)
-        self._scope, self._running = context.current(), worker_runtime.current()
+        self._scope, self._running = context.current(), running_attempt()
         self._inherit(get_transaction())
         yield from self._beginning()
         self._token = _open.set(self)
@@ -581,7 +581,7 @@ def get_transaction() -> Transaction | None:
         None outside of blocks and tasks.
     """
     found = _open.get()
-    running = worker_runtime.current()
+    running = running_attempt()
     if found is not None and found._running is running:
         return found
     return None if running is None else _of_attempt(running)

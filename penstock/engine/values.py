@@ -15,7 +15,7 @@ from penstock.engine.annotations import SKIPPED_AS_NONE, SKIPPED_AS_STATE
 from penstock.engine.calls import Source, TaskRun
 from penstock.engine.failure import Failure
 from penstock.engine.states import State, StateType, Stored, failure_of
-from penstock.runners import worker_runtime
+from penstock.runners.worker.sizes import size_of
 
 if TYPE_CHECKING:
     from penstock.engine.session import Session
@@ -128,7 +128,7 @@ def _fetch(session: Session, runs: Sequence[TaskRun]) -> None:
     if len(refs) == 1 and runs[0].place >= 0 and fetched and not session.in_process:
         # Who asks for one element mostly asks for its neighbour next. Nobody can once all are dropped.
         value = next(iter(fetched.values()))
-        small = worker_runtime.size(value) <= KEPT
+        small = size_of(value) <= KEPT
         session.fetched = weakref.WeakKeyDictionary({missing[0]: value} if small else {})
 
 

@@ -16,8 +16,12 @@ from penstock.engine import context, invoke, values
 from penstock.engine.calls import FlowRun, TaskRun
 from penstock.engine.graph import sources_of
 from penstock.engine.states import StateType, advance
-from penstock.runners import worker_runtime
 from penstock.runners.base import UNSENT
+from penstock.runners.worker.coroutines import in_thread
+from penstock.runners.worker.execution import execute
+from penstock.runners.worker.failure import Failed
+from penstock.runners.worker.interruption import Cancelled, is_signal
+from penstock.runners.worker.running import current
 
 if TYPE_CHECKING:
     from penstock.engine.session import Session
@@ -66,7 +70,7 @@ def _wait(
     until_failure: bool,
     flow_run: FlowRun | None,
 ) -> None:
-    if worker_runtime.current() is None:
+    if current() is None:
         session.flush()
         _wait_here(session, runs, deadline, until_failure, flow_run)
         return
@@ -117,7 +121,7 @@ def _wait_here(
 def heed_flow(flow_run: FlowRun | None) -> None:
     """End user code whose flow run was asked to stop."""
     if flow_run is not None and flow_run.cancelled:
-        raise worker_runtime.Cancelled
+        raise Cancelled
 
 
 @contextlib.contextmanager
@@ -127,7 +131,7 @@ def slot_given_back(run: TaskRun) -> Iterator[None]:
     Also while the run is on its way still: once it has arrived, it may need this very slot. Of
     several coroutines that await at once the first gives the slot back, and the last takes it again.
     """
-    running = worker_runtime.current()
+    running = current()
     if running is None or run.done:
         yield
         return
@@ -146,7 +150,7 @@ def slot_given_back(run: TaskRun) -> Iterator[None]:
 
 def kept_back(run: TaskRun) -> bool:
     """Whether the task that awaits a run can do it itself: it was not sent, and no other is done here."""
-    running = worker_runtime.current()
+    running = current()
     if running is None or running.helps:
         return False
     with run.carrier.lock:
@@ -162,12 +166,12 @@ def is_unsent(run: TaskRun) -> bool:
 
 def let_go() -> None:
     """The run that was kept back has been done."""
-    worker_runtime.current().helps = False
+    current().helps = False
 
 
 def do_one_here(runs: Sequence[TaskRun]) -> None:
     """Inside a task, do the first of the runs here if it has not been sent."""
-    if worker_runtime.current() is not None:
+    if current() is not None:
         _do_here(runs[0].carrier, runs[:1])
 
 
@@ -243,16 +247,16 @@ def _run_here(session: Session, run: TaskRun) -> None:
     assert call is not None  # a run that was claimed has not ended
     attempt = (order, call.function, call.arguments, values.of_sources(session, call.sources))
     if run.inside % HOP == HOP - 1:  # a fresh thread has a fresh stack
-        value, record = worker_runtime.in_thread(worker_runtime.run, *attempt)
+        value, record = in_thread(execute, *attempt)
     else:
-        value, record = worker_runtime.run(*attempt)
+        value, record = execute(*attempt)
     session.ended_here(run, value, record)
-    error = value.error if isinstance(value, worker_runtime.Failed) else None
-    if error is not None and worker_runtime.is_signal(error):
+    error = value.error if isinstance(value, Failed) else None
+    if error is not None and is_signal(error):
         raise error
-    outer = worker_runtime.current()
+    outer = current()
     if outer is not None and outer.cancelled:  # the request to stop went to the code in place
-        raise worker_runtime.Cancelled
+        raise Cancelled
 
 
 def _claim(session: Session, run: TaskRun) -> dict[str, object] | None:

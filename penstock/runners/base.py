@@ -66,14 +66,14 @@ class Submission:
     key : Key
         Unique per attempt.
     order : bytes
-        Work order for `worker_runtime.run`: see there.
+        Work order for `worker.execution`: see there.
     function : bytes, callable or list
         The pickled function; on runners inside this process the function itself. Of a chunk one
         for each stage.
     arguments : bytes, callable or list
         Pickled ``(args, kwargs)`` in which upstream values are left out; on runners inside
         this process a callable that takes the upstream values and returns ``(args, kwargs)``. Of
-        elements of a map what `worker_runtime` makes them of.
+        elements of a map what `worker.arguments.maker_of` makes them of.
     refs : tuple of Ref
         The upstream values, in the order in which `arguments` counts them. The backend hands
         them to the worker as positional arguments, never through the driver. A backend without
@@ -87,6 +87,8 @@ class Submission:
         What the backend is asked for beyond running the function.
     announce : bool
         The engine wants a report of kind "started" when user code begins (it has a deadline).
+    streams : bool
+        It is a generator whose items are wanted one by one, by reports of kind "item".
     """
 
     key: Key
@@ -98,6 +100,7 @@ class Submission:
     priority: int = 0
     options: Options = field(default_factory=lambda: NO_OPTIONS)
     announce: bool = False
+    streams: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +140,7 @@ class Report:
         as `record` says; "gone", it was lost and the backend will not make it; "losing", it was lost,
         and one of these two will follow.
     record : bytes
-        Packed by `worker_runtime`, opaque to the runner; empty unless "ended".
+        Packed by `worker.record`, opaque to the runner; empty unless "ended".
     cause : Exception or None
         One of the neutral classes of `penstock.errors`: `WorkerLost`, `OutOfMemory`,
         `ResultLost`, `SchedulerLost`, `BackendStalled`, or `CancelledRun` after a cancel of ours.
@@ -192,6 +195,8 @@ class RunnerInfo:
         Running Python code can be stopped.
     streams : bool
         Items of a generator can be used while it goes on.
+    holds_puts : bool
+        What was put lies with the driver, so that no worker's death loses it.
     versions : tuple of (str, str)
         Libraries that matter, for the record.
     """
@@ -206,6 +211,7 @@ class RunnerInfo:
     dependencies: bool = False
     interrupts: bool = False
     streams: bool = False
+    holds_puts: bool = False
     versions: tuple[tuple[str, str], ...] = ()
 
 

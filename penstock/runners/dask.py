@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from penstock import errors
-from penstock.runners import attach, dask_graph, dask_put, dask_runtime, dask_wishes, worker_runtime
+from penstock.runners import attach, dask_graph, dask_put, dask_runtime, dask_wishes
 from penstock.runners.base import (
     Key,
     OnReports,
@@ -29,6 +29,8 @@ from penstock.runners.base import (
     new_tag,
 )
 from penstock.runners.dask_watch import Watch
+from penstock.runners.worker.arguments import opened
+from penstock.runners.worker.coroutines import on_task_thread
 from penstock.settings import settings
 
 log = logging.getLogger("penstock.runners.dask")
@@ -396,7 +398,7 @@ class DaskTaskRunner(TaskRunner):
             If a value cannot be pickled.
         """
         if self._address().startswith("inproc://"):  # nothing is pickled on the way: capture it here
-            values = [copy.deepcopy(worker_runtime.opened(value)) for value in values]
+            values = [copy.deepcopy(opened(value)) for value in values]
         names: list[Key] = [(f"put-{self._tag}", next(self._puts)) for _ in values]
         placement = self._placement
         files = {
@@ -563,14 +565,14 @@ class DaskTaskRunner(TaskRunner):
         from distributed import secede
 
         del refs
-        if not worker_runtime.on_task_thread(dask_graph.holds_slot):
+        if not on_task_thread(dask_graph.holds_slot):
             yield
             return
-        worker_runtime.on_task_thread(secede)
+        on_task_thread(secede)
         try:
             yield
         finally:
-            worker_runtime.on_task_thread(dask_graph.retake_slot)
+            on_task_thread(dask_graph.retake_slot)
 
 
 def _is_gone(future: Any) -> bool:
@@ -593,7 +595,7 @@ class _InsideRunner(DaskTaskRunner):
             from distributed import get_worker
 
             self._runtime = dask_runtime.of_worker()
-            self._worker = worker_runtime.on_task_thread(get_worker).address
+            self._worker = on_task_thread(get_worker).address
             self._direct = True
             self._follow(attach.Attachment(self._wish.client, own_client=False, local=True))
 

@@ -6,8 +6,9 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from penstock.runners import dask_graph, worker_runtime
+from penstock.runners import dask_graph
 from penstock.runners.base import Ref
+from penstock.runners.worker.coroutines import on_task_thread
 
 
 @contextlib.contextmanager
@@ -27,16 +28,16 @@ def lent(client: Any, timeout: float | None) -> Iterator[Any]:
         return
     from distributed import get_client, secede
 
-    client = worker_runtime.on_task_thread(lambda: get_client(timeout=timeout))
-    gives_back = worker_runtime.on_task_thread(dask_graph.holds_slot)
+    client = on_task_thread(lambda: get_client(timeout=timeout))
+    gives_back = on_task_thread(dask_graph.holds_slot)
     if gives_back:
-        worker_runtime.on_task_thread(secede)
+        on_task_thread(secede)
     try:
         with client.as_current():
             yield client
     finally:
         if gives_back:
-            worker_runtime.on_task_thread(dask_graph.retake_slot)
+            on_task_thread(dask_graph.retake_slot)
 
 
 def delayed(

@@ -25,7 +25,7 @@ SATURATION = 8.0
 
 Dask's default of 1.1 makes short tasks wait for a round trip each (370 tasks a second on two
 threads, 1,200 with 8; the scheduler's share of the CPU halves). What it costs elsewhere, the
-blame of tasks that happened to wait on a dying worker, is avoided by `worker_runtime.Starts`.
+blame of tasks that happened to wait on a dying worker, is avoided by `worker.starts`.
 """
 
 LOSSES = 10

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
 import os
 import threading
 import time
@@ -39,7 +38,7 @@ from typing import Any
 from distributed import get_worker
 from distributed.diagnostics.plugin import WorkerPlugin
 
-shared_memory: Any = importlib.import_module(f"{__package__}.shared_memory")  # has another name when shipped
+from . import shared_memory  # relative: the package around has another name when shipped
 
 OFF = "penstock_memory"  # annotation of tasks whose results stay out of it
 PATIENCE = 20.0  # seconds for a peer to answer, until the value goes by TCP
@@ -317,7 +316,8 @@ class Plugin(WorkerPlugin):  # type: ignore[misc]
 
     def setup(self, worker: Any) -> None:
         """Begin to share; first delete what dead workers left behind."""
-        topic_of = importlib.import_module(f"{__package__}.dask_plugin").topic_of
+        from .dask_plugin import topic_of  # which imports this file
+
         sweep()
         if not shared_memory.memory_roots() or not str(worker.address).startswith(("tcp://", "tls://")):
             return

@@ -1,7 +1,7 @@
 """Dask's half of the worker runtime: the body of every task, on a worker of its cluster.
 
-Clusters get this file as source, beside `worker_runtime`, `dask_tracker` and `dask_memory`; it
-imports the standard library, dask and distributed only. With the last two and `dask_graph` it is
+Clusters get this file as source, beside the folder `worker`, `dask_tracker` and `dask_memory`; it
+imports these, the standard library, dask and distributed only. With the last two and `dask_graph` it is
 the only place that touches Dask's private surface.
 
 The packed record of an attempt goes into the metadata of its task; Dask sends these with the
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import os
 import pickle
 import signal
@@ -24,8 +23,15 @@ from dask._task_spec import DataNode, Task, TaskRef
 from dask.sizeof import sizeof
 from distributed import get_client, get_worker
 
-runtime: Any = importlib.import_module(f"{__package__}.worker_runtime")  # has another name when shipped
-memory: Any = importlib.import_module(f"{__package__}.dask_memory")
+from . import dask_memory as memory  # relative: the package around has another name when shipped
+from .worker.execution import execute
+from .worker.failure import Failed
+from .worker.interruption import cancel
+from .worker.pickling import dumps
+from .worker.record import refuse, set_worker
+from .worker.sizes import BELIEVED, size_of, too_large
+from .worker.starts import starts
+
 # Under which name tasks that submit tasks find this module again.
 sys.modules["_penstock_running"].__dict__.setdefault("dask_plugin", __name__)
 
@@ -70,7 +76,7 @@ def run_one(flags: int, order: bytes, function: bytes, arguments: bytes, *values
         Number of trailing values that only order (see `ended`), doubled; odd if the start has to
         be announced.
     order, function, arguments
-        See `worker_runtime.run`.
+        See `worker.execution.execute`.
     *values : object
         Upstream values.
     """
@@ -79,21 +85,21 @@ def run_one(flags: int, order: bytes, function: bytes, arguments: bytes, *values
     task = worker.state.tasks[key]
     if task.state == "cancelled":  # withdrawn before this thread got to it
         return None
-    runtime.worker_name = worker.address
-    start = runtime.starts(starts_label(worker.address)).begin(key)
+    set_worker(worker.address)
+    start = starts(starts_label(worker.address)).begin(key)
     try:
         if flags >> 1:
             values = values[: -(flags >> 1)]
         announce = _Announcement(worker, key) if flags & 1 else None
         items = _Items(worker, key)
         with memory.resolved(values) as values:
-            value, record = runtime.run(order, function, arguments, values, key, announce, on_item=items)
-        if not isinstance(value, runtime.Failed):
+            value, record = execute(order, function, arguments, values, key, announce, on_item=items)
+        if not isinstance(value, Failed):
             limit, where = _limit(worker)
-            problem = runtime.too_large(value, limit, where) or _unsendable(value)
+            problem = too_large(value, limit, where) or _unsendable(value)
             if problem is not None:
-                value, record = runtime.refuse(record, value, problem)
-            if not isinstance(value, runtime.Failed):
+                value, record = refuse(record, value, problem)
+            if not isinstance(value, Failed):
                 _believe_no_more(value, limit)
                 task.metadata[MARK] = record
                 return value
@@ -118,10 +124,10 @@ def _believe_no_more(value: Any, limit: float) -> None:
     """
     for one in value if type(value) is list else (value,):  # the values of a chunk are a list
         kind = type(one)
-        if limit and kind not in _SAFE and kind.__module__.partition(".")[0] not in runtime._BELIEVED:
+        if limit and kind not in _SAFE and kind.__module__.partition(".")[0] not in BELIEVED:
             with contextlib.suppress(Exception):  # one that cannot be measured has a size of Dask's own
                 if sizeof(one) > limit:
-                    sizeof.register(kind, runtime.size)
+                    sizeof.register(kind, size_of)
 
 
 class _Announcement:
@@ -150,7 +156,7 @@ class _Items:
             raise problem
         key = (f"{self.key[0]}-{self.key[1]}-items", number)
         self.held.append(get_client().scatter({key: item}, hash=False)[key])
-        event = ("item", self.key, b"", runtime.size(item), self.worker.address, (number, key))
+        event = ("item", self.key, b"", size_of(item), self.worker.address, (number, key))
         self.worker.log_event(topic_of(self.key), {"events": [event]})
         if len(self.held) == 1:  # until the session has taken hold of them, somebody has to
             self.worker.loop.add_callback(self._let_go_later)
@@ -195,7 +201,7 @@ def _unsendable(value: Any) -> Exception | None:
         pickle.Pickler(_Sink(), 5, buffer_callback=lambda _: False).dump(value)
     except Exception:
         try:
-            runtime.dumps(value)
+            dumps(value)
         except Exception as error:
             return error
     return None
@@ -219,7 +225,7 @@ def cancel_keys(wanted: dict[str, list[Any]], dask_worker: Any) -> list[Any]:
     tasks = dask_worker.state.tasks
     wishes = wanted.get(dask_worker.address, [])
     states: dict[Any, str] = {key: tasks[key].state if key in tasks else "" for key in wishes}
-    stopped = runtime.cancel([key for key, state in states.items() if state not in _OVER])
+    stopped = cancel([key for key, state in states.items() if state not in _OVER])
     return [*stopped, *(key for key, state in states.items() if state in _BEGUN and key not in stopped)]
 
 

@@ -23,44 +23,34 @@ from pathlib import Path
 from typing import Any
 
 from penstock import errors
-from penstock.runners import dask_graph, worker_runtime
+from penstock.runners import dask_graph, shipment
 from penstock.runners.base import Key
 
 log = logging.getLogger("penstock.runners.dask")
 
-_FOLDER = Path(__file__).parent
-_FILES = (
-    "worker_runtime.py",
-    "result_formats.py",
-    "result_store.py",
-    "shared_memory.py",
-    "dask_memory.py",
-    "dask_plugin.py",
-    "dask_tracker.py",
-)
+_FILES = ("shared_memory.py", "dask_memory.py", "dask_plugin.py", "dask_tracker.py")
 _PREFIX = "_penstock_rt_"
 
 SHARED_FROM = 32 << 20
 """Bytes from which the workers of a host share a result instead of sending it."""
 
-# Where penstock of the same version is installed, its own module takes the place of the copy, so
+# Where penstock of the same version is installed, its own modules take the place of the copies, so
 # that code which knows both sees one set of classes.
 _INIT = """\
 import importlib
 import importlib.util
-import logging
 import os
 import pkgutil
 import sys
 
 try:
     for _folder in importlib.util.find_spec("penstock").submodule_search_locations:
-        for _name in ("worker_runtime", "result_formats", "result_store"):
-            with open(os.path.join(_folder, "runners", _name + ".py"), "rb") as _file:
-                if _file.read() != pkgutil.get_data(__name__, _name + ".py"):
-                    raise ImportError(_name)
-        worker_runtime = importlib.import_module("penstock.runners.worker_runtime")
-        sys.modules[__name__ + ".worker_runtime"] = worker_runtime
+        for _path in {paths}:
+            with open(os.path.join(_folder, "runners", _path), "rb") as _file:
+                if _file.read() != pkgutil.get_data(__name__, _path):
+                    raise ImportError(_path)
+    _found = {{f"{{__name__}}.{{_name}}": importlib.import_module(f"penstock.runners.{{_name}}") for _name in {modules}}}
+    sys.modules.update(_found)
 except Exception:
     pass
 """
@@ -69,10 +59,17 @@ except Exception:
 @functools.cache
 def digest() -> str:
     """Return the hash of what is shipped: two versions of penstock do not meet on a cluster."""
-    found = hashlib.sha256(_INIT.encode())
-    for name in _FILES:
-        found.update((_FOLDER / name).read_bytes())
+    found = hashlib.sha256()
+    for path, text in _files().items():
+        found.update(f"{path}\0{text}\0".encode())
     return found.hexdigest()[:10]
+
+
+def _files() -> dict[str, str]:
+    """Return path → text of the package that is shipped."""
+    common = [*shipment.sources()]
+    first = _INIT.format(paths=common, modules=[*map(shipment.module_of, common)])
+    return {"__init__.py": first, **shipment.sources(*_FILES)}
 
 
 class Runtime:
@@ -231,9 +228,8 @@ def _zip(folder: str) -> str:
     package = f"{_PREFIX}{digest()}"
     path = os.path.join(folder, f"{package}.zip")
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(f"{package}/__init__.py", _INIT)
-        for name in _FILES:
-            archive.writestr(f"{package}/{name}", (_FOLDER / name).read_bytes())
+        for name, text in _files().items():
+            archive.writestr(f"{package}/{name}", text)
     return path
 
 
@@ -243,10 +239,11 @@ def _loaded() -> str:
     if package not in sys.modules:
         parent = sys.modules[package] = types.ModuleType(package)
         parent.__path__ = []
-        sys.modules[f"{package}.worker_runtime"] = worker_runtime
-        for name in ("shared_memory", "dask_memory", "dask_plugin", "dask_tracker"):
-            full = f"{package}.{name}"
-            spec = importlib.util.spec_from_file_location(full, _FOLDER / f"{name}.py")
+        for name in map(shipment.module_of, shipment.sources()):
+            sys.modules[f"{package}.{name}"] = importlib.import_module(f"penstock.runners.{name}")
+        for file in _FILES:
+            full = f"{package}.{shipment.module_of(file)}"
+            spec = importlib.util.spec_from_file_location(full, Path(__file__).with_name(file))
             assert spec is not None and spec.loader is not None  # noqa: PT018 - the file is beside this one
             module = sys.modules[full] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)

@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
 import importlib.util
 import pickle
 import time
@@ -48,7 +47,10 @@ from typing import Any
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.protocol.serialize import deserialize
 
-plugin: Any = importlib.import_module(f"{__package__}.dask_plugin")  # has another name when shipped
+from . import dask_plugin as plugin  # relative: the package around has another name when shipped
+from .dask_memory import sweep
+from .worker.starts import LastStarts, start_name
+
 MARK, topic_of = plugin.MARK, plugin.topic_of
 MADE = f"{MARK}:made"  # in the metadata of a task: its value existed once
 
@@ -150,7 +152,7 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         self._refuse([key for key, why in gone.items() if why == stimulus_id], worker)
         known = self._workers.pop(worker, {"worker": worker, "pid": 0, "limit": 0})
         known["silent"] = "ttl" in stimulus_id  # the process may live, but does not answer
-        starts = plugin.runtime.LastStarts(known["pid"], plugin.starts_label(worker))
+        starts = LastStarts(known["pid"], plugin.starts_label(worker))
         begun = starts.read()
         restarted = worker in self._restarting
         self._restarting.discard(worker)
@@ -161,7 +163,7 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
             task = scheduler.tasks.get(key)
             if task is None:
                 continue
-            name = plugin.runtime.start_name(key)
+            name = start_name(key)
             moved = restarted or task.suspicious <= self._blamed.get(key, 0)  # or retired: in good order
             self._blamed[key] = task.suspicious
             if task.who_wants and all(self.homes.get(one.client_key) == worker for one in task.who_wants):
@@ -176,7 +178,7 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         self.drop(orphans)
         if f"{self.name}-memory" in scheduler.worker_plugins:
             for seconds in SWEEPS:
-                scheduler.loop.call_later(seconds, plugin.memory.sweep)
+                scheduler.loop.call_later(seconds, sweep)
         if lost:
             self.drop([key for key in lost if scheduler.tasks[key].state != "erred"])
         until = time.monotonic() + (LEAVING_SECONDS if excused else 0.0)
@@ -270,7 +272,7 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         elements = {name: element for name, (element, _) in begun.items()}
         known["rss"] = self._doomed.pop(known["worker"], 0)
         for key, began in lost.items():
-            element = elements.get(plugin.runtime.start_name(key))
+            element = elements.get(start_name(key))
             shared = 0 if key in excused else len(lost) - 1
             details = {**known, "began": began, "shared": shared, "element": element}
             details["excused"] = key in excused

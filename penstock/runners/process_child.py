@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from penstock.runners import worker_runtime
 from penstock.runners.base import Key
 from penstock.runners.process_channel import Channel, FunctionsReceived, FunctionsSent
 from penstock.runners.process_work import Handle, Work
+from penstock.runners.worker.starts import read_starts
 
 _ROOT = str(Path(__file__).parent.parent.parent)
 # The user's __main__ is not imported: a script needs no guard, and a notebook has no file. The
@@ -76,7 +76,7 @@ class Child:
     victim : Work or None
         The work that was cancelled by killing the process.
     begun : dict or None
-        What had begun in it, once it is buried; see `worker_runtime.read_starts`.
+        What had begun in it, once it is buried; see `read_starts`.
     """
 
     def __init__(self, number: int, process: subprocess.Popen[bytes], channel: Channel) -> None:
@@ -202,7 +202,7 @@ class Child:
         """Reap the process and close what belongs to it; return how it ended, in words."""
         self.kill()
         self.channel.close()
-        self.begun = worker_runtime.read_starts(self.pid)
+        self.begun = read_starts(self.pid)
         death, self.death = self.death, None  # first: two threads that close it would close a stranger's
         if death is not None:
             os.close(death)

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from penstock import errors
-from penstock.runners import shared_memory, worker_runtime
+from penstock.runners import shared_memory
 from penstock.runners.base import Key, Ref, Report, RunnerInfo, Submission, TaskRunner
 from penstock.runners.process_channel import FunctionsSent
+from penstock.runners.worker.failure import Failed
 
 if TYPE_CHECKING:
     from penstock.runners.process_worker import Worker
@@ -174,7 +175,7 @@ def fetched(ref: Ref, packed: shared_memory.Packed | None) -> Any:
         If there is none (any more).
     """
     if packed is not None and packed[0] == "failed":
-        return worker_runtime.Failed(packed[1])
+        return Failed(packed[1])
     try:
         if packed is not None:
             return shared_memory.load(packed, private=True)

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from penstock import errors
-from penstock.runners import worker_runtime
 from penstock.runners.base import Key, Ref, Report
 from penstock.runners.process_channel import Message
 from penstock.runners.process_child import Child
 from penstock.runners.process_work import Backlog, Handle, Value, Work
 from penstock.runners.shared_memory import Packed
+from penstock.runners.worker.starts import start_name
 
 _FUNCTIONS = 1024
 _UNKNOWN = 1.0  # seconds: nothing is sent ahead behind a function that has not run yet
@@ -207,7 +207,7 @@ class Schedule:
         work = child.current
         if work is not None:
             child.take(work.key)
-            began = None if child.begun is None else worker_runtime.start_name(work.key) in child.begun
+            began = None if child.begun is None else start_name(work.key) in child.begun
             when = "before it began" if began is False else "while running"
             message = f"worker process pid {child.pid} {end} {when} {work.task!r}"
             cause: Exception = errors.WorkerLost(message)
@@ -217,7 +217,7 @@ class Schedule:
             cause.began = began
             if began:
                 assert child.begun is not None
-                cause.element = child.begun[worker_runtime.start_name(work.key)][0]
+                cause.element = child.begun[start_name(work.key)][0]
             if child.victim is work:
                 cause = _cancelled(work)
             elif child.victim is not None:  # it had ended when we killed its process

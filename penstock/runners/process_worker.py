@@ -25,8 +25,13 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from penstock.runners import shared_memory, worker_runtime
+from penstock.runners import shared_memory
 from penstock.runners.process_channel import Channel, FunctionsReceived, Message
+from penstock.runners.worker.execution import execute
+from penstock.runners.worker.failure import Failed
+from penstock.runners.worker.interruption import TimedOut, cancel
+from penstock.runners.worker.record import refuse, set_worker
+from penstock.runners.worker.starts import starts
 
 if TYPE_CHECKING:
     from penstock.runners.process_nested import WorkerProcessRunner
@@ -100,7 +105,7 @@ class Worker:
         self._answers: dict[int, queue.SimpleQueue[Any]] = {}
         self._questions = itertools.count()
         self._runner: WorkerProcessRunner | None = None
-        worker_runtime.worker_name = settings["name"]
+        set_worker(settings["name"])
         sys.argv[:] = settings["argv"]
 
     def serve(self, messages: list[Message]) -> None:
@@ -117,7 +122,7 @@ class Worker:
             target=self._receive, args=(messages,), name="penstock-receiver", daemon=True
         )
         receiver.start()
-        worker_runtime.starts().open()
+        starts().open()
         self.send(("ready",))
         while (job := self._jobs.get()) is not None:
             with self._lock:
@@ -144,7 +149,7 @@ class Worker:
         if kind == "run":
             self._accept(message)
         elif kind == "cancel":
-            if worker_runtime.cancel(message[1]):
+            if cancel(message[1]):
                 self._interrupted = True
         elif kind == "return":
             self.send(("returned", self._hand_back(message[1])))
@@ -177,7 +182,7 @@ class Worker:
     def _perform(self, job: Message) -> None:
         _, key, order, function, arguments, inputs, announce = job
         clock = time.perf_counter()
-        start = worker_runtime.starts().begin(key)
+        start = starts().begin(key)
         values: list[Any] = []
         try:
             values = [_input(packed) for packed in inputs]
@@ -188,19 +193,19 @@ class Worker:
         except BaseException as error:  # it cannot be unpickled here: the task's failure, not ours
             function, arguments = _raiser(error), _no_arguments
         on_start = (lambda: self.send(("started", key))) if announce else None
-        value, record = worker_runtime.run(
+        value, record = execute(
             order, function, arguments, values, key, on_start, on_item=functools.partial(self._hand_on, key)
         )
         del values
         packed, nbytes = None, 0
-        if isinstance(value, worker_runtime.Failed):
-            self._interrupted |= isinstance(value.error, worker_runtime.TimedOut)
+        if isinstance(value, Failed):
+            self._interrupted |= isinstance(value.error, TimedOut)
         else:
             try:
                 packed, nbytes = self.memory.export(value)
             except BaseException as error:
-                value, record = worker_runtime.refuse(record, value, error)
-                if not isinstance(value, worker_runtime.Failed):  # of a chunk the rest can travel
+                value, record = refuse(record, value, error)
+                if not isinstance(value, Failed):  # of a chunk the rest can travel
                     packed, nbytes = self.memory.export(value)
         del value
         with contextlib.suppress(Exception):  # what was printed must not wait for the next task
@@ -260,7 +265,7 @@ class Worker:
 
 def _input(packed: shared_memory.Packed) -> Any:
     if packed[0] == "failed":
-        return worker_runtime.Failed(packed[1])
+        return Failed(packed[1])
     return shared_memory.load(packed)
 
 

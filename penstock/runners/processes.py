@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
 from penstock import errors
-from penstock.runners import worker_runtime
 from penstock.runners.base import Key, Ref, RunnerInfo, Submission, TaskRunner, new_tag
 from penstock.runners.process_child import environment
 from penstock.runners.process_nested import fetched
 from penstock.runners.process_pool import Pool
 from penstock.runners.process_work import Handle, Value, Work
 from penstock.runners.shared_memory import SharedMemory
+from penstock.runners.worker.pickling import dumps
 
 
 class ProcessPoolTaskRunner(TaskRunner):
@@ -234,7 +234,7 @@ class ProcessPoolTaskRunner(TaskRunner):
     def _packed_initializer(self) -> bytes | None:
         if self.initializer is None:
             return None
-        return worker_runtime.dumps((self.initializer, self.initargs))
+        return dumps((self.initializer, self.initargs))
 
 
 def _handle(ref: Ref) -> Handle | None:

@@ -21,18 +21,18 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import Any, Self
 
 import ray
 from ray.experimental import internal_kv
 
 from penstock import errors
-from penstock.runners import ray_cluster, ray_nodes, ray_tasks, result_formats, result_store, worker_runtime
-from penstock.runners.base import Key, Options, Ref, RunnerInfo, Submission, TaskRunner
+from penstock.runners import ray_cluster, ray_nodes, ray_tasks, shipment, worker
+from penstock.runners.base import Key, Options, Ref, Report, RunnerInfo, Submission, TaskRunner
 from penstock.runners.ray_errors import first_words
 from penstock.runners.ray_pump import Flight, Handle, Pump, arrived, missing
+from penstock.runners.ray_queue import Held, Queue, kind_of
+from penstock.runners.worker.sizes import size_of
 
 FUNCTION_BYTES = 8_192  # larger functions are stored once, not sent with each task
 CANCEL_SECONDS = 0.2
@@ -87,8 +87,9 @@ class RayTaskRunner(TaskRunner):
         self._prefix = b""
         self._info = RunnerInfo("ray", dependencies=True, interrupts=True)
         self._pump: Pump | None = None
+        self._queue = Queue(1, 0)
         self._end_lending: Callable[[], None] = _nothing
-        self._remotes: dict[tuple[Options, str], Any] = {}
+        self._remotes: dict[tuple[Options, str, bool], Any] = {}
         self._functions: dict[bytes, str] = {}
 
     @classmethod
@@ -138,7 +139,8 @@ class RayTaskRunner(TaskRunner):
                 ray_nodes.check_versions(strict=self.strict)
             self._info = _described_once() if self._inner else ray_nodes.describe()
             self._prefix = uuid.uuid4().hex.encode() + b":"
-            self._pump = Pump(self.deliver, self._prefix + b"started:")
+            self._queue = Queue(1, 0) if self._inner else Queue(*ray_nodes.cluster_size())
+            self._pump = Pump(self.deliver, self._prefix + b"started:", self._queue, self._go_on)
             self._pump.start()
             if self._inner:  # hence `blocked` has nothing to do
                 self._end_lending = ray_tasks.lend_slot(self._pump.unfinished)
@@ -199,36 +201,51 @@ class RayTaskRunner(TaskRunner):
             except TypeError as error:
                 message = f"a value of type {type(value).__qualname__} cannot be sent to Ray: {error}"
                 raise errors.UnserializableArgument(message) from error
-            found.append(Ref(key, Handle(key, reference, None), worker_runtime.size(value)))
+            found.append(Ref(key, Handle(key, reference, None), size_of(value)))
         return found
 
     def send(self, submissions: Sequence[Submission]) -> list[Ref]:
-        """Start the work; Ray resolves the references, priorities it has none."""
-        pump = self._running()
+        """Queue the work and start what there is room for; Ray resolves the references."""
+        self._running()
         found: list[Ref] = []
-        flights: list[Flight] = []
+        queued: list[Held] = []
         batch: dict[Key, Handle] = {}
+        for submission in submissions:
+            handle = batch[submission.key] = Handle(submission.key, None, None)
+            upstream = tuple(batch[ref.key] if ref.handle is None else ref.handle for ref in submission.refs)
+            before = tuple(batch[ref.key] if ref.handle is None else ref.handle for ref in submission.after)
+            queued.append(Held(submission, handle, upstream, before))
+            found.append(Ref(submission.key, handle))
+        self._queue.add(queued)
         try:
-            for submission in submissions:
-                flight = self._start(submission, batch)
-                batch[submission.key] = flight.handle
-                flights.append(flight)
-                found.append(Ref(submission.key, flight.handle))
+            self._go_on()
+        except BaseException:
+            self.cancel(found)
+            raise
+        return found
+
+    def _go_on(self) -> None:
+        """Tell Ray of what there is room for; called whenever something was added or has ended."""
+        pump, flights = self._running(), list[Flight]()
+        try:
+            while True:
+                with self._queue.lock:
+                    held = self._queue.take()
+                    if held is None:
+                        break
+                    flights.append(self._start(held))
+                    self._queue.sent(held)
                 if len(flights) == 64:  # reports of the first ones need not wait for the last
                     pump.add(flights)
                     flights = []
-        except BaseException:
+        finally:
             pump.add(flights)
-            self.cancel(found)
-            raise
-        pump.add(flights)
-        return found
 
-    def _start(self, submission: Submission, batch: dict[Key, Handle]) -> Flight:
+    def _start(self, held: Held) -> Flight:
+        submission, handle = held.submission, held.handle
         key = submission.key
-        upstream = tuple(batch[ref.key] if ref.handle is None else ref.handle for ref in submission.refs)
-        before = (batch[ref.key] if ref.handle is None else ref.handle for ref in submission.after)
-        after = [note for handle in before if (note := handle.note) is not None]
+        after = [note for one in held.before if (note := held.given[one][1]) is not None]
+        values = [held.given[one][0] for one in held.upstream]
         assert isinstance(submission.function, bytes)
         assert isinstance(submission.arguments, bytes)
         head = ray_tasks.pack_head(
@@ -239,9 +256,11 @@ class RayTaskRunner(TaskRunner):
             self._prefix + b"started:" if submission.announce else None,
             len(after),
         )
-        remote = self._remote(submission.options, key[0].rpartition("-")[0])
-        value, note = remote.remote(head, *after, *[handle.value for handle in upstream])
-        return Flight(Handle(key, value, note), value, note, upstream, submission.announce)
+        remote = self._remote(submission.options, key[0].rpartition("-")[0], submission.streams)
+        answer = remote.remote(head, *after, *values)
+        handle.value, handle.note = (answer.completed(), answer) if submission.streams else answer
+        kind = kind_of(submission.options)
+        return Flight(handle, handle.value, handle.note, held.upstream, submission.announce, kind)
 
     def _function(self, function: bytes) -> bytes | str:
         """Return a small function itself, the key of a large one in Ray's key-value store."""
@@ -254,17 +273,17 @@ class RayTaskRunner(TaskRunner):
             self._functions[function] = found
         return found
 
-    def _remote(self, options: Options, task: str) -> Any:
-        """Return the one exported function with options; making either is too slow for each call."""
+    def _remote(self, options: Options, task: str, streams: bool) -> Any:
+        """Return an exported function with options; making either is too slow for each call."""
         try:
-            found = self._remotes.get((options, task))
+            found = self._remotes.get((options, task, streams))
         except TypeError:  # an option that has no hash, such as runtime_env: made anew for each call
-            return _exported().options(name=task or "penstock", **_ray_options(options))
+            return _exported(streams).options(name=task or "penstock", **_ray_options(options))
         if found is None:
             if len(self._remotes) > 1_000:
                 self._remotes.clear()
-            found = _exported().options(name=task or "penstock", **_ray_options(options))
-            self._remotes[options, task] = found
+            found = _exported(streams).options(name=task or "penstock", **_ray_options(options))
+            self._remotes[options, task, streams] = found
         return found
 
     def fetch(self, refs: Sequence[Ref]) -> list[Any]:
@@ -302,9 +321,12 @@ class RayTaskRunner(TaskRunner):
         """Stop work. Pending tasks are dropped, and their keys returned.
 
         With `force` the processes are ended; Ray does not say which tasks had begun, so every
-        key is then reported as lost, by `CancelledRun`, and none is returned.
+        key of a task that Ray knew of is then reported as lost, by `CancelledRun`.
         """
         pump = self._running()
+        dropped, orphans = self._queue.drop(ref.handle for ref in refs if isinstance(ref.handle, Handle))
+        pump.tell([Report(held.handle.key, "upstream") for held in orphans])
+        keys = [held.handle.key for held in dropped]
         notes = [ref.handle.note for ref in refs if isinstance(ref.handle, Handle)]
         flights = pump.find(notes, claim=not force)
         deaf = [flight for flight in flights if force and flight.asked]
@@ -314,11 +336,13 @@ class RayTaskRunner(TaskRunner):
                 target=_end_deaf, args=(pump, deaf), name="penstock-ray-kill", daemon=True
             ).start()
         if force or not flights:
-            return []
-        notes = [flight.note for flight in flights]
-        patience = CANCEL_SECONDS + len(notes) / 5_000
-        ended, _ = ray.wait(notes, num_returns=len(notes), timeout=patience, fetch_local=False)
-        return pump.settle(flights, ended)
+            return keys
+        ends = [flight.end for flight in flights]
+        patience = CANCEL_SECONDS + len(ends) / 5_000
+        ended, _ = ray.wait(ends, num_returns=len(ends), timeout=patience, fetch_local=False)
+        keys.extend(pump.settle(flights, ended))
+        self._go_on()
+        return keys
 
 
 @functools.cache
@@ -343,24 +367,19 @@ def _end_deaf(pump: Pump, flights: Sequence[Flight]) -> None:
         if not left:
             return
         with contextlib.suppress(Exception):  # private ground of Ray: nothing else depends on it
-            ray_nodes.end_processes({flight.note.task_id().binary() for flight in left})
+            ray_nodes.end_processes({flight.end.task_id().binary() for flight in left})
 
 
 # -- what Ray is asked for ----------------------------------------------------------------
 
 
 @functools.cache
-def _exported() -> Any:
-    """Return the one remote function of this process; Ray exports it again where it has to."""
-    modules = (worker_runtime, ray_tasks, result_formats, result_store)
-    function = ray_tasks.entry(*map(_source, modules))
-    return ray.remote(num_returns=2, max_retries=0, retry_exceptions=False)(function)
-
-
-def _source(module: ModuleType) -> str:
-    """Return the text of a module, also where it was shipped as text itself."""
-    shipped: str | None = getattr(module, "_source", None)
-    return Path(str(module.__file__)).read_text(encoding="utf-8") if shipped is None else shipped
+def _exported(streams: bool) -> Any:
+    """Return one of the two remote functions of this process; Ray exports it again where it has to."""
+    here = getattr(worker, "_sources", None)  # where it was shipped as text itself
+    function = ray_tasks.entry(here or shipment.sources("ray_tasks.py"), streams=streams)
+    results = "streaming" if streams else 2
+    return ray.remote(num_returns=results, max_retries=0, retry_exceptions=False)(function)
 
 
 def _ray_options(options: Options) -> dict[str, Any]:

@@ -52,6 +52,7 @@ def describe() -> RunnerInfo:
     resources = ray.cluster_resources()
     threads = max(1, int(resources.get("CPU", 1)))
     address = getattr(ray.get_runtime_context(), "gcs_address", "")  # Ray's client has none
+    remote = ray.util.client.ray.is_connected()  # this process is no part of the cluster
     return RunnerInfo(
         "ray",
         address=str(address),
@@ -61,8 +62,16 @@ def describe() -> RunnerInfo:
         memory=int(resources.get("memory", 0)),
         dependencies=True,
         interrupts=True,
+        streams=not remote,
+        holds_puts=not remote,
         versions=(("python", platform.python_version()), ("ray", ray.__version__)),
     )
+
+
+def cluster_size() -> tuple[int, int]:
+    """Return how many CPUs there are, and the size of all object stores in bytes, 0 if Ray does not tell it."""
+    resources = ray.cluster_resources()
+    return max(1, int(resources.get("CPU", 1))), int(resources.get("object_store_memory", 0))
 
 
 def _dashboard() -> str:

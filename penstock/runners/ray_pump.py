@@ -10,17 +10,22 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-from ray import exceptions
+from ray import ObjectRefGenerator, exceptions
 from ray.experimental import internal_kv
 
 from penstock import errors
-from penstock.runners import ray_tasks, worker_runtime
-from penstock.runners.base import Key, Report
+from penstock.runners import ray_tasks
+from penstock.runners.base import Key, Ref, Report
 from penstock.runners.ray_errors import first_words, is_propagated, neutral, never_ran
-from penstock.runners.ray_nodes import how_died
+from penstock.runners.ray_nodes import cluster_size, how_died
+from penstock.runners.worker.failure import Failed
+from penstock.runners.worker.starts import find_start
+
+if TYPE_CHECKING:
+    from penstock.runners.ray_queue import Queue
 
 FEW = 64  # tasks in flight, for whose end we wait in Ray itself
 WINDOW, SLICE = 512, 1_000  # notes in one question to Ray: it takes time by their number
@@ -28,8 +33,10 @@ LOOK_SECONDS = 0.01  # a new task is not in the question that is being asked
 LIVELY_SECONDS = 0.002  # the same while tasks come and go
 GATHER_SECONDS = 0.05
 STARTS_SECONDS = 0.1
+MEASURE_SECONDS = 5.0
 CANCELS = 200  # in one callback, during which Ray hears of nothing else
 CALLBACK_SECONDS = 5.0
+YIELDS = 200  # taken from one generator before others are looked at
 
 log = logging.getLogger("penstock.runners.ray")
 
@@ -47,8 +54,9 @@ class Handle:
         The attempt that makes it.
     value : ObjectRef
         Ray's own reference; None once it was released.
-    note : ObjectRef or None
-        The record beside it; None for a value that was put, and once the task has completed.
+    note : ObjectRef, ObjectRefGenerator or None
+        The record beside it; None for a value that was put, and once the task has completed. Of a
+        generator whose items come one by one the stream of them, as long as it goes on.
     """
 
     key: Key
@@ -65,17 +73,24 @@ class Flight:
     handle : Handle
         What the engine holds.
     value, note : ObjectRef
-        Held here too: an error that nobody looked at is printed by Ray when its reference goes.
+        Held here too: an error that nobody looked at is printed by Ray when its reference goes. Of a
+        stream the note is the stream itself, and the value stands for its end until that has come.
     upstream : tuple of Handle
         The values it depends on.
     announce : bool
         The engine waits for the news that it has started.
+    kind : object
+        By what the queue counts it.
     asked : bool
         It was asked to stop.
     worker : str
         Who runs it, if that was announced.
     claimed, dropped : bool
         Somebody cancels it and will answer for it, if it never ran; it never ran.
+    items : int
+        How many have come from a stream.
+    unread : ObjectRef or None
+        What a stream gave last, if the note on it has not come yet.
     """
 
     handle: Handle
@@ -83,10 +98,18 @@ class Flight:
     note: Any
     upstream: tuple[Handle, ...]
     announce: bool
+    kind: Any
     asked: bool = False
     worker: str = ""
     claimed: bool = False
     dropped: bool = False
+    items: int = 0
+    unread: Any = None
+
+    @property
+    def end(self) -> Any:
+        """What is there when the task has ended."""
+        return self.note.completed() if isinstance(self.note, ObjectRefGenerator) else self.note
 
 
 class Pump:
@@ -98,18 +121,32 @@ class Pump:
         Takes a list of `Report`.
     starts : bytes
         Prefix of the keys under which workers say what they have begun.
+    queue : Queue
+        Hears of what has ended.
+    go_on : callable
+        Starts what waits in the queue, as far as there is room.
     """
 
-    def __init__(self, deliver: Callable[[list[Report]], None], starts: bytes) -> None:
+    def __init__(
+        self,
+        deliver: Callable[[list[Report]], None],
+        starts: bytes,
+        queue: Queue,
+        go_on: Callable[[], None],
+    ) -> None:
         self.has_announced = False
         self._deliver = deliver
         self._starts = starts
+        self._queue = queue
+        self._go_on = go_on
+        self._untold: list[Report] = []
         self._flying: dict[Any, Flight] = {}  # by note, oldest first
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._closing = False
         self._unstarted: dict[Key, Flight] = {}
         self._looked = self._moved = 0.0
+        self._measured = time.monotonic()
         self._slices: list[list[Any]] = []
         self._token = ray.put(None)
         self._thread = threading.Thread(target=self._run, name="penstock-ray-pump", daemon=True)
@@ -142,6 +179,12 @@ class Pump:
             self.has_announced = True
         self._moved = time.monotonic()
         self._wake.set()
+
+    def tell(self, reports: Sequence[Report]) -> None:
+        """Deliver reports on what Ray never knew of, from the thread."""
+        if reports:
+            self._untold.extend(reports)
+            self._wake.set()
 
     def find(self, notes: Iterable[Any], *, claim: bool = False) -> list[Flight]:
         """Return the tasks behind notes that have not ended; claimed ones go to `settle`."""
@@ -184,12 +227,14 @@ class Pump:
 
     def settle(self, flights: Sequence[Flight], ended: Sequence[Any]) -> list[Key]:
         """Return the keys of claimed tasks that never ran; the others are reported as usual."""
-        for note, answer in zip(ended, _read(ended), strict=True):
+        by_end = {flight.end: flight for flight in flights}
+        for end, answer in zip(ended, _read(ended), strict=True):
             if never_ran(answer):
                 with self._lock:
-                    flight = self._flying.pop(note, None)
+                    flight = self._flying.pop(by_end[end].note, None)
                 if flight is not None:  # else the thread was faster
                     flight.dropped = True
+                    self._queue.ended(flight)
         with self._lock:
             for flight in flights:
                 flight.claimed = False
@@ -210,14 +255,19 @@ class Pump:
     # -- the thread -----------------------------------------------------------------------
     def _run(self) -> None:
         while not self._closing:
-            if not self._flying:
+            if not self._flying and not self._untold:
                 self._wake.wait()
                 self._wake.clear()
                 continue
             try:
                 ready = self._ready()
                 reports = self._started() if self._unstarted else []
+                while self._untold:
+                    reports.append(self._untold.pop())
                 reports.extend(self._ended(ready))
+                if self._queue:
+                    self._measure()
+                    self._go_on()
             except Exception as error:  # Ray is gone; user errors do not come this way
                 if self._closing:
                     return
@@ -227,6 +277,13 @@ class Pump:
                     self._deliver(reports)
                 except Exception:  # a listener's fault must not end the thread for all others
                     log.exception("reports could not be delivered")
+
+    def _measure(self) -> None:
+        """Tell the queue how large the cluster is: nodes come and go."""
+        if time.monotonic() - self._measured >= MEASURE_SECONDS:
+            self._measured = time.monotonic()
+            with contextlib.suppress(Exception):  # the head may be busy: ask again later
+                self._queue.resize(*cluster_size())
 
     def _ready(self) -> list[Any]:
         """Wait a little for notes; return those that are there."""
@@ -264,14 +321,20 @@ class Pump:
         found, _ = _wait(looked, num_returns=len(looked), timeout=0, fetch_local=False)
         return found
 
-    def _ended(self, notes: Sequence[Any]) -> list[Report]:
+    def _ended(self, ready: Sequence[Any]) -> list[Report]:
         reports: list[Report] = []
         silent: list[Flight] = []
-        for note, answer in zip(notes, _read(notes), strict=True):
+        notes = [one for one in ready if not isinstance(one, ObjectRefGenerator)]
+        answers = list(zip(notes, _read(notes), strict=True))
+        if len(notes) < len(ready):
+            for stream in (one for one in ready if isinstance(one, ObjectRefGenerator)):
+                answers.extend((stream, answer) for answer in self._drawn(stream, reports))
+        for note, answer in answers:
             with self._lock:
                 flight = self._flying.pop(note, None)
                 if flight is None:
                     continue
+                self._queue.ended(flight, _size_in(answer))
                 if flight.claimed and never_ran(answer):
                     flight.dropped = True  # `settle` answers for it
                     continue
@@ -283,6 +346,33 @@ class Pump:
                 reports.extend(_unwritten(flight, answer))
         _look_at(silent)
         return reports
+
+    def _drawn(self, stream: Any, reports: list[Report]) -> list[Any]:
+        """Take what a generator has yielded and report it; return what it said in the end, if it has ended."""
+        flight = self._flying.get(stream)
+        if flight is None:  # a cancel was faster
+            return []
+        for _ in range(YIELDS):
+            there, _ = _wait([stream], num_returns=1, timeout=0, fetch_local=False)
+            if not there:
+                break
+            reference = next(stream, None)
+            if reference is None or reference == stream.completed():  # it has broken off
+                return _read([stream.completed()])
+            if flight.unread is None:
+                flight.unread = reference
+                continue
+            value, flight.unread = flight.unread, None
+            [note] = _read([reference])
+            if not isinstance(note, bytes):
+                return [note]
+            if note[0] != ray_tasks.ITEM:
+                flight.value = value
+                if flight.handle.value is not None:  # else it was released meanwhile
+                    flight.handle.value, flight.handle.note = value, reference
+                return [note]
+            reports.append(_yielded(flight, value, note))
+        return []
 
     def _started(self) -> list[Report]:
         """Ask which tasks have begun; each worker process has one key for its present task."""
@@ -310,7 +400,8 @@ class Pump:
             self._flying.clear()
         cause = errors.SchedulerLost(f"Ray no longer answers: {first_words(error)}")
         cause.final = True  # the driver's own process is a part of Ray: there is no way back
-        return [Report(flight.handle.key, "lost", cause=cause) for flight in left]
+        handles = [flight.handle for flight in left] + [held.handle for held in self._queue.clear()]
+        return [Report(handle.key, "lost", cause=cause) for handle in handles]
 
 
 _NOTHING = pickle.dumps(None)
@@ -339,10 +430,27 @@ def _read(references: Sequence[Any]) -> list[Any]:
     return found
 
 
+def _size_in(answer: Any) -> int:
+    """Return the size of the value that a note is about, -1 if there is none."""
+    if not isinstance(answer, bytes) or answer[0] != ray_tasks.COMPLETED:
+        return -1
+    return ray_tasks.read_note(answer)[1]
+
+
 def _look_at(flights: Sequence[Flight]) -> None:
     """Look at the errors in place of values, or Ray prints them as some that nobody handled."""
     with contextlib.suppress(Exception):
         _read([flight.value for flight in flights])
+
+
+def _yielded(flight: Flight, value: Any, note: bytes) -> Report:
+    """Say where an item of a generator lies."""
+    _, nbytes, worker, _ = ray_tasks.read_note(note)
+    key, number = flight.handle.key, flight.items
+    flight.items += 1
+    name: Key = (f"{key[0]}-{key[1]}-items", number)
+    item = Ref(name, Handle(name, value, None), nbytes, worker)
+    return Report(key, "item", nbytes=nbytes, worker=worker, number=number, ref=item)
 
 
 def _written(flight: Flight, note: bytes) -> Report:
@@ -383,7 +491,7 @@ def _located(cause: errors.RunError, key: Key) -> errors.RunError:
     """Name the process that has died, if it was one of this host: Ray does not."""
     if not isinstance(cause, (errors.WorkerLost, errors.OutOfMemory)):
         return cause
-    found = worker_runtime.find_start(key)
+    found = find_start(key)
     if found is None:
         return cause
     name = key[0].rpartition("-")[0]
@@ -415,9 +523,9 @@ def _is_broken(handle: Handle) -> bool:
 
 
 def arrived(value: Any) -> Any:
-    """Turn what stands for the value of a failed task into `worker_runtime.Failed`."""
+    """Turn what stands for the value of a failed task into `Failed`."""
     record = ray_tasks.failure(value)
-    return value if record is None else worker_runtime.Failed(record)
+    return value if record is None else Failed(record)
 
 
 def missing(handle: Handle) -> bool:

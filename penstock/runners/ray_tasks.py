@@ -1,8 +1,8 @@
 """The half of the Ray runner that lies in the worker: one task, and the signals that reach it.
 
-Workers need not have penstock. The one remote function of a session carries this file and
-`worker_runtime` as source, and Ray sends it to each worker process once. So this file imports the
-standard library and Ray only, and what it returns unpickles with the standard library alone.
+Workers need not have penstock. The one remote function of a session carries this file and the
+folder `worker` as source, and Ray sends it to each worker process once. So this file imports these,
+the standard library and Ray only, and what it returns unpickles with the standard library alone.
 
 A task of Ray runs in the main thread of its process, one at a time. Ray's cancel sets Python's
 flag for SIGINT there, which nobody looks at in the middle of a `time.sleep`, and only a main thread
@@ -24,14 +24,24 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from types import FrameType, SimpleNamespace
 from typing import Any
+
+from .worker import coroutines  # relative: the package around may have another name when shipped
+from .worker.errors import hide
+from .worker.execution import execute, execute_stream
+from .worker.failure import Failed
+from .worker.interruption import AGAIN_SECONDS, Cancelled, hear_swallowed
+from .worker.record import refuse, set_worker
+from .worker.running import current
+from .worker.sizes import size_of, too_large
+from .worker.starts import starts
 
 Note = bytes
 """What travels beside a value: flag, size, worker, record; see `write_note`."""
 
-COMPLETED, FAILED, UPSTREAM = 0, 1, 2
+COMPLETED, FAILED, UPSTREAM, ITEM = 0, 1, 2, 3
 STORE = b"penstock"
 """Namespace of our keys in the key-value store of Ray's head."""
 
@@ -41,70 +51,108 @@ FUNCTIONS_KEPT = 64
 LARGE_VALUE = 100_000_000  # bytes from which a value is compared with what the node can keep
 FAILURE_BYTES = 32_768  # a longer record is not repeated in the value of a failed task
 
-rt: Any = None
-"""The worker runtime of this process; set by `entry`."""
+_worker = ""  # how the worker of this process is called; set by `begin`
 
 
-def entry(runtime: str, tasks: str, formats: str, store: str) -> Callable[..., Any]:
-    """Make the function that Ray exports: it brings its own source along.
+def entry(sources: dict[str, str], *, streams: bool = False) -> Callable[..., Any]:
+    """Make a function that Ray exports: it brings its own source along.
 
     Parameters
     ----------
-    runtime, tasks, formats, store : str
-        Source of `worker_runtime`, of this file, of `result_formats` and of `result_store`.
+    sources : dict of str to str
+        Path → text of this file and of the folder `worker`, see `shipment.sources`.
+    streams : bool
+        Make the one for generators whose items are wanted one by one.
 
     Returns
     -------
     callable
-        Takes a head (see `pack_head`) and the upstream values, answers ``(value, note)``. It is a
-        closure, hence pickled by value, and names nothing outside itself.
+        Takes a head (see `pack_head`) and the upstream values, answers ``(value, note)``, or yields
+        what `stream` does. It is a closure, hence pickled by value, and names nothing outside itself.
     """
     loaded: dict[str, Any] = {}
 
-    def penstock(head: bytes, *values: Any) -> Any:
+    def tasks_here() -> Any:
         if not loaded:
+            import importlib.util
+            import os
             import sys
             import types
 
-            def load(name: str, source: str, **given: Any) -> Any:
-                found = sys.modules.get(name)
-                if found is not None:  # the worker has imported penstock: one copy, if it is the same
-                    try:
-                        with open(found.__file__ or "", encoding="utf-8") as file:
-                            same = file.read() == source
-                    except OSError:
-                        same = getattr(found, "_source", None) == source
-                    if same:
-                        return found
-                    name = f"{name}@{hash(source):x}"
-                module = types.ModuleType(name)
-                module.__file__ = f"<{name}>"
-                module._source = source  # type: ignore[attr-defined]
-                module.__dict__.update(given)
-                sys.modules[name] = module
-                exec(compile(source, module.__file__, "exec"), module.__dict__)  # noqa: S102 - our source
-                return module
+            class Shipped:
+                """Finds and loads the modules of a package from their texts."""
 
-            module = load("penstock.runners.ray_tasks", tasks)
-            worker = load("penstock.runners.worker_runtime", runtime)
+                def __init__(self, package: str) -> None:
+                    names = {path: path[:-3].replace("/", ".").removesuffix(".__init__") for path in sources}
+                    self.paths = {f"{package}.{name}": path for path, name in names.items()}
 
-            def result_store() -> Any:  # when the first result is to be stored
-                other = load("penstock.runners.result_formats", formats)
-                return load("penstock.runners.result_store", store, _formats=other)
+                def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+                    file = self.paths.get(name)
+                    if file is None:
+                        return None
+                    ours: Any = self
+                    return importlib.util.spec_from_loader(name, ours, is_package="__init__" in file)
 
-            if getattr(worker, "_source", None) is not None:
-                worker.result_store = result_store
-            module.begin(worker)
-            loaded["work"] = module.work
-        return loaded["work"](head, values)
+                def create_module(self, spec: Any) -> None:
+                    """Have Python make it."""
 
-    return penstock
+                def exec_module(self, module: Any) -> None:
+                    path = self.paths[module.__name__]
+                    module.__file__ = f"<penstock.runners>/{path}"
+                    exec(compile(sources[path], module.__file__, "exec"), module.__dict__)  # noqa: S102 - our source
+
+                def load(self, name: str) -> Any:
+                    """Import a module without the packages around it, which may exist or not."""
+                    spec = self.find_spec(name)
+                    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+                    self.exec_module(module)
+                    return module
+
+            def is_same(worker: Any) -> bool:
+                """Whether a loaded `worker` is what we would load."""
+                if hasattr(worker, "_sources"):
+                    return bool(worker._sources == sources)
+                folder = os.path.dirname(os.path.dirname(worker.__file__))
+                try:
+                    for path, text in sources.items():
+                        with open(os.path.join(folder, path), encoding="utf-8") as file:
+                            if file.read() != text:
+                                return False
+                except OSError:
+                    return False
+                return True
+
+            package = "penstock.runners"
+            there = sys.modules.get(f"{package}.worker")  # the worker has imported penstock: one copy of each
+            if there is not None and not is_same(there):
+                package = f"_penstock_{abs(hash(tuple(sources.values()))):x}"
+                there = sys.modules.get(f"{package}.worker")
+                sys.modules.setdefault(package, types.ModuleType(package)).__path__ = []
+            if there is None:
+                shipped = Shipped(package)
+                sys.meta_path.insert(0, shipped)
+                shipped.load(f"{package}.worker")._sources = sources
+                tasks = shipped.load(f"{package}.ray_tasks")
+            else:
+                tasks = importlib.import_module(f"{package}.ray_tasks")
+            tasks.begin()
+            loaded["tasks"] = tasks
+        return loaded["tasks"]
+
+    def penstock(head: bytes, *values: Any) -> Any:
+        return tasks_here().work(head, values)
+
+    def penstock_stream(head: bytes, *values: Any) -> Any:
+        yield from tasks_here().stream(head, values)
+
+    return penstock_stream if streams else penstock
 
 
-def begin(runtime: Any) -> None:
-    """Make this process ready for tasks; called once."""
-    global rt
-    rt = runtime
+def begin() -> None:
+    """Make this process ready for tasks, once."""
+    global _worker
+    if _worker:
+        return
     try:
         import cloudpickle  # noqa: F401
     except ImportError:  # functions are pickled with it; Ray has a copy
@@ -115,12 +163,12 @@ def begin(runtime: Any) -> None:
     import ray
 
     node = ray.get_runtime_context().get_node_id()
-    rt.worker_name = f"{node[:8]}:{os.getpid()}"
-    rt.starts().open()
+    _worker = f"{node[:8]}:{os.getpid()}"
+    set_worker(_worker)
+    starts().open()
     _tell_exits()
     _hear_swallowed()
-    rt._HIDDEN.add(__file__)
-    _WAITS.add(rt.__file__)  # a task whose stack goes on in another thread waits in there
+    hide(__file__)
 
 
 def _tell_exits() -> None:
@@ -136,8 +184,8 @@ def _tell_exits() -> None:
 
 
 def _hear_swallowed() -> None:
-    """Make requests to stop again that struck where Python drops every exception: see `worker_runtime`."""
-    rt.hear_swallowed()
+    """Make requests to stop again that struck where Python drops every exception: see `interruption`."""
+    hear_swallowed()
     before = sys.unraisablehook
 
     def hook(dropped: Any) -> None:
@@ -151,7 +199,7 @@ def _hear_swallowed() -> None:
 
 
 def _interrupt_again(task: _Task) -> None:
-    time.sleep(rt.AGAIN_SECONDS)
+    time.sleep(AGAIN_SECONDS)
     if task is _task and not task.is_over:
         _thread.interrupt_main()  # as Ray does it: the signal itself is blocked here
 
@@ -188,21 +236,68 @@ def work(head: bytes, values: Sequence[Any]) -> tuple[Any, Any]:
     global _task
     key, order, function, arguments, announce, after = pickle.loads(head)
     _listen()
-    start = rt.starts().begin(key)
+    start = starts().begin(key)
     task = _task = _Task(key, announce)
     try:
-        upstream = [_arrived(value) for value in values[after:]]
-        if any(note[0] != COMPLETED for note in values[:after]):
-            upstream.append(rt.Failed(b""))
-        if isinstance(function, str):
-            function = _stored(function)
-        value, record = rt.run(order, function, arguments, upstream, key, task.begin)
+        upstream, function = _upstream(values, after), _content(function)
+        value, record = execute(order, function, arguments, upstream, key, task.begin)
         task.is_over = True
         start.end()  # Ray stores the result after this; the note of what has ended stays for a while
         return _departing(value, record)
     finally:
         _task = None
         start.end()
+
+
+def stream(head: bytes, values: Sequence[Any]) -> Iterator[Any]:
+    """Run the task of a generator: give each item and a note on it, and in the end value and note of the task.
+
+    Ray draws this in the main thread, so the user's code runs there, too, and can be interrupted.
+    """
+    global _task
+    key, order, function, arguments, announce, after = pickle.loads(head)
+    _listen()
+    start = starts().begin(key)
+    task = _task = _Task(key, announce)
+    try:
+        upstream, function = _upstream(values, after), _content(function)
+        items = execute_stream(order, function, arguments, upstream, key, task.begin)
+        value, record = yield from _parcels(items)
+        task.is_over = True
+        start.end()
+        answer, note = _departing(value, record)
+        yield answer
+        yield note
+    finally:
+        _task = None
+        start.end()
+
+
+def _parcels(items: Generator[Any, None, Any]) -> Generator[Any, None, Any]:
+    """Give each item as Ray can carry it, and a note on it; return what the task answers in the end."""
+    try:
+        item = next(items)
+        while True:
+            note = write_note(ITEM, size_of(item), b"")
+            try:
+                item = item if _always_pickles(item) else _Sealed(item)
+            except Exception as error:
+                item = items.throw(error)  # which fails the task, hence ends it
+                continue
+            yield item
+            item = None  # it may be large, and the next one is about to be made
+            yield note
+            item = next(items)
+    except StopIteration as end:
+        return end.value
+
+
+def _upstream(values: Sequence[Any], after: int) -> list[Any]:
+    """Return the values that a task uses; a failed one among them if what comes first has failed."""
+    upstream = [_arrived(value) for value in values[after:]]
+    if any(note[0] != COMPLETED for note in values[:after]):
+        upstream.append(Failed(b""))
+    return upstream
 
 
 class _Task:
@@ -217,12 +312,12 @@ class _Task:
 
     def begin(self) -> None:
         """User code starts now."""
-        self.running = rt.current()
+        self.running = current()
         if self.announce is not None:
             from ray.experimental.internal_kv import _internal_kv_put
 
             # One key per process, not per task: nobody has to clean up after each.
-            name = self.announce + rt.worker_name.encode()
+            name = self.announce + _worker.encode()
             _internal_kv_put(name, pickle.dumps(self.key), overwrite=True, namespace=STORE)
 
 
@@ -230,8 +325,10 @@ _task: _Task | None = None
 _kept: OrderedDict[str, bytes] = OrderedDict()
 
 
-def _stored(name: str) -> bytes:
-    """Read a large function from Ray's key-value store, once per process."""
+def _content(name: bytes | str) -> bytes:
+    """Return a function; a large one is read from Ray's key-value store, once per process."""
+    if isinstance(name, bytes):
+        return name
     if name not in _kept:
         from ray.experimental.internal_kv import _internal_kv_get
 
@@ -251,7 +348,7 @@ def _stored(name: str) -> bytes:
 
 def write_note(flag: int, nbytes: int, record: bytes) -> Note:
     """Put what the driver wants to know into one string of bytes."""
-    worker: bytes = rt.worker_name.encode()
+    worker = _worker.encode()
     return bytes((flag, len(worker))) + nbytes.to_bytes(8, "little") + worker + record
 
 
@@ -275,18 +372,18 @@ def _mark(record: bytes) -> SimpleNamespace:
 
 def _arrived(value: Any) -> Any:
     failed = failure(value)
-    return value if failed is None else rt.Failed(failed)
+    return value if failed is None else Failed(failed)
 
 
 def _departing(value: Any, record: bytes) -> tuple[Any, Any]:
     """Turn what the runtime answers into the two results of the remote function."""
     facts = pickle.loads(record)
-    if isinstance(value, rt.Failed):
+    if isinstance(value, Failed):
         flag = UPSTREAM if facts["status"] == "upstream" else FAILED
         return _mark(record), write_note(flag, 0, record)
-    problem = rt.too_large(value, *_limit()) if facts["nbytes"] > LARGE_VALUE else None
+    problem = too_large(value, *_limit()) if facts["nbytes"] > LARGE_VALUE else None
     if problem is not None:
-        _, record = rt.refuse(record, value, problem)
+        _, record = refuse(record, value, problem)
         return _mark(record), write_note(FAILED, 0, record)
     note = write_note(COMPLETED, facts["nbytes"], record)
     if _always_pickles(value):
@@ -337,21 +434,28 @@ class _Letter:
         self.note = note
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        import ray.cloudpickle
-
-        buffers: list[Any] = []
         try:
-            data = ray.cloudpickle.dumps(self.value, protocol=5, buffer_callback=buffers.append)
+            return _Sealed(self.value).__reduce__()
         except Exception as error:
-            value, record = rt.refuse(self.record, self.value, error)
-            if not isinstance(value, rt.Failed):  # of a chunk the rest can travel
+            value, record = refuse(self.record, self.value, error)
+            if not isinstance(value, Failed):  # of a chunk the rest can travel
                 self.note = write_note(COMPLETED, read_note(self.note)[1], record)
-                return functools.partial(pickle.loads, buffers=[]), (
-                    ray.cloudpickle.dumps(value, protocol=5),
-                )
+                return _Sealed(value).__reduce__()
             self.note = write_note(FAILED, 0, record)
             return SimpleNamespace, (), _mark(record).__dict__
-        return functools.partial(pickle.loads, buffers=buffers), (data,)
+
+
+class _Sealed:
+    """A value that is pickled already, its large buffers out of band; it unpickles to the value itself."""
+
+    def __init__(self, value: Any) -> None:
+        import ray.cloudpickle
+
+        self.buffers: list[Any] = []
+        self.data = ray.cloudpickle.dumps(value, protocol=5, buffer_callback=self.buffers.append)
+
+    def __reduce__(self) -> Any:
+        return functools.partial(pickle.loads, buffers=self.buffers), (self.data,)
 
 
 class _Postmark:
@@ -395,16 +499,14 @@ def _on_interrupt(signum: int, frame: FrameType | None) -> None:
         task.interrupted = True
         if task.is_over:
             return
-        for running in (task.running, rt.current()):
+        for running in (task.running, current()):
             if running is not None:
                 running.cancelled = True
         hop = _newest_hop()
         if hop is not None and hop.ident is not None:  # the stack goes on there; it ends from its top
             import ctypes
 
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                ctypes.c_ulong(hop.ident), ctypes.py_object(rt.Cancelled)
-            )
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(hop.ident), ctypes.py_object(Cancelled))
             return
     # The one class that Ray lets through its own waits; outside a task it makes a TaskCancelledError.
     raise KeyboardInterrupt
@@ -433,7 +535,8 @@ def _nudge() -> None:
 
 _lenders: list[Callable[[], list[Any]]] = []
 _waiting = False
-_WAITS = {threading.__file__, selectors.__file__}  # and the runtime: see `begin`
+# A task whose stack goes on in another thread waits in the last one.
+_WAITS = {threading.__file__, selectors.__file__, coroutines.__file__}
 
 
 def lend_slot(unfinished: Callable[[], list[Any]]) -> Callable[[], None]:

@@ -7,8 +7,10 @@ import os
 from collections.abc import Sequence
 from typing import Any, Self
 
-from penstock.runners import worker_runtime
 from penstock.runners.base import Key, Ref, Report, RunnerInfo, Submission, TaskRunner
+from penstock.runners.worker.execution import execute
+from penstock.runners.worker.interruption import cancel, signal_of
+from penstock.runners.worker.sizes import size_of
 
 
 class SequentialTaskRunner(TaskRunner):
@@ -52,7 +54,7 @@ class SequentialTaskRunner(TaskRunner):
             if one.announce:
                 self.deliver([Report(one.key, "started")])
             values = [ref.handle for ref in one.refs]
-            value, record = worker_runtime.run(
+            value, record = execute(
                 one.order,
                 one.function,
                 one.arguments,
@@ -62,7 +64,7 @@ class SequentialTaskRunner(TaskRunner):
             )
             refs.append(Ref(one.key, value))
             reports.append(Report(one.key, "ended", record, worker=f"pid {os.getpid()}"))
-            error = worker_runtime.signal_of(value)
+            error = signal_of(value)
             if error is not None:
                 self.deliver(reports)
                 raise error  # it was meant for the driver: what has not run yet will not
@@ -70,7 +72,7 @@ class SequentialTaskRunner(TaskRunner):
         return refs
 
     def _yielded(self, key: Key, number: int, item: Any) -> None:
-        self.deliver_item(key, number, item, worker_runtime.size(item))
+        self.deliver_item(key, number, item, size_of(item))
 
     def fetch(self, refs: Sequence[Ref]) -> list[Any]:
         """Return the objects."""
@@ -84,5 +86,5 @@ class SequentialTaskRunner(TaskRunner):
     def cancel(self, refs: Sequence[Ref], *, force: bool = False) -> list[Key]:
         """Ask the task that runs now to stop."""
         del force
-        worker_runtime.cancel([ref.key for ref in refs])
+        cancel([ref.key for ref in refs])
         return []

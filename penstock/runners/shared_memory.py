@@ -14,7 +14,6 @@ import contextlib
 import ctypes
 import errno
 import fcntl
-import importlib
 import itertools
 import mmap
 import os
@@ -26,6 +25,8 @@ import uuid
 import weakref
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
+
+from .worker.pickling import dumps  # relative: the package around has another name when shipped
 
 Packed = tuple[Any, ...]
 """A value as it travels: ``("bytes", body, buffers)``, or ``("file", path, body, buffers)``.
@@ -87,10 +88,7 @@ def dump(value: Any, *, by_value: bool = False) -> tuple[bytes, list[memoryview]
             return pickle.dumps(value, 5, buffer_callback=keep), buffers
         except Exception:  # a lambda, or a class that came by value: cloudpickle can do more
             buffers.clear()
-    runtime: Any = importlib.import_module(
-        f"{__package__}.worker_runtime"
-    )  # beside this file, also when shipped
-    return runtime.dumps(value, keep), buffers
+    return dumps(value, keep), buffers
 
 
 class _Body:

@@ -11,8 +11,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
-from penstock.runners import worker_runtime
 from penstock.runners.base import Key, Ref, Report, RunnerInfo, Submission, TaskRunner
+from penstock.runners.worker.coroutines import close_loop
+from penstock.runners.worker.execution import execute
+from penstock.runners.worker.interruption import cancel
+from penstock.runners.worker.sizes import size_of
 
 
 class ThreadPoolTaskRunner(TaskRunner):
@@ -100,7 +103,7 @@ class ThreadPoolTaskRunner(TaskRunner):
         while (taken := self._take()) is not None:
             self._do(*taken)
             del taken  # the thread waits for its next task without holding the last one's objects
-        worker_runtime.close_loop()
+        close_loop()
 
     def _take(self) -> tuple[Submission, Ref] | None:
         with self._work:
@@ -125,7 +128,7 @@ class ThreadPoolTaskRunner(TaskRunner):
             self.deliver([Report(one.key, "started")])
 
         values = [upstream.handle for upstream in one.refs]
-        ref.handle, record = worker_runtime.run(
+        ref.handle, record = execute(
             one.order,
             one.function,
             one.arguments,
@@ -138,7 +141,7 @@ class ThreadPoolTaskRunner(TaskRunner):
         self.deliver([Report(one.key, "ended", record, worker=worker)])
 
     def _yielded(self, key: Key, number: int, item: Any) -> None:
-        self.deliver_item(key, number, item, worker_runtime.size(item))
+        self.deliver_item(key, number, item, size_of(item))
 
     def fetch(self, refs: Sequence[Ref]) -> list[Any]:
         """Return the objects."""
@@ -161,7 +164,7 @@ class ThreadPoolTaskRunner(TaskRunner):
                 else:
                     running.append(ref.key)
             self._tidy()
-        worker_runtime.cancel(running)
+        cancel(running)
         return stopped
 
     def cancel_all(self) -> None:

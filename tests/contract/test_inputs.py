@@ -490,14 +490,14 @@ def test_sizes_that_lie_break_nothing(in_flow: InFlow) -> None:
 
 
 def test_sizes_in_python() -> None:
-    from penstock.runners import worker_runtime
+    from penstock.runners.worker.sizes import size_of
 
     for kind in ODD:
-        found = worker_runtime.size(Odd(kind))
+        found = size_of(Odd(kind))
         assert type(found) is int
         assert 0 <= found < 2_000_000_000
-    assert worker_runtime.size(np.broadcast_to(1.0, (1 << 30, 4))) == 8
-    assert worker_runtime.size([np.ones(1000)] * 5000) == pytest.approx(5000 * 8000, rel=0.01)
-    assert worker_runtime.size({"a": np.ones(1000)}) == pytest.approx(8000, rel=0.1)
-    assert worker_runtime.size(frame(1000)) == pytest.approx(16_000, rel=0.1)
-    assert worker_runtime.size(list(range(100_000))) > sys.getsizeof(list(range(100_000)))
+    assert size_of(np.broadcast_to(1.0, (1 << 30, 4))) == 8
+    assert size_of([np.ones(1000)] * 5000) == pytest.approx(5000 * 8000, rel=0.01)
+    assert size_of({"a": np.ones(1000)}) == pytest.approx(8000, rel=0.1)
+    assert size_of(frame(1000)) == pytest.approx(16_000, rel=0.1)
+    assert size_of(list(range(100_000))) > sys.getsizeof(list(range(100_000)))

@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from penstock import flow, task
-from penstock.runners import worker_runtime
 from penstock.runners.base import TaskRunner
+from penstock.runners.worker.running import current
+from penstock.runners.worker.seeds import seed_of
 from tests.conftest import InFlow
 
 
 def seed_here() -> int:
-    return worker_runtime.seed_of(worker_runtime.current().order)
+    return seed_of(current().order)
 
 
 @task

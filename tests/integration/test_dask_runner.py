@@ -25,9 +25,10 @@ import pytest
 pytest.importorskip("distributed")
 
 from penstock import errors, flow, load_result, task
-from penstock.runners import attach, dask_graph, dask_watch, worker_runtime
+from penstock.runners import attach, dask_graph, dask_watch
 from penstock.runners.base import Key, Options, Ref, Report, Submission, TaskRunner, new_tag
 from penstock.runners.dask import DaskTaskRunner
+from penstock.runners.worker.running import current
 
 pytestmark = pytest.mark.dask
 
@@ -874,4 +875,4 @@ def test_nothing_is_left_when_the_runner_closes() -> None:
         ]
 
     wait_until(lambda: not strays(), 5)
-    assert worker_runtime.current() is None
+    assert current() is None

@@ -20,9 +20,10 @@ import psutil
 import pytest
 
 from penstock import errors
-from penstock.runners import process_channel, shared_memory, worker_runtime
+from penstock.runners import process_channel, shared_memory
 from penstock.runners.base import Key, Ref, Report, Submission, TaskRunner, new_tag
 from penstock.runners.processes import ProcessPoolTaskRunner
+from penstock.runners.worker.failure import Failed
 
 pytestmark = pytest.mark.processes
 
@@ -330,7 +331,7 @@ def test_a_failure_comes_as_a_record(start: Start) -> None:
     record = session.record(failed)
     assert record["status"] == "failed"
     assert record["error"]["type"] == "ZeroDivisionError"
-    assert isinstance(session.runner.fetch([failed])[0], worker_runtime.Failed)
+    assert isinstance(session.runner.fetch([failed])[0], Failed)
     assert pickle.loads(session.wait(session.submit(echo, refs=[failed]))[0].record)["status"] == "upstream"
 
 

@@ -29,9 +29,10 @@ import ray
 from ray import exceptions
 
 from penstock import errors
-from penstock.runners import ray_cluster, ray_errors, worker_runtime
+from penstock.runners import ray_cluster, ray_errors
 from penstock.runners.base import Key, Options, Ref, Report, Submission, TaskRunner, new_tag
 from penstock.runners.ray import RayTaskRunner
+from penstock.runners.worker.failure import Failed
 
 pytestmark = pytest.mark.ray
 
@@ -217,7 +218,7 @@ def test_a_failure_comes_with_its_record_and_spares_what_depends_on_it(session: 
     assert [report.kind for report in session.wait(second, third, ordered)] == ["upstream"] * 3
     late = session.send(lambda: 1, after=(first,))
     assert session.wait(late)[0].kind == "upstream"
-    assert isinstance(session.runner.fetch([first])[0], worker_runtime.Failed)
+    assert isinstance(session.runner.fetch([first])[0], Failed)
 
 
 def test_a_result_that_cannot_travel_is_a_failure_with_its_logs(session: Session) -> None:
@@ -586,7 +587,7 @@ DRIVER = """
 
     def where():
         import sys
-        return sys.modules["penstock.runners.worker_runtime"].__file__
+        return sys.modules["penstock.runners.worker"].__file__
 
     def send(number, function, *args):
         order = pickle.dumps({"context": {}})
@@ -594,7 +595,7 @@ DRIVER = """
 
     ref = send(0, where)
     assert news.wait(60)
-    assert runner.fetch([ref]) == ["<penstock.runners.worker_runtime>"], "shipped as source, not imported"
+    assert runner.fetch([ref]) == ["<penstock.runners>/worker/__init__.py"], "shipped as source, not imported"
     for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
         for one in process.net_connections("tcp"):
             assert one.status != "LISTEN" or one.laddr.ip in ("127.0.0.1", "::ffff:127.0.0.1"), (process, one)

@@ -17,7 +17,7 @@ from moto.server import ThreadedMotoServer
 import penstock
 from penstock import MissingResult, ResultCorrupt, ResultStorage, StorageRefused, flow, load_result, task
 from penstock.engine import results
-from penstock.runners import result_store
+from penstock.runners.worker import result_store
 from tests.record import Record
 
 pytestmark = [

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from penstock.engine.objects import is_frozen
-from penstock.runners import worker_runtime
-from penstock.runners.worker_runtime import INPUT_DEPTH, INPUT_ITEMS, Guard
+from penstock.runners.worker import guard
+from penstock.runners.worker.guard import INPUT_DEPTH, INPUT_ITEMS, Guard
 
 
 def guarded(value: Any, mode: str = "readonly", *, private: bool = False) -> Any:
@@ -70,7 +70,7 @@ def test_values_are_not_copied_twice() -> None:
 
 def test_frames_without_copy_on_write(monkeypatch: pytest.MonkeyPatch) -> None:
     """Older releases of pandas write through a shallow copy."""
-    monkeypatch.setattr(worker_runtime, "_copies_on_write", lambda: False)
+    monkeypatch.setattr(guard, "_copies_on_write", lambda: False)
     frame = pd.DataFrame({"a": [1.0, 2.0]})
     found = guarded(frame)
     assert not np.shares_memory(found["a"].to_numpy(), frame["a"].to_numpy())

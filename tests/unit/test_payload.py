@@ -17,7 +17,8 @@ import cloudpickle
 import pytest
 
 from penstock.engine import payload
-from penstock.runners import shared_memory, worker_runtime
+from penstock.runners import shared_memory
+from penstock.runners.worker.pickling import dumps, reducers
 
 TEXT = """
 def plain(x):
@@ -107,7 +108,7 @@ NAMES = ("plain", "nested", "outer", "decorated", "Divider", "Error")
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("dump", [payload.dumps, worker_runtime.dumps, shared])
+@pytest.mark.parametrize("dump", [payload.dumps, dumps, shared])
 def test_tracebacks_of_what_travelled_name_the_users_file(dump: Dump, name: str, users: Users) -> None:
     call = CALLS[name]
     at_home = places(lambda: call(users.module))
@@ -152,11 +153,11 @@ def test_code_keeps_its_file_whatever_cloudpickle_puts_there(users: Users) -> No
     code = users.module.plain.__code__
     for word in (None, "<another-word>"):
         kind = type("Kind", (cloudpickle.Pickler,), {"dispatch_table": table(word)})
-        made, arguments = worker_runtime.reducers(kind)[types.CodeType](code)
+        made, arguments = reducers(kind)[types.CodeType](code)
         assert made(*arguments).co_filename == users.file
 
     odd = {types.CodeType: lambda code: (bytes, (code.co_code, "a", "b"))}
     kind = type("Kind", (), {"dispatch_table": odd})
-    assert worker_runtime.reducers(kind) is odd, "what is not understood stays as it is"
+    assert reducers(kind) is odd, "what is not understood stays as it is"
     kind = type("Kind", (), {"dispatch_table": {}})
-    assert worker_runtime.reducers(kind) == {}
+    assert reducers(kind) == {}

@@ -19,7 +19,9 @@ import pytest
 import xarray as xr
 
 from penstock import settings
-from penstock.runners import result_formats, result_store, worker_runtime
+from penstock.runners.worker import result_formats, result_store
+from penstock.runners.worker.commit import commit
+from penstock.runners.worker.execution import execute
 
 RUN = "01" * 16
 
@@ -254,8 +256,8 @@ def test_without_hard_links_a_result_is_stored_all_the_same(
 def test_an_attempt_after_a_commit_does_not_run_again(tmp_path: Path) -> None:
     """The worker died right after it had stored, so nobody had heard of it."""
     work = {"run": RUN, "attempt": 1, "commit": order(tmp_path), "context": {}}
-    value, _ = worker_runtime.run(work, lambda: 7, lambda values: ((), {}))
-    again, record = worker_runtime.run({**work, "attempt": 2}, lambda: 1 / 0, lambda values: ((), {}))
+    value, _ = execute(work, lambda: 7, lambda values: ((), {}))
+    again, record = execute({**work, "attempt": 2}, lambda: 1 / 0, lambda values: ((), {}))
     assert (value, again) == (7, 7)
     assert pickle.loads(record)["stored"]["key"] == f"flow/{RUN}"
 
@@ -263,11 +265,11 @@ def test_an_attempt_after_a_commit_does_not_run_again(tmp_path: Path) -> None:
 def test_the_commit_hook_works_per_element(tmp_path: Path) -> None:
     shared = order(tmp_path)
     for index in range(3):
-        value, said = worker_runtime.commit(index, shared, f"{index}" * 4, 1)
+        value, said = commit(index, shared, f"{index}" * 4, 1)
         assert value == index
         assert said["key"] == f"flow/{index}{index}{index}{index}"
-    assert worker_runtime.commit(1, None, RUN, 1) == (1, None)
-    assert worker_runtime.commit(1, {**shared, "over": 1 << 20}, RUN, 1) == (1, None)
+    assert commit(1, None, RUN, 1) == (1, None)
+    assert commit(1, {**shared, "over": 1 << 20}, RUN, 1) == (1, None)
 
 
 # -- damage ---------------------------------------------------------------------------------------
@@ -323,7 +325,7 @@ def test_a_result_of_a_newer_penstock_is_refused(tmp_path: Path, monkeypatch: py
 KILLED = """
 import os, signal, sys
 import numpy as np
-from penstock.runners import result_store
+from penstock.runners.worker import result_store
 
 def strike(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from penstock.runners import worker_runtime
-from penstock.runners.worker_runtime import (
+from penstock.runners.worker import starts as tables
+from penstock.runners.worker.starts import (
+    START_PLACES,
     LastStarts,
     Starts,
     find_start,
@@ -27,8 +28,8 @@ KEY = ("load-0123abcd", 7)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     yield tmp_path
-    for label in [label for label in worker_runtime._starts if label.startswith("test")]:
-        del worker_runtime._starts[label]
+    for label in [label for label in tables._starts if label.startswith("test")]:
+        del tables._starts[label]
 
 
 def test_what_runs_and_what_has_ended() -> None:
@@ -62,24 +63,24 @@ def test_a_table_without_attempts_says_that_nothing_began() -> None:
 def test_the_oldest_that_has_ended_makes_room() -> None:
     starts = Starts("room")
     stays = starts.begin(("stays-0123abcd", 0))
-    for number in range(1, worker_runtime.START_PLACES + 10):
+    for number in range(1, START_PLACES + 10):
         starts.begin(("ends-0123abcd", number)).end()
     found = read_starts(os.getpid(), "room") or {}
     assert found["0123abcd:0"] == (0, False)
-    assert len(found) == worker_runtime.START_PLACES
-    assert f"0123abcd:{worker_runtime.START_PLACES + 9}" in found
+    assert len(found) == START_PLACES
+    assert f"0123abcd:{START_PLACES + 9}" in found
     assert "0123abcd:5" not in found
     stays.end()
 
 
 def test_without_room_or_disk_tasks_run_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     full = Starts("full")
-    open_ones = [full.begin(("many-0123abcd", number)) for number in range(worker_runtime.START_PLACES + 3)]
+    open_ones = [full.begin(("many-0123abcd", number)) for number in range(START_PLACES + 3)]
     open_ones[-1].element(5)
     for one in open_ones:
         one.end()
     (tmp_path / "file").write_text("no folder")
-    monkeypatch.setattr(worker_runtime, "_starts_folder", lambda: str(tmp_path / "file"))
+    monkeypatch.setattr(tables, "_starts_folder", lambda: str(tmp_path / "file"))
     start = Starts("nowhere").begin(KEY)
     start.element(1)
     start.end()
@@ -88,7 +89,7 @@ def test_without_room_or_disk_tasks_run_all_the_same(monkeypatch: pytest.MonkeyP
 
 def test_the_note_survives_a_kill_and_is_swept_later(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
-        "from penstock.runners.worker_runtime import starts\n"
+        "from penstock.runners.worker.starts import starts\n"
         "import os, signal\n"
         f"starts('dead').begin({KEY!r}).element(3)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -133,8 +134,8 @@ def test_an_element_costs_less_than_a_microsecond() -> None:
 
 def test_the_table_of_a_process_that_ends_can_be_read_to_its_end() -> None:
     code = (
-        "import sys; from penstock.runners import worker_runtime as rt\n"
-        "rt.starts('leaving').open(); one = rt.starts('leaving').begin(('works-0123abcd', 7)); one.element(1)\n"
+        "import sys; from penstock.runners.worker import starts\n"
+        "starts.starts('leaving').open(); one = starts.starts('leaving').begin(('works-0123abcd', 7)); one.element(1)\n"
         "print('ready', flush=True); sys.stdin.readline(); one.element(4)"
     )
     process = subprocess.Popen(

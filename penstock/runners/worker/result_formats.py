@@ -1,7 +1,6 @@
 """How a result becomes bytes in a file, and a result again: the formats.
 
-Clusters get this file as source, beside `worker_runtime` and `result_store`; it imports the
-standard library only, and numpy, pyarrow, zarr and the like where a value or a wish asks for them.
+It needs the standard library only, and numpy, pyarrow, zarr and the like where a value or a wish asks for them.
 
 A format is only used where it gives back what it was given: array dtypes and memory order, the
 index, the columns and the time zones of frames. With "auto" everything else is pickled (protocol

@@ -1,7 +1,6 @@
 """Results that outlive the memory they were made in: written by the worker, read by whoever asks.
 
-Clusters get this file as source, beside `worker_runtime` and `result_formats`; it imports the
-standard library only, and fsspec where a storage is no directory.
+It needs the standard library only, and fsspec where a storage is no directory.
 
 A result is committed by one small file, ``<key>.result``, that appears whole or not at all: the
 first attempt that commits wins. It begins with a line of JSON, protected by a checksum of its
@@ -38,7 +37,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib
 import io
 import json
 import os
@@ -49,8 +47,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-# Under another name when shipped; put here by whoever ships it without a package.
-formats: Any = globals().get("_formats") or importlib.import_module(f"{__package__}.result_formats")
+from . import result_formats as formats
 
 INLINE = 65_536  # bytes up to which a value lies in the commit file itself
 MAGIC, VERSION = b"penstock-result", b"1"
