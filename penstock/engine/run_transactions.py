@@ -121,6 +121,8 @@ class RunTransaction(Transaction):
 
     def look(self) -> None:
         """Learn how the run has ended."""
+        if self._run is None:
+            return
         with _looking:
             run = self._run
             if run is None or not run.done:
