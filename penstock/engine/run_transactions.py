@@ -198,7 +198,7 @@ class RunTransaction(Transaction):
     def _record(self, run: TaskRun, **details: Any) -> None:
         session = run.carrier
         with session.lock:
-            session.journal.add(run, {**self._details, **details})
+            session.journal.add(run, {**self._details, **details, "again": True})
 
     def sessions(self) -> Iterable[Any]:
         """Return the session of the run, and of what its code has called."""

@@ -29,6 +29,7 @@ from penstock import (
     transaction,
 )
 from penstock.cache_policies import INPUTS
+from penstock.progress import Board
 from penstock.runners.base import TaskRunner
 from tests.conftest import InFlow
 from tests.record import Record
@@ -234,6 +235,27 @@ def test_all_elements_of_a_map_belong_to_the_block(in_flow: InFlow, record: Reco
     assert said(seen) == ["rollback many"] * 20
     assert names(record, "many")[21:] == ["RolledBack"] * 20 + ["Failed"]
     assert all(row.state["seconds"] is not None for row in record.tasks("many")[21:])
+
+
+def test_progress_counts_each_run_once(in_flow: InFlow, record: Record, marks: Path) -> None:
+    make = cached(marks)
+
+    def body(stop: bool) -> None:
+        with transaction():
+            make.map(range(5))
+            make.submit(7)
+            make(8)
+            if stop:
+                raise Stop
+
+    for stop in (True, False):
+        record.events.clear()
+        with contextlib.suppress(Stop):
+            in_flow(body, stop)
+        board = Board()
+        board.fold(record.events)
+        group = board.groups["make", False]
+        assert (group.ended, group.total) == ({"COMPLETED": 7}, 7)
 
 
 def test_a_future_has_the_new_name(in_flow: InFlow, seen: Seen) -> None:
