@@ -85,7 +85,7 @@ class RunTransaction(Transaction):
 
     def conclude(self) -> None:
         """Commit by itself."""
-        self.look()
+        self._see()
         drive(self._committing())
         self._closed = True
         self._tell()
@@ -99,17 +99,17 @@ class RunTransaction(Transaction):
 
     def call_ended(self) -> Steps:
         """The run of a call has ended: it commits, or waits for the end of the block."""
-        self.look()
+        self._see()
         if not self._later and self.state is TransactionState.STAGED:
             yield from self._committing()
         self._closed = True
         if self._parent is not None:
-            yield from self._parent.adopt(self)
+            yield from self._parent._adopt(self)
         else:
             self._tell()
 
     # -- what the transaction asks --------------------------------------------------------------------
-    def pending(self) -> list[TaskRun]:
+    def _live(self) -> list[TaskRun]:
         """Return the run, if it was submitted and has not ended."""
         run = self._run
         return [run] if run is not None and not run.settled else []
@@ -117,9 +117,9 @@ class RunTransaction(Transaction):
     def ended(self, run: TaskRun) -> None:
         """Let the run go, which has ended."""
         del run
-        self.look()
+        self._see()
 
-    def look(self) -> None:
+    def _see(self) -> None:
         """Learn how the run has ended."""
         if self._run is None:
             return
@@ -141,7 +141,7 @@ class RunTransaction(Transaction):
             else:
                 self.stage(None, hooks.on_rollback, hooks.on_commit)
 
-    def write(self) -> None:
+    def _write(self) -> None:
         """Put the stored result in its place."""
         if self._kept is None:
             return
@@ -160,7 +160,7 @@ class RunTransaction(Transaction):
                 one.stored = said
         self._record(run, stored=results.location(said))
 
-    def is_far(self) -> bool:
+    def _is_far(self) -> bool:
         """Whether there is a result to see to in an object storage."""
         if self._kept is None or self.state in transactions.OVER or not self._owns:
             return False
@@ -172,21 +172,21 @@ class RunTransaction(Transaction):
         stored = self._kept[1].stored if self._kept is not None else None
         return stored is not None and self._kept is not None and stored["run"] == self._kept[1].id
 
-    def remove(self) -> None:
+    def _remove(self) -> None:
         """Remove the stored result, if it is its own."""
         if self._kept is not None and self._owns and not self._removed:
             result_store.withdraw(results.whereabouts(self._kept[1]))
             self._removed = True
 
-    def undo(self) -> None:
+    def _undo(self) -> None:
         """Remove the stored result, and give the run its new name."""
         if self._kept is None or self._kept[1].type is not StateType.COMPLETED:
             return
         alive, run = self._kept[0](), self._kept[1]
         try:
-            self.remove()
+            self._remove()
         except CommitError as error:
-            self.say("ERROR", f"its stored result is still there: {error}")
+            self._say("ERROR", f"its stored result is still there: {error}")
         for one in (run, alive):
             if one is not None and one.completed:
                 one.position = rolled_back(one.position)
@@ -200,22 +200,22 @@ class RunTransaction(Transaction):
         with session.lock:
             session.journal.add(run, {**self._details, **details, "again": True})
 
-    def sessions(self) -> Iterable[Any]:
+    def _sessions(self) -> Iterable[Any]:
         """Return the session of the run, and of what its code has called."""
         own = [self._kept[1].carrier] if self._kept is not None else []
-        return [*own, *super().sessions()]
+        return [*own, *super()._sessions()]
 
     def _tell(self) -> None:
-        for session in set(self.sessions()):
+        for session in set(self._sessions()):
             with session.changing():
                 pass
 
-    def about(self) -> str:
+    def _about(self) -> str:
         """Name it in a sentence."""
         run = self._run or (self._kept[1] if self._kept is not None else None)
         return f"task run {run.name!r}" if run is not None else "a task run"
 
-    def say(self, level: str, text: str) -> None:
+    def _say(self, level: str, text: str) -> None:
         """Write a line into the log of the run."""
         run = self._run or (self._kept[1] if self._kept is not None else None)
         if run is not None:
@@ -233,7 +233,7 @@ class Joining:
 
     def __init__(self, parent: Transaction | None) -> None:
         self._parent = parent
-        self._values = parent.copied() if parent is not None else {}
+        self._values = parent._copied() if parent is not None else {}
 
     def of(self, run: TaskRun) -> RunTransaction:
         """Make the part of one run."""

@@ -297,14 +297,14 @@ class Transaction:
     def _inherit(self, parent: Transaction | None) -> None:
         self._parent = parent
         if parent is not None:
-            self._values = parent.copied()
+            self._values = parent._copied()
         if self.commit_mode is None:
             self.commit_mode = parent.commit_mode if parent is not None else CommitMode.LAZY
         if self.isolation_level is None:
             level = parent.isolation_level if parent is not None else None
             self.isolation_level = level or IsolationLevel.READ_COMMITTED
 
-    def copied(self) -> dict[str, Any]:
+    def _copied(self) -> dict[str, Any]:
         """Return copies of the values, for what begins inside; what cannot be copied is shared."""
         found = {}
         for name, value in self._values.items():
@@ -391,9 +391,9 @@ class Transaction:
                 yield from self._committing()
         yield from self._leftovers()
         if self._parent is not None:
-            yield from self._parent.adopt(self)
+            yield from self._parent._adopt(self)
 
-    def adopt(self, child: Transaction) -> Steps:
+    def _adopt(self, child: Transaction) -> Steps:
         """Take over a child that has ended; after the end of this one it shares its fate."""
         self.children.append(child)
         if self._closed:
@@ -404,19 +404,19 @@ class Transaction:
             self._unlock()
 
     # -- runs that were submitted ---------------------------------------------------------------
-    def pending(self) -> list[TaskRun]:
+    def _live(self) -> list[TaskRun]:
         """Return the submitted runs that have not ended: none, for a block whose end has waited for them."""
         return []
 
-    def look(self) -> None:
+    def _see(self) -> None:
         """Learn how the run behind it has ended, if there is one."""
 
     def _pending(self) -> list[TaskRun]:
-        return [run for child in self.children for run in child.pending()]
+        return [run for child in self.children for run in child._live()]
 
     def _look(self) -> None:
         for child in self.children:
-            child.look()
+            child._see()
 
     def _arriving(self, *, heed: bool) -> Steps:
         """Wait until the runs that belong here have ended; their values stay where they are."""
@@ -431,18 +431,18 @@ class Transaction:
             return False
         try:
             yield from self._arriving(heed=True)
-            self._at_once("write", any(child.on_commit_hooks for child in self.children))
+            self._at_once("_write", any(child.on_commit_hooks for child in self.children))
             for child in list(self.children):
                 yield from child._committing()
                 if child.is_rolled_back():
-                    raise _Undone(child.about())
+                    raise _Undone(child._about())
             for hook in self.on_commit_hooks:
                 yield from self._calling(hook, "commit")
-            self.write()
+            self._write()
             self.state = TransactionState.COMMITTED
         except Exception as error:
             reason = str(error) if isinstance(error, _Undone) else f"{type(error).__name__}: {error}"
-            self.say("ERROR", f"{self.about()} is rolled back instead of committed: {reason}")
+            self._say("ERROR", f"{self._about()} is rolled back instead of committed: {reason}")
             yield from self._rolling_back()
             return False
         except BaseException:
@@ -459,8 +459,8 @@ class Transaction:
         try:
             yield from self._arriving(heed=False)
             yield from self._calling_all_back()
-            self.undo()
-            self._at_once("remove", any(child.on_rollback_hooks for child in self.children))
+            self._undo()
+            self._at_once("_remove", any(child.on_rollback_hooks for child in self.children))
             for child in reversed(self.children):
                 yield from child._rolling_back()
         finally:
@@ -472,7 +472,7 @@ class Transaction:
             try:
                 yield from self._calling(hook, "rollback")
             except Exception as error:  # the others run, whatever this one does
-                self.say("ERROR", f"hook {name_of(hook)!r} raised {type(error).__name__}: {error}")
+                self._say("ERROR", f"hook {name_of(hook)!r} raised {type(error).__name__}: {error}")
 
     def _leftovers(self) -> Steps:
         """Let children that came after the decision share it."""
@@ -484,12 +484,12 @@ class Transaction:
                 yield from child._rolling_back()
 
     def _calling(self, hook: Hook, kind: str) -> Steps:
-        self.say("INFO", f"Running {kind} hook {name_of(hook)!r}")
+        self._say("INFO", f"Running {kind} hook {name_of(hook)!r}")
         yield Invoke(hook, (self,), name=name_of(hook))
 
     def _at_once(self, what: str, one_by_one: bool) -> None:
         """Ask an object storage for many runs together, if no hook comes in between; what fails is tried again."""
-        far = [child for child in self.children if child.is_far()]
+        far = [child for child in self.children if child._is_far()]
         if len(far) < 2 or one_by_one or any(child.children for child in self.children):
             return
 
@@ -500,36 +500,36 @@ class Transaction:
         with ThreadPoolExecutor(LOOKS_AT_ONCE, "penstock-commit") as pool:
             list(pool.map(ask, far))
 
-    def is_far(self) -> bool:
+    def _is_far(self) -> bool:
         """Whether there is a result to see to in an object storage."""
         return False
 
-    def write(self) -> None:
+    def _write(self) -> None:
         """Make the result visible to others."""
         if self.key is not None and self.store is not None and self.write_on_commit:
             self.store.write(self.key, self._value, overwrite=self.overwrite)
 
-    def remove(self) -> None:
+    def _remove(self) -> None:
         """Remove what is stored: nothing, where a value is stored with the commit only."""
 
-    def undo(self) -> None:
+    def _undo(self) -> None:
         """Take back what was visible before the decision."""
 
     def _tell(self) -> None:
         """Have the record learn of the new states."""
-        for session in {session for child in self.children for session in child.sessions()}:
+        for session in {session for child in self.children for session in child._sessions()}:
             with session.changing():
                 pass
 
-    def sessions(self) -> Iterable[Any]:
+    def _sessions(self) -> Iterable[Any]:
         """Return the sessions whose journals have something to write down."""
-        return [session for child in self.children for session in child.sessions()]
+        return [session for child in self.children for session in child._sessions()]
 
-    def about(self) -> str:
+    def _about(self) -> str:
         """Name it in a sentence."""
         return "the transaction" if self.key is None else f"transaction {self.key!r}"
 
-    def say(self, level: str, text: str) -> None:
+    def _say(self, level: str, text: str) -> None:
         """Write a line into the log of the run around it."""
         scope = self._scope
         if self._logger is not None:
