@@ -359,6 +359,8 @@ class Transaction:
         try:
             if self._scope is not None and self._scope.session.plans:
                 return
+            if error is not None and not isinstance(error, Exception):  # Ctrl-C, a request to stop
+                cancelling.cancel(self._pending())
             yield from self._arriving(heed=error is None)
             self._closed = True  # what hooks call is no part of it
             yield from self._deciding(failed=error is not None)

@@ -901,7 +901,7 @@ def test_a_plan_neither_waits_nor_decides(runner: TaskRunner, seen: Seen) -> Non
 
 
 def test_a_flow_that_is_cancelled_rolls_back(
-    runner: TaskRunner, seen: Seen, tmp_path: Path, wait_until: Callable[[Callable[[], bool]], None]
+    parallel: TaskRunner, seen: Seen, tmp_path: Path, wait_until: Callable[[Callable[[], bool]], None]
 ) -> None:
     some = writer(seen, "some")
 
@@ -918,7 +918,7 @@ def test_a_flow_that_is_cancelled_rolls_back(
             some.submit().wait()
             loop.submit(tmp_path / "started")
 
-    @flow(task_runner=runner)
+    @flow(task_runner=parallel)
     def outer() -> None:
         child = inner.submit()
         wait_until((tmp_path / "started").exists)
@@ -926,9 +926,35 @@ def test_a_flow_that_is_cancelled_rolls_back(
         child.wait()
         assert child.state.is_cancelled()
 
-    if runner.info.threads > 1 or not runner.in_process:
-        outer()
-        assert said(seen) == ["rollback some"]
+    outer()
+    assert said(seen) == ["rollback some"]
+
+
+def test_a_block_that_is_interrupted_does_not_wait_for_the_rest(
+    parallel: TaskRunner, in_flow: InFlow, record: Record, seen: Seen, tmp_path: Path, wait_until: Any
+) -> None:
+    some = writer(seen, "some")
+
+    @task
+    def loop(started: Path) -> None:
+        started.touch()
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            time.sleep(0.005)  # work:
+
+    def body() -> None:
+        with transaction():
+            some.submit().wait()
+            loop.submit(tmp_path / "started")
+            wait_until((tmp_path / "started").exists)
+            raise KeyboardInterrupt
+
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        in_flow(body)
+    assert time.monotonic() - begun < 15
+    assert said(seen) == ["rollback some"]
+    assert names(record, "loop") == ["Cancelled"]
 
 
 def test_a_failure_without_a_value_to_wait_for(in_flow: InFlow, seen: Seen) -> None:
