@@ -71,13 +71,8 @@ if TYPE_CHECKING:
         StateType,
     )
     from penstock.engine.task import Task, task
-    from penstock.engine.transactions import (
-        CommitMode,
-        Transaction,
-        TransactionState,
-        get_transaction,
-        transaction,
-    )
+    from penstock.engine.transaction_states import CommitMode, TransactionState
+    from penstock.engine.transactions import Transaction, get_transaction, transaction
     from penstock.errors import (
         CancelledRun,
         ConfigurationError,
@@ -274,13 +269,8 @@ _ENGINE = {
         "Skipped",
     ),
     "task": ("task", "Task"),
-    "transactions": (
-        "transaction",
-        "get_transaction",
-        "Transaction",
-        "TransactionState",
-        "CommitMode",
-    ),
+    "transaction_states": ("TransactionState", "CommitMode"),
+    "transactions": ("transaction", "get_transaction", "Transaction"),
 }
 _HOMES = {name: f"penstock.engine.{module}" for module, names in _ENGINE.items() for name in names}
 

@@ -8,13 +8,8 @@
 """
 
 from penstock.engine.cache import IsolationLevel
-from penstock.engine.transactions import (
-    CommitMode,
-    Transaction,
-    TransactionState,
-    get_transaction,
-    transaction,
-)
+from penstock.engine.transaction_states import CommitMode, TransactionState
+from penstock.engine.transactions import Transaction, get_transaction, transaction
 
 __all__ = [
     "CommitMode",

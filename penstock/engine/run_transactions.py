@@ -14,12 +14,13 @@ import weakref
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from penstock.engine import results, transactions
+from penstock.engine import deciding, results, transactions
 from penstock.engine.calls import TaskRun
 from penstock.engine.hooks import Hooks
 from penstock.engine.states import StateType, rolled_back
 from penstock.engine.steps import Steps, drive
-from penstock.engine.transactions import CommitMode, Transaction, TransactionState
+from penstock.engine.transaction_states import OVER, CommitMode, TransactionState
+from penstock.engine.transactions import Transaction
 from penstock.runners.worker import result_store
 from penstock.runners.worker.result_formats import CommitError
 
@@ -86,7 +87,7 @@ class RunTransaction(Transaction):
     def conclude(self) -> None:
         """Commit by itself."""
         self._see()
-        drive(self._committing())
+        drive(deciding.commit(self))
         self._closed = True
         self._tell()
 
@@ -94,17 +95,17 @@ class RunTransaction(Transaction):
     def attempt_failed(self) -> Steps:
         """An attempt has failed: what its code opened is taken back."""
         for child in reversed(self.children):
-            yield from child._rolling_back()
+            yield from deciding.roll_back(child)
         self.children.clear()
 
     def call_ended(self) -> Steps:
         """The run of a call has ended: it commits, or waits for the end of the block."""
         self._see()
         if not self._later and self.state is TransactionState.STAGED:
-            yield from self._committing()
+            yield from deciding.commit(self)
         self._closed = True
         if self._parent is not None:
-            yield from self._parent._adopt(self)
+            yield from deciding.adopt(self._parent, self)
         else:
             self._tell()
 
@@ -162,7 +163,7 @@ class RunTransaction(Transaction):
 
     def _is_far(self) -> bool:
         """Whether there is a result to see to in an object storage."""
-        if self._kept is None or self.state in transactions.OVER or not self._owns:
+        if self._kept is None or self.state in OVER or not self._owns:
             return False
         stored = self._kept[1].stored
         return stored is not None and "://" in stored["storage"]

@@ -12,21 +12,19 @@ import copy
 import logging
 import pickle
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from contextvars import ContextVar, Token
-from enum import Enum
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from penstock import errors
-from penstock.engine import cancelling, context, events, locking, nested, payload, waiting
+from penstock.engine import cancelling, context, deciding, events, locking, nested, payload, waiting
 from penstock.engine.cache import NOT_GIVEN, IsolationLevel
-from penstock.engine.hooks import Hook, name_of
-from penstock.engine.lookups import LOOKS_AT_ONCE
+from penstock.engine.hooks import Hook
 from penstock.engine.result_records import ResultRecord, ResultStore, read_store
 from penstock.engine.results import ResultOptions
-from penstock.engine.steps import Invoke, Sleep, Steps, Wait, drive, drive_awaiting
+from penstock.engine.steps import Sleep, Steps, drive, drive_awaiting
+from penstock.engine.transaction_states import OVER, CommitMode, TransactionState, read_word
 from penstock.runners.worker.running import current as running_attempt
 
 if TYPE_CHECKING:
@@ -34,40 +32,6 @@ if TYPE_CHECKING:
     from penstock.engine.context import Scope
 
 log = logging.getLogger("penstock.transactions")
-
-
-class CommitMode(str, Enum):
-    """When a transaction commits."""
-
-    EAGER = "EAGER"
-    """At its own end."""
-    LAZY = "LAZY"
-    """With the outermost one."""
-    OFF = "OFF"
-    """When somebody calls `Transaction.commit`; else the outermost one is rolled back at its end."""
-
-    def __str__(self) -> str:
-        """Show the bare name."""
-        return self.value
-
-
-class TransactionState(str, Enum):
-    """Where a transaction stands."""
-
-    PENDING = "PENDING"
-    """It has not begun."""
-    ACTIVE = "ACTIVE"
-    """Its code runs."""
-    STAGED = "STAGED"
-    """It has its value, and waits for the end of the outer one."""
-    COMMITTED = "COMMITTED"
-    """It is final: its result is stored, or was before."""
-    ROLLED_BACK = "ROLLED_BACK"
-    """It was taken back."""
-
-    def __str__(self) -> str:
-        """Show the bare name."""
-        return self.value
 
 
 class Transaction:
@@ -124,8 +88,8 @@ class Transaction:
     ) -> None:
         self.key = key
         self.store: ResultStore | None = None if store is None else read_store(store)
-        self.commit_mode = _read(CommitMode, commit_mode, "commit_mode")
-        self.isolation_level = _read(IsolationLevel, isolation_level, "isolation_level")
+        self.commit_mode = read_word(CommitMode, commit_mode, "commit_mode")
+        self.isolation_level = read_word(IsolationLevel, isolation_level, "isolation_level")
         self.overwrite = overwrite
         self.write_on_commit = write_on_commit
         self.state = TransactionState.PENDING
@@ -229,7 +193,7 @@ class Transaction:
         bool
             Whether that went well; an error of a hook or of the storage rolls back.
         """
-        done = bool(drive(self._committing()))
+        done = bool(drive(deciding.commit(self)))
         self._tell()
         return done
 
@@ -241,7 +205,7 @@ class Transaction:
         bool
             False if it was final already.
         """
-        done = bool(drive(self._rolling_back()))
+        done = bool(drive(deciding.roll_back(self)))
         self._tell()
         return done
 
@@ -361,13 +325,13 @@ class Transaction:
                 return
             if error is not None and not isinstance(error, Exception):  # Ctrl-C, a request to stop
                 cancelling.cancel(self._pending())
-            yield from self._arriving(heed=error is None)
+            yield from deciding.arrive(self, heed=error is None)
             self._closed = True  # what hooks call is no part of it
-            yield from self._deciding(failed=error is not None)
+            yield from deciding.decide(self, failed=error is not None)
         except BaseException as raised:  # the flow is to stop, or Ctrl-C: nothing is waited for any more
             cancelling.stop(self._pending())
             self._look()
-            yield from self._rolling_back()
+            yield from deciding.roll_back(self)
             if error is None:
                 raise
             error.add_note(f"its transaction was interrupted while it ended: {raised!r}")
@@ -382,24 +346,6 @@ class Transaction:
         self._closed = True
         self._tell()
         self._unlock_if_over()
-
-    def _deciding(self, *, failed: bool) -> Steps:
-        if failed or any(child.is_rolled_back() for child in self.children):
-            yield from self._rolling_back()
-        elif self._parent is None or self.commit_mode is CommitMode.EAGER:
-            if self.commit_mode is CommitMode.OFF:
-                yield from self._rolling_back()
-            else:
-                yield from self._committing()
-        yield from self._leftovers()
-        if self._parent is not None:
-            yield from self._parent._adopt(self)
-
-    def _adopt(self, child: Transaction) -> Steps:
-        """Take over a child that has ended; after the end of this one it shares its fate."""
-        self.children.append(child)
-        if self._closed:
-            yield from self._leftovers()
 
     def _unlock_if_over(self) -> None:
         if self.state in OVER:
@@ -419,88 +365,6 @@ class Transaction:
     def _look(self) -> None:
         for child in self.children:
             child._see()
-
-    def _arriving(self, *, heed: bool) -> Steps:
-        """Wait until the runs that belong here have ended; their values stay where they are."""
-        while pending := self._pending():
-            yield Wait(pending, heed=heed)
-        self._look()
-
-    # -- commit and rollback ----------------------------------------------------------------------
-    def _committing(self) -> Steps:
-        if self.state in OVER:
-            yield from self._leftovers()
-            return False
-        try:
-            yield from self._arriving(heed=True)
-            self._at_once("_write", any(child.on_commit_hooks for child in self.children))
-            for child in list(self.children):
-                yield from child._committing()
-                if child.is_rolled_back():
-                    raise _Undone(child._about())
-            for hook in self.on_commit_hooks:
-                yield from self._calling(hook, "commit")
-            self._write()
-            self.state = TransactionState.COMMITTED
-        except Exception as error:
-            reason = str(error) if isinstance(error, _Undone) else f"{type(error).__name__}: {error}"
-            self._say("ERROR", f"{self._about()} is rolled back instead of committed: {reason}")
-            yield from self._rolling_back()
-            return False
-        except BaseException:
-            yield from self._rolling_back()
-            raise
-        self._unlock()
-        return True
-
-    def _rolling_back(self) -> Steps:
-        if self.state in OVER:
-            yield from self._leftovers()
-            return False
-        self.state = TransactionState.ROLLED_BACK
-        try:
-            yield from self._arriving(heed=False)
-            yield from self._calling_all_back()
-            self._undo()
-            self._at_once("_remove", any(child.on_rollback_hooks for child in self.children))
-            for child in reversed(self.children):
-                yield from child._rolling_back()
-        finally:
-            self._unlock()
-        return True
-
-    def _calling_all_back(self) -> Steps:
-        for hook in reversed(self.on_rollback_hooks):
-            try:
-                yield from self._calling(hook, "rollback")
-            except Exception as error:  # the others run, whatever this one does
-                self._say("ERROR", f"hook {name_of(hook)!r} raised {type(error).__name__}: {error}")
-
-    def _leftovers(self) -> Steps:
-        """Let children that came after the decision share it."""
-        if self.state is TransactionState.COMMITTED:
-            for child in list(self.children):
-                yield from child._committing()
-        elif self.state is TransactionState.ROLLED_BACK:
-            for child in reversed(self.children):
-                yield from child._rolling_back()
-
-    def _calling(self, hook: Hook, kind: str) -> Steps:
-        self._say("INFO", f"Running {kind} hook {name_of(hook)!r}")
-        yield Invoke(hook, (self,), name=name_of(hook))
-
-    def _at_once(self, what: str, one_by_one: bool) -> None:
-        """Ask an object storage for many runs together, if no hook comes in between; what fails is tried again."""
-        far = [child for child in self.children if child._is_far()]
-        if len(far) < 2 or one_by_one or any(child.children for child in self.children):
-            return
-
-        def ask(child: Transaction) -> None:
-            with contextlib.suppress(Exception):
-                getattr(child, what)()
-
-        with ThreadPoolExecutor(LOOKS_AT_ONCE, "penstock-commit") as pool:
-            list(pool.map(ask, far))
 
     def _is_far(self) -> bool:
         """Whether there is a result to see to in an object storage."""
@@ -547,7 +411,7 @@ class Transaction:
     def attempt_ended(self, error: BaseException | None) -> None:
         """The code of a submitted task has ended, and what it opened with it."""
         try:
-            drive(self._committing() if error is None else self._rolling_back())
+            drive(deciding.commit(self) if error is None else deciding.roll_back(self))
         finally:
             self._closed = True
             self._tell()
@@ -557,12 +421,6 @@ class Transaction:
         return _packed({name: self._values[name] for name in self._noted})
 
 
-class _Undone(Exception):
-    """A child could not be committed."""
-
-
-OVER = frozenset({TransactionState.COMMITTED, TransactionState.ROLLED_BACK})
-"""States in which nothing is to be decided any more."""
 _open: ContextVar[Transaction | None] = ContextVar("penstock_transaction", default=None)
 
 
@@ -626,17 +484,6 @@ def _packed(values: dict[str, Any]) -> bytes:
             payload.dumps(value)
             kept[name] = value
     return payload.dumps(kept) if kept else b""
-
-
-def _read(kind: Any, given: Any, name: str) -> Any:
-    if given is None or isinstance(given, kind):
-        return given
-    try:
-        return kind(str(getattr(given, "value", given)).upper())
-    except ValueError:
-        words: Sequence[str] = [str(one) for one in kind]
-        message = f"'{name}' must be one of {', '.join(words)}, got {given!r}."
-        raise errors.ConfigurationError(message) from None
 
 
 def transaction(

@@ -770,6 +770,28 @@ def test_a_key_that_is_recorded_is_committed_at_once(in_flow: InFlow, tmp_path: 
     assert in_flow(lambda: body(4, overwrite=True, write_on_commit=False)) == (False, 3)
 
 
+def test_tasks_in_a_block_that_is_recorded_share_how_it_ends(in_flow: InFlow, seen: Seen) -> None:
+    some = writer(seen, "some")
+    ResultStore().write("report", 1)
+
+    def body(stop: bool) -> Any:
+        with transaction():
+            with transaction("report") as txn:
+                assert txn.is_committed()
+                some.submit()
+            assert seen == []
+            if stop:
+                raise Stop
+        return txn.state
+
+    with pytest.raises(Stop):
+        in_flow(body, True)
+    assert said(seen) == ["rollback some"]
+    seen.clear()
+    assert in_flow(body, False) is TransactionState.COMMITTED
+    assert said(seen) == ["commit some"]
+
+
 def test_a_rollback_writes_nothing_under_the_key(in_flow: InFlow, seen: Seen) -> None:
     def body() -> Any:
         with contextlib.suppress(Stop), transaction("report") as txn:
