@@ -182,11 +182,13 @@ class CrashedRun(RunError):
     Attributes
     ----------
     began : bool or None
-        Whether user code of the attempt had begun; None if nobody knows.
+        Whether the attempt had begun, if only to load its function: it may be to blame. None if nobody knows.
+    called : bool or None
+        Whether the function of the attempt had been called; None if nobody knows.
     shared : int
-        How many other tasks were lost with it, any of which may be to blame.
+        How many other tasks that had begun were lost with it, any of which may be to blame.
     element : int or None
-        Of a chunk that was lost: which of its elements ran last; None if nobody knows.
+        Of a chunk that was lost: which place of its value was at its turn; None if nobody knows.
     excused : bool
         The process was ended in good order: the run goes on elsewhere, at no cost.
     final : bool
@@ -194,6 +196,7 @@ class CrashedRun(RunError):
     """
 
     began: bool | None = None
+    called: bool | None = None
     excused: bool = False
     shared: int = 0
     element: int | None = None
@@ -229,7 +232,17 @@ class TaskTimeout(RunError, TimeoutError):
 
 
 class CancelledRun(RunError):
-    """Somebody asked for the run to stop."""
+    """Somebody asked for the run to stop.
+
+    Attributes
+    ----------
+    began, called, element
+        As those of a `CrashedRun`, where the process was ended to stop it.
+    """
+
+    began: bool | None = None
+    called: bool | None = None
+    element: int | None = None
 
 
 class RunOwnedElsewhere(RunError):

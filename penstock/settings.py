@@ -84,6 +84,9 @@ class Settings:
     debug_mode : bool
         For those who look for an error in penstock itself: tracebacks keep its own lines, and its loggers
         write everything from DEBUG on.
+    server_allow_local_runs : bool
+        Whether `penstock server start` serves with ``--allow-local-runs``: the API then starts `penstock
+        resume` on this machine when somebody asks for a run to go on.
     retention : str
         How long the record keeps a run after its end: "90d", "36h", or "never" to forget none.
     """
@@ -111,6 +114,7 @@ class Settings:
     tracking: Literal["on", "off"] = "on"
     spool_sync: Literal["process", "power"] = "process"
     debug_mode: bool = False
+    server_allow_local_runs: bool = False
     retention: str = "90d"
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
@@ -449,5 +453,6 @@ _CHECKS: Mapping[str, _Check] = {
     "tracking": _switch,
     "spool_sync": _one_of("process", "power"),
     "debug_mode": _truth,
+    "server_allow_local_runs": _truth,
     "retention": _span,
 }

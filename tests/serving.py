@@ -33,10 +33,10 @@ def packed(batch: Batch) -> bytes:
 class Api:
     """The application of a home, asked in this process."""
 
-    def __init__(self, home: Path, rate: float = 1e9) -> None:
+    def __init__(self, home: Path, rate: float = 1e9, hosts: Sequence[str] = ()) -> None:
         self._loop = asyncio.Runner()
         self.service = Service(home)
-        self.app = create_app(self.service, rate=rate)
+        self.app = create_app(self.service, hosts=hosts, rate=rate)
         self.tokens = {scope: self.app.state.keyring.add(scope) for scope in list(Scope)[1:]}
         self.admin = token_path(home).read_text().strip()
         self._lifespan = self.app.router.lifespan_context(self.app)

@@ -295,7 +295,10 @@ class Client:
         Raises
         ------
         ServerError
-            With status 404 if there is no such run, 501 for what cannot be done yet.
+            With status 404 if there is no such run, 403 if this server starts no runs, 501 for what cannot
+            be done yet.
+        RunOwnedElsewhere, ConfigurationError
+            If the run is not in a state for it: its driver lives, it has completed, its code is gone.
         """
         body = {"action": action, "by": by}
         return str(self._connection.ask("POST", f"/runs/{_id(run)}/state", body)["request"])
@@ -303,6 +306,13 @@ class Client:
     def cancel(self, run: str) -> str:
         """Ask a flow run, a task run or a map to stop."""
         return self.set_state(run, "cancel")
+
+    def resume(self, run: str, *, by: str = "client") -> str:
+        """Let the server go on with a flow run that crashed, failed or was cancelled, in a process of its own.
+
+        Only a server that was started with ``--allow-local-runs`` does so; see `set_state`.
+        """
+        return self.set_state(run, "resume", by=by)
 
     # -- the server -------------------------------------------------------------------------
     def version(self) -> dict[str, Any]:

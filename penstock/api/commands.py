@@ -17,6 +17,7 @@ __all__ = ["COMMANDS", "beat", "request", "take"]
 def beat(database: Database, *, holder: str, roots: Mapping[str, int]) -> dict[str, Any]:
     """Renew the leases of a driver and tell it what it has to know; see `penstock.api.leases.beat`."""
     with database.write() as connection:
+        leases.hear_of(connection, holder)  # before the locks of roots, as in `penstock.api.ingest`
         database.lock_roots(connection, roots)
         return leases.beat(connection, holder, roots, write=True)
 

@@ -7,13 +7,20 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from penstock.api.models import FINAL, flow_runs, task_runs
+from penstock.api.models import FINAL, PRESUMED, flow_runs, task_runs
 from penstock.api.rows import select, shown_type
 
 __all__ = ["count_states", "get_activity", "get_durations"]
 
 EDGES = tuple(mantissa * 10.0**power for power in range(-4, 6) for mantissa in (1.0, 2.0, 5.0))
 """Limits of the bins of durations, in seconds."""
+
+_DEAD = flow_runs.alias("dead")  # root flow runs whose driver is presumed dead, and that nobody has taken
+_RUNS = task_runs.outerjoin(_DEAD, sa.and_(_DEAD.c.id == task_runs.c.root, _DEAD.c.rank == PRESUMED))
+_FINAL = task_runs.c.state_type.in_(sorted(FINAL))
+_LEFT = sa.and_(sa.not_(_FINAL), _DEAD.c.id.is_not(None))
+_OVER = sa.or_(_FINAL, _LEFT)
+_ENDED = sa.case((_FINAL, task_runs.c.state_time), else_=_DEAD.c.state_time)
 
 
 def get_activity(
@@ -46,20 +53,20 @@ def get_activity(
     -------
     dict
         ``begin, width`` (seconds), and a list each of ``started``, ``ended``, ``failed`` (these
-        crashed ones included) and ``running`` (at the end of the stretch).
+        crashed ones included) and ``running`` (at the end of the stretch). What a dead driver left has
+        ended when that was noticed.
     """
     column = task_runs.c
     chosen = _chosen(flow_run, root, task)
     begin, end = _span(connection, chosen, after, before, bounded=flow_run is None and root is None)
     width = max((end - begin) / bins, 1e-6)
     at_start = _binned(connection, chosen, column.started, begin, width, bins)
-    final = [*chosen, column.state_type.in_(sorted(FINAL))]
-    at_end = _binned(connection, final, column.state_time, begin, width, bins)
-    bad = [*chosen, column.state_type.in_(["FAILED", "CRASHED"])]
-    failed = _binned(connection, bad, column.state_time, begin, width, bins)
+    at_end = _binned(connection, [*chosen, _OVER], _ENDED, begin, width, bins)
+    bad = [*chosen, sa.or_(column.state_type.in_(["FAILED", "CRASHED"]), _LEFT)]
+    failed = _binned(connection, bad, _ENDED, begin, width, bins)
     running = _running_before(connection, chosen, begin)
     level = []
-    begun = _binned(connection, [*final, column.started.is_not(None)], column.state_time, begin, width, bins)
+    begun = _binned(connection, [*chosen, _OVER, column.started.is_not(None)], _ENDED, begin, width, bins)
     for started, ended in zip(at_start, begun, strict=True):
         running += started - ended
         level.append(max(0, running))
@@ -105,7 +112,8 @@ def _binned(
     bins: int,
 ) -> list[int]:
     place = sa.cast(sa.func.floor((moment - begin) / width), sa.Integer).label("place")
-    query = sa.select(place, sa.func.count()).where(*chosen, moment >= begin, moment <= begin + width * bins)
+    query = sa.select(place, sa.func.count()).select_from(_RUNS)
+    query = query.where(*chosen, moment >= begin, moment <= begin + width * bins)
     counts = [0] * bins
     for index, count in connection.execute(query.group_by(place)):
         counts[max(0, min(bins - 1, int(index)))] += count
@@ -114,10 +122,8 @@ def _binned(
 
 def _running_before(connection: sa.Connection, chosen: Sequence[sa.ColumnElement[bool]], begin: float) -> int:
     column = task_runs.c
-    open_still = sa.or_(column.state_type.not_in(sorted(FINAL)), column.state_time >= begin)
-    query = (
-        sa.select(sa.func.count()).select_from(task_runs).where(*chosen, column.started < begin, open_still)
-    )
+    open_still = sa.or_(sa.not_(_OVER), begin <= _ENDED)
+    query = sa.select(sa.func.count()).select_from(_RUNS).where(*chosen, column.started < begin, open_still)
     return int(connection.execute(query).scalar() or 0)
 
 

@@ -23,6 +23,7 @@ REVISIONS = ("0001", "0002", "0003", "0004")
 """Revisions of the schema, oldest first; the last one is what `models` describes."""
 
 BUSY_TIMEOUT = 10.0
+OUTDATED = 5000  # rows that were updated, after which PostgreSQL gives their old versions' room away
 VERSION_TABLE = sa.Table(
     "alembic_version",
     sa.MetaData(),
@@ -56,6 +57,7 @@ class Database:
         self._statements: dict[str, tuple[str, bool]] = {}
         self._copies: dict[str, tuple[postgres.Copy, Any]] = {}
         self._copied: set[str] = set()  # in this transaction
+        self._outdated: dict[str, int] = {}  # rows by table that have been updated since `tidy`
 
     @property
     def name(self) -> str:
@@ -155,6 +157,14 @@ class Database:
         if not self.is_sqlite:
             postgres.lock_roots(connection, roots)
 
+    def tidy(self) -> None:
+        """Make room for what comes next, between two transactions, if many rows have been updated."""
+        for table, count in self._outdated.items():
+            if count >= OUTDATED:
+                self._outdated[table] = 0
+                with contextlib.suppress(Exception):  # it would have been of use, and no more than that
+                    postgres.reclaim(self.raw_writer(), table)
+
     # -- statements -------------------------------------------------------------------------
     def upsert(
         self, connection: sa.Connection, name: str, statement: Upsert, rows: Sequence[tuple[Any, ...]]
@@ -167,6 +177,8 @@ class Database:
         if not rows:
             return
         if not self.is_sqlite:
+            if len(statement.order) > 1:  # states, which come to rows that are there
+                self._outdated[statement.table.name] = self._outdated.get(statement.table.name, 0) + len(rows)
             keys = [statement.columns.index(key) for key in statement.keys]
             if len(rows) >= postgres.COPY_FROM:
                 self._copy(connection, name, statement, rows)

@@ -221,7 +221,7 @@ class EmbeddedStore:
     def _write(self, what: str, **details: Any) -> Any:
         if what == "beat" and self.database.path is not None:
             # Here the lock on its spool says that a driver lives, so it has nothing to write.
-            if not self.database.path.exists():
+            if not details["roots"] or not self.database.path.exists():
                 return {"lost": [], "presumed": [], "requests": []}
             with self.database.read() as connection:
                 return leases.beat(connection, **details, write=False)

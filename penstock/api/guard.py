@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["INGEST_BODY", "Guard"]
+__all__ = ["INGEST_BODY", "Guard", "is_local"]
 
 BODY = 4 << 20
 INGEST_BODY = 1 << 20
@@ -86,7 +86,7 @@ class Guard:
                 "This server is not addressed by that name; `penstock server start --allowed-host` adds one.",
             )
         if scope["method"] not in {"GET", "HEAD"}:
-            if not _same_origin(headers, host, scope["scheme"]):
+            if not self._same_origin(headers, host, scope["scheme"]):
                 return 403, "Requests from other sites change nothing here."
             kind = headers.get("content-type", "").split(";")[0].strip().lower()
             if _has_body(headers) and kind not in TYPES and kind != FORMS.get(scope["path"]):
@@ -99,6 +99,20 @@ class Guard:
         if scope["path"] not in UNMETERED and not self._meter.admit(_sender(scope, headers)):
             return 429, "Too many requests; slow down."
         return None
+
+    def _same_origin(self, headers: Headers, host: str, scheme: str) -> bool:
+        site = headers.get("sec-fetch-site")
+        if site is not None and site not in {"same-origin", "none"}:
+            return False
+        origin = headers.get("origin")
+        if origin is None:
+            return True  # no browser leaves it out of a request that changes something
+        parts = urlsplit(origin)
+        if parts.netloc.lower() != host.lower():
+            return False
+        # Behind a proxy with TLS a page of ours is https, and what reaches us is not. Only names that somebody
+        # has let in have such a proxy; one of this machine with https is another program's.
+        return parts.scheme == scheme or (parts.scheme == "https" and not is_local(host))
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         limit, deadline = _limit(scope), time.monotonic() + BODY_SECONDS
@@ -129,21 +143,15 @@ def _has_body(headers: Headers) -> bool:
     return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
 
 
+def is_local(host: str) -> bool:
+    """Whether a Host header names this machine in a way that only this machine uses."""
+    return _name(host) in LOCAL
+
+
 def _name(host: str) -> str:
     """Return a host without its port."""
     name, colon, port = host.rpartition(":")
     return (name if colon and port.isascii() and port.isdigit() else host).lower()
-
-
-def _same_origin(headers: Headers, host: str, scheme: str) -> bool:
-    site = headers.get("sec-fetch-site")
-    if site is not None and site not in {"same-origin", "none"}:
-        return False
-    origin = headers.get("origin")
-    if origin is None:
-        return True  # no browser leaves it out of a request that changes something
-    parts = urlsplit(origin)
-    return parts.scheme == scheme and parts.netloc.lower() == host.lower()
 
 
 def _sender(scope: Scope, headers: Headers) -> str:

@@ -23,6 +23,8 @@ _EVENTS = Upsert(events, [column.name for column in events.columns])
 _WRITERS = Upsert(writers, ["writer", "acknowledged", "seen"], conflict=["writer"])
 _NOBODY = "0" * 32
 _MANY = 500  # values in one IN list
+LARGE = 4096  # bytes of an event that is about many elements of a map
+PORTION = 256 << 10  # bytes of such events in one transaction
 
 
 @dataclass(slots=True)
@@ -53,11 +55,16 @@ def ingest(database: Database, batches: Sequence[Batch]) -> dict[str, int]:
     Raises
     ------
     sqlalchemy.exc.OperationalError
-        If the database takes nothing now; then nothing of the batches is committed.
+        If the database takes nothing now; then not all of the batches is committed.
     """
+    if not database.is_sqlite and len(portions := list(_portions(batches))) > 1:
+        committed: dict[str, int] = {}
+        for portion in portions:
+            committed |= ingest(database, portion)
+        return committed
     try:
         with database.write() as connection:
-            return _commit(database, connection, batches)
+            done = _commit(database, connection, batches)
     except (
         sa.exc.DataError,
         sa.exc.IntegrityError,
@@ -67,13 +74,36 @@ def ingest(database: Database, batches: Sequence[Batch]) -> dict[str, int]:
         ValueError,
     ):
         # Some event holds what the database cannot take, and must not hold up the others.
-        done: dict[str, int] = {}
+        done = {}
         for half in _halves(batches):
             done |= ingest(database, half)
         if done:
             return done
         with database.write() as connection:
             return _commit(database, connection, batches, trusted=False)
+    database.tidy()
+    return done
+
+
+def _portions(batches: Sequence[Batch]) -> Iterator[list[Batch]]:
+    """Yield batches with not too many elements of maps in each transaction, for `Database.tidy` in between.
+
+    PostgreSQL can give the room of the rows that one transaction has replaced to the next one only.
+    """
+    portion: list[Batch] = []
+    size = 0
+    for batch in batches:
+        begin = 0
+        for end, payload in enumerate(batch.payloads, 1):
+            size += len(payload) if len(payload) > LARGE else 0
+            if size > PORTION:
+                yield [*portion, Batch(batch.writer, batch.first + begin, batch.payloads[begin:end])]
+                portion, begin, size = [], end, 0
+        if begin < len(batch.payloads) or not batch.payloads:
+            rest = batch.payloads[begin:]
+            portion.append(batch if begin == 0 else Batch(batch.writer, batch.first + begin, rest))
+    if portion:
+        yield portion
 
 
 def _halves(batches: Sequence[Batch]) -> Iterator[list[Batch]]:

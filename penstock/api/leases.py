@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from penstock.api import requests
 from penstock.api.db import Upsert
-from penstock.api.models import flow_runs, leases
+from penstock.api.models import flow_runs, leases, writers
 from penstock.errors import ConfigurationError, RunOwnedElsewhere
 
 LEASE = 30.0
@@ -90,6 +90,12 @@ def renew(connection: sa.Connection, holder: str, roots: Mapping[str, int]) -> N
     kept = [{"r": root, "e": epoch} for root, epoch in roots.items() if root in known]
     if kept:
         connection.execute(mine, kept)
+
+
+def hear_of(connection: sa.Connection, writer: str) -> None:
+    """Note that a driver lives, whatever it owns: its task runs outside of flows have no lease of their own."""
+    now = store_time(connection)
+    connection.execute(writers.update().where(writers.c.writer == writer).values(seen=now))
 
 
 def insert(connection: sa.Connection, lease: Lease) -> bool:

@@ -61,7 +61,7 @@ def get_past(connection: sa.Connection, root: str) -> dict[str, Any] | None:
         "type": run["state_type"],
         "host": run["host"],
         "pid": run["pid"],
-        "entry": _entry(connection, root),
+        "entry": entry_of(connection, root),
         "tasks": [],
         "maps": [],
         "flows": [],
@@ -138,7 +138,8 @@ def _calls_of(
     found["maps"] += by_map.values()
 
 
-def _entry(connection: sa.Connection, root: str) -> dict[str, Any]:
+def entry_of(connection: sa.Connection, root: str) -> dict[str, Any]:
+    """Return how a root flow run was started, as `penstock.engine.entry` described it; empty if nothing is known."""
     query = sa.select(events.c.data, events.c.epoch).where(events.c.run == root, events.c.kind == "flow_run")
     for row in connection.execute(query.order_by(events.c.epoch.desc())):
         event = read(row.data)

@@ -1,4 +1,4 @@
-"""The reaper: flow runs whose driver is dead are Crashed, and those whose driver is well never are.
+"""The reaper: runs whose driver is dead are Crashed, and those whose driver is well never are.
 
 What proves death: the driver's spool lies in our home and nobody holds its lock (at once), or,
 where runs and store share nothing but a connection, `LEASE` seconds without a sign of life. Only
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
+from penstock.api import strays
 from penstock.api.db import Database
 from penstock.api.ingest import ingest
 from penstock.api.leases import LEASE, NOBODY, Lease, find, free, store_time
@@ -29,6 +30,8 @@ EVERY = 5.0
 """Seconds between two looks of a server."""
 PAUSE = 10.0
 """Seconds without a look after which the reaper trusts no lease that it did not see renewed."""
+TOGETHER = 5000
+"""Events in one transaction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +93,19 @@ class Reaper:
             now = store_time(connection) if now is None else now
             self._grant(begun, now)
             suspects = self._suspects(connection, now)
+            left = self._strays(connection, now)
         self.dead.clear()
-        if not suspects or time.monotonic() - begun > PAUSE:  # we were stopped in between: look again
+        if (
+            not (suspects or left) or time.monotonic() - begun > PAUSE
+        ):  # we were stopped in between: look again
             return []
         with self.database.write() as connection:
             self.database.lock_roots(connection, [one.root for one in suspects])
             dead = [one for one in suspects if free(connection, one.root, one.epoch, one.lease)]
-        if dead:
-            batch = Batch(secrets.token_hex(16), 1, [pack(_event(one, now)) for one in dead])
-            ingest(self.database, [batch])
+        told = [*(_event(one, now) for one in dead), *left]
+        for start in range(0, len(told), TOGETHER):
+            packed = [pack(event) for event in told[start : start + TOGETHER]]
+            ingest(self.database, [Batch(secrets.token_hex(16), 1, packed)])
         return [one.root for one in dead]
 
     def _grant(self, begun: float, now: float) -> None:
@@ -130,16 +137,35 @@ class Reaper:
         writer, seen = _writer(connection, row.id)
         if lease is not None and lease.holder != NOBODY:
             writer = lease.holder
-        driver = f"its driver (pid {row.pid} on {row.host})"
+        heard = max(lease.renewed if lease is not None else 0.0, seen or row.created or 0.0)
+        return self._death(writer, heard, (row.host, row.pid, row.created), now)
+
+    def _strays(self, connection: sa.Connection, now: float) -> list[Event]:
+        """Return what is to be said of task runs outside of flows."""
+        found: list[Event] = []
+        for one in strays.drivers_of_open_runs(connection):
+            reason = self._death(one.writer, one.seen, (one.host, one.pid, one.since), now)
+            if reason:
+                found += strays.presumptions(connection, one, reason, now)
+        return found
+
+    def _death(
+        self, writer: str, heard: float, process: tuple[str | None, int | None, float | None], now: float
+    ) -> str:
+        """Return why a driver must be dead; empty if it may live.
+
+        `process`: its host, its number there, and a moment at which it was running.
+        """
+        host, pid, since = process
+        driver = f"its driver (pid {pid} on {host})" if pid else "its driver"
         lives = writer_lives(self._spool, writer) if self._spool is not None and writer else None
         if lives is None and writer in self.dead:
             lives = False
         if lives is not None:
             return "" if lives else f"{driver} died"
         if self._local:
-            gone = row.host == HOST and row.pid and not _runs(row.pid, row.created)
+            gone = host == HOST and pid and not _runs(pid, since)
             return f"{driver} died" if gone else ""
-        heard = max(lease.renewed if lease is not None else 0.0, seen or row.created or 0.0)
         silent = now - max(heard, self._granted)
         return (
             f"{driver} is presumed dead: nothing was heard of it for {now - heard:.0f} s"

@@ -338,11 +338,13 @@ class Wish(BaseModel):
 
 
 class Granted(BaseModel):
-    """A request that was written down; its run has to be reached yet."""
+    """A request that was written down: the run has to be reached yet, or its process has been started."""
 
     request: str
     run: str
     action: Action
+    pid: int | None = Field(default=None, description="Process on the server's machine that resumes the run.")
+    log: str | None = Field(default=None, description="File in PENSTOCK_HOME to which its output goes.")
 
 
 class Health(BaseModel):
@@ -360,3 +362,4 @@ class Version(BaseModel):
     schema_: str = Field(alias="schema", description="Of the database.")
     database: Literal["sqlite", "postgresql"]
     python: str
+    local_runs: bool = Field(description="Whether this server resumes runs when it is asked to.")

@@ -19,6 +19,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from penstock.api.app import create_app
+from penstock.api.local_runs import LocalRuns
 from penstock.api.note import remove_note, write_note
 from penstock.api.service import Service
 from penstock.engine import destination
@@ -39,6 +40,8 @@ def serve(
     port: int = PORT,
     hosts: Sequence[str] = (),
     tell: Callable[[str], None] = lambda text: None,
+    *,
+    local_runs: bool = False,
 ) -> None:
     """Serve a home until SIGTERM or Ctrl-C; what was taken by then is committed.
 
@@ -54,13 +57,21 @@ def serve(
         Names by which the server may be addressed besides those of this machine.
     tell : callable
         Gets the text that says where the server is and how to log in, once it answers.
+    local_runs : bool
+        Start runs on this machine when somebody asks for them to go on; only where nobody else can
+        reach the server.
 
     Raises
     ------
     ConfigurationError
-        If the address cannot be used, others could reach the server without `hosts`, or another
-        server has the home.
+        If the address cannot be used, others could reach the server without `hosts`, or ask it to
+        start runs, or another server has the home.
     """
+    if local_runs and not _is_loopback(host):
+        raise ConfigurationError(
+            f"--allow-local-runs lets whoever asks start code on this machine, and --host {host} lets other machines "
+            "ask: leave out one of the two."
+        )
     if not _is_loopback(host) and not hosts:
         raise ConfigurationError(
             f"--host {host} lets other machines in: name this one as they will address it, with --allowed-host NAME."
@@ -75,6 +86,7 @@ def serve(
             raise
         url = f"http://{_as_host('127.0.0.1' if _is_anywhere(host) else host)}:{listening.getsockname()[1]}"
         service.store.destinations.add(destination.server(url))  # what drivers of this home left for it
+        service.local_runs = LocalRuns(service, url) if local_runs else None
         write_note(home, url)
         config = uvicorn.Config(
             app,

@@ -14,6 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from penstock.api.embedded import EmbeddedStore
+from penstock.api.local_runs import LocalRuns
 from penstock.api.note import is_alive, read_note, take_lock
 from penstock.api.refusals import refusal
 from penstock.api.writer import Writer
@@ -51,6 +52,7 @@ class Service:
         self.started = time.time()
         self.swept = 0.0
         self.streams = 0
+        self.local_runs: LocalRuns | None = None  # where nobody has allowed it, no run is started
         self.stopping = threading.Event()
         self.store = EmbeddedStore(home, serves=True)
         self.database = self.store.database

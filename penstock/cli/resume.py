@@ -34,12 +34,23 @@ def resume(
     runner: Annotated[
         str | None, typer.Option("--runner", metavar="RUNNER", help="Where tasks run; as before by default.")
     ] = None,
+    on_server: Annotated[
+        bool,
+        typer.Option(
+            "--on-server", help="Let the server of the run do it, in a process of its own, and return."
+        ),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no summary.")] = False,
 ) -> None:
     """Continue a run: task runs with stored results are not executed again.
 
     The exit code is that of `penstock run`.
     """
+    if on_server:
+        if takeover or rerun or runner:
+            stop("--on-server takes none of --takeover, --rerun and --runner.", 2)
+        _leave_to_server(run)
+        return
     from penstock.cli.display import Display
     from penstock.cli.run import choose_runner, outcome_of, show_error
     from penstock.cli.target import Target
@@ -65,6 +76,19 @@ def resume(
         print(f"{past.reused} task runs reused, {past.again} that had begun computed again", file=sys.stderr)
     display.finish(f"penstock runs show {resumption.name}")
     raise typer.Exit(code)
+
+
+def _leave_to_server(text: str) -> None:
+    from penstock.api.client import get_client
+    from penstock.cli.store import connected, find, person
+
+    with connected() as store:
+        found = find(store, text)
+    with get_client() as client:
+        client.resume(found["id"], by=person())
+        print(
+            f"the server at {client.url} goes on with {clean(found['name'])}: penstock runs show {clean(found['name'])}"
+        )
 
 
 def _told(text: str) -> dict[str, Any]:

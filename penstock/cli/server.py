@@ -27,6 +27,14 @@ AllowedOption = Annotated[
     list[str] | None,
     typer.Option("--allowed-host", help="A name by which other machines address this one. Repeat it."),
 ]
+LocalRunsOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--allow-local-runs/--no-local-runs",
+        help="Let the API start `penstock resume` on this machine; PENSTOCK_SERVER_ALLOW_LOCAL_RUNS by default, off.",
+        show_default=False,
+    ),
+]
 BackgroundOption = Annotated[bool, typer.Option("--background", help="Return once the server answers.")]
 
 
@@ -61,22 +69,33 @@ def start(
     port: PortOption = 4270,
     allowed_host: AllowedOption = None,
     background: BackgroundOption = False,
+    local_runs: LocalRunsOption = None,
 ) -> None:
     """Serve the record of this machine to drivers, commands and browsers."""
     import importlib.util
 
     from penstock.errors import MissingExtra
+    from penstock.settings import settings
 
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingExtra(f"The server needs {' and '.join(missing)}: pip install 'penstock[server]'.")
+    allowed = settings().server_allow_local_runs if local_runs is None else local_runs
     if background:
-        _start_in_background(["--host", host, "--port", str(port)], allowed_host or [])
+        switch = "--allow-local-runs" if allowed else "--no-local-runs"
+        _start_in_background(["--host", host, "--port", str(port), switch], allowed_host or [])
         return
     from penstock.api.server import log_to_stderr, serve
 
     log_to_stderr()
-    serve(_home(), host, port, allowed_host or [], lambda text: print(text, flush=True))
+    serve(
+        _home(),
+        host,
+        port,
+        allowed_host or [],
+        lambda text: print(text, flush=True),
+        local_runs=allowed,
+    )
 
 
 def _start_in_background(arguments: list[str], allowed: list[str]) -> None:

@@ -7,7 +7,7 @@ import threading
 from dataclasses import replace
 from typing import Any
 
-from penstock.engine import waiting
+from penstock.engine import heartbeat, waiting
 from penstock.engine.context import Scope, current
 from penstock.engine.events import bus
 from penstock.engine.journal import Journal
@@ -64,6 +64,7 @@ def _session_of(runner: TaskRunner) -> Session:
         session = _loose.get(id(runner))
         if session is None:
             start_tracking()
+            heartbeat.begin_loose()
             session = _loose[id(runner)] = Session(runner, Journal(bus.publish))
             runner.on_exit(lambda: _end(runner))
         return session

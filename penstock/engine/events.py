@@ -12,7 +12,7 @@ Kinds and their bodies
 ``task_run``
     A task run exists. ``flow_run, parent`` (the task run that submitted it, or None), ``task,
     name, tags, parameters, upstream`` (list of ``[parameter, run id]``), ``child_flow_run``
-    (only for the row that stands for a nested flow).
+    (only for the row that stands for a nested flow). Outside of flows also ``host, pid`` of its driver.
 ``task``
     A task is used for the first time in a session; ``run`` is the root run. ``task, key`` (name of its
     code), ``version, description``.

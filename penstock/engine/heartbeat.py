@@ -1,7 +1,7 @@
 """The driver's side of liveness: says that it lives, hears what it is asked for, notices what it lost.
 
 One daemon thread asks the store once a second, while there are root flow runs; every fifth time it
-renews their leases. It is started by the tracking when that loads the store, so that a script of a
+renews their leases. For task runs outside of flows it says every five seconds that the driver lives. It is started by the tracking when that loads the store, so that a script of a
 second never pays for it. A store that does not answer changes nothing: the driver goes on, and
 stops for nobody whom it does not hear.
 """
@@ -34,7 +34,7 @@ LONGEST = 5.0  # … to a store that does not answer
 
 
 class Heart:
-    """Beats for the root flow runs of this process.
+    """Beats for the runs of this process.
 
     Parameters
     ----------
@@ -83,10 +83,11 @@ class Heart:
         """Ask once."""
         roots = {root: one for root, one in living.roots.items() if not one.lost}
         writer = self._tracker.writer
-        if not roots or not writer:
-            return
         due = time.monotonic() - self._beat >= BEAT
-        for holder in {owned.holder or writer for owned in roots.values()}:
+        loose = set(self._tracker.writers) if living.loose and due else set()
+        if not writer:
+            return
+        for holder in {owned.holder or writer for owned in roots.values()} | loose:
             mine = {root: owned for root, owned in roots.items() if (owned.holder or writer) == holder}
             for owned in mine.values():
                 owned.holder = holder
@@ -147,6 +148,11 @@ class Heart:
 def begin(flow_run: FlowRun, journal: Journal) -> None:
     """A root flow run begins: from now on this process says that it lives."""
     living.own(flow_run, journal)
+
+
+def begin_loose() -> None:
+    """A task is about to run outside of flows: from now on this process says that it lives, until its end."""
+    living.begin_loose()
 
 
 def _start(tracker: Tracker) -> Callable[[], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from penstock.engine.summary import describe_all
 if TYPE_CHECKING:
     from penstock.engine.calls import FlowRun, TaskRun
     from penstock.engine.past import Past
+    from penstock.engine.states import Position
 
 PRESENT = 0
 TERMINAL = 2
@@ -159,6 +161,17 @@ class Journal:
             rank = TERMINAL if run.done and run.type.is_final else PRESENT
             self.write("state", run.id, run.root, _state(run, details), run.attempt, rank)
 
+    def task_passed(self, run: TaskRun, position: Position, message: str, **details: Any) -> None:
+        """A task run was in a state that is over already; nobody has seen it there."""
+        if run.tracked:
+            body = {
+                **_state(run, details),
+                "type": str(position.type),
+                "name": position.name,
+                "message": message,
+            }
+            self.write("state", run.id, run.root, body, position.attempt, PRESENT)
+
     def add(self, run: TaskRun, details: dict[str, Any]) -> None:
         """A task run has ended; told with the next `write_out`, together with its neighbours."""
         if run.tracked:
@@ -247,7 +260,11 @@ def _died(kind: str, attempt: int) -> dict[str, Any]:
 
 
 def _about(run: TaskRun, parameters: dict[str, Any]) -> dict[str, Any]:
+    outside = run.flow_run is None and run.surrounding is None
     return {
+        **(
+            {"host": events.HOST, "pid": os.getpid()} if outside else {}
+        ),  # else its flow run tells who drives it
         "flow_run": run.flow_run.id if run.flow_run else None,
         "parent": run.surrounding.id if run.surrounding else None,
         "task": run.task.name,

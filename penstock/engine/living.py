@@ -1,7 +1,7 @@
 """What runs in this process right now: found by id when somebody asks for an end.
 
-Root flow runs are owned: a driver says for them that it lives (`penstock.engine.heartbeat`). Flow
-runs, whether roots or within others, are registered from their row to their end, so that each can
+Root flow runs are owned: a driver says for them that it lives (`penstock.engine.heartbeat`), and once
+it has run tasks outside of flows it says so until its end. Flow runs, whether roots or within others, are registered from their row to their end, so that each can
 be cancelled (`penstock.engine.cancelling`).
 """
 
@@ -57,13 +57,22 @@ class Owned:
 
 
 class Living:
-    """The runs of this process that have not ended."""
+    """The runs of this process that have not ended.
+
+    Attributes
+    ----------
+    wake : Event
+        There is something to say for.
+    loose : bool
+        This process has run tasks outside of flows.
+    """
 
     def __init__(self) -> None:
         self._gate = threading.Lock()
         self._roots: dict[str, Owned] = {}
         self._flows: dict[str, LiveFlow] = {}
-        self.wake = threading.Event()  # there is a root
+        self.wake = threading.Event()
+        self.loose = False
 
     def own(self, flow_run: FlowRun, journal: Journal) -> Owned:
         """Take note of a root flow run; one that is known under this id stays the same."""
@@ -78,8 +87,13 @@ class Living:
         """A root flow run has ended."""
         with self._gate:
             self._roots.pop(run_id, None)
-            if not self._roots:
+            if not self._roots and not self.loose:
                 self.wake.clear()
+
+    def begin_loose(self) -> None:
+        """A task is about to run outside of flows."""
+        self.loose = True
+        self.wake.set()
 
     @property
     def roots(self) -> dict[str, Owned]:

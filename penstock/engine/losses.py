@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from penstock import errors
 from penstock.engine import outcomes, remaking
+from penstock.engine.executions import spelled, was_executed
 from penstock.engine.states import StateType, advance
 
 if TYPE_CHECKING:
@@ -90,10 +91,10 @@ def lost(session: Session, run: TaskRun, report: Report) -> None:
         excuses=run.excuses,
     )
     run.error = cause.of_run(run.id) if isinstance(cause, errors.RunError) else cause
-    details: dict[str, Any] = {"cause": type(cause).__name__, "began": _began(cause)}
+    details: dict[str, Any] = {"cause": type(cause).__name__, "began": spelled(getattr(cause, "began", None))}
     message = _message(cause, run.attempt)
     if verdict is Verdict.CRASHED:
-        if not options.idempotent and _began(cause) != "no":
+        if not options.idempotent and getattr(cause, "began", None) is not False:
             message += "; it is not tried again, since it may have begun and must not run twice"
         session.settle(run, StateType.CRASHED, None, message, **details)
     elif verdict is Verdict.CHARGED:
@@ -101,24 +102,31 @@ def lost(session: Session, run: TaskRun, report: Report) -> None:
         outcomes.try_again(session, run, 0.0, message, details)
     elif verdict is Verdict.SUSPECT:
         run.suspicions += 1
-        run.excuses += 1
+        details["began"] = _excuse(run, was_executed(cause))
         details["shared"] = getattr(cause, "shared", 0)
         _wait_again(session, run, "Quarantined", f"{message}; it runs again apart from others", details)
     elif verdict is Verdict.EXCUSED:
-        run.excuses += 1
+        details["began"] = _excuse(run, was_executed(cause))
         outcomes.try_again(session, run, 0.0, message, details)
     else:
-        run.excuses += 1
-        run.unbegun += 1
+        _excuse(run, False)
         _wait_again(session, run, "Rescheduled", message, details)
+
+
+def _excuse(run: TaskRun, executed: bool | None) -> str:
+    """A loss at no cost, and no attempt either if the function had not been called; answer how that is spelled."""
+    run.excuses += 1
+    run.unbegun += executed is False
+    return spelled(executed)
 
 
 def chunk_lost(session: Session, chunk: Chunk, report: Report) -> None:
     """A chunk was lost: whatever has no record of its end runs again.
 
-    If its worker died, only the element that ran at that moment is to blame. Those before it had
-    run, and run again at no cost; those behind it had not begun. Where nobody can tell which one it
-    was, all of them go alone from now on, and the next loss tells.
+    If its worker died, only the element that ran at that moment is to blame, in the stage that was at
+    its turn. What had its turn before has run, and runs again at no cost; what comes behind had not
+    begun. Where nobody can tell which one it was, all of them go alone from now on, and the next loss
+    tells.
     """
     cause = report.cause
     if not isinstance(cause, (errors.WorkerLost, errors.OutOfMemory, errors.CancelledRun)):
@@ -126,29 +134,33 @@ def chunk_lost(session: Session, chunk: Chunk, report: Report) -> None:
             if not run.done and run.key is chunk.key:
                 lost(session, run, report)
         return
-    began, element = getattr(cause, "began", None), getattr(cause, "element", None)
-    killed = not isinstance(cause, errors.CancelledRun)
-    for stage in chunk.stages:
-        for number, run in enumerate(stage):
-            if run.done or run.key is not chunk.key:
-                continue
-            if killed and element == number and began is not False:
-                lost(session, run, report)
-            elif (
-                killed and began is not False and (element is None or number < element) and not run.cancelling
-            ):
-                run.excuses += 1
-                details = {"cause": type(cause).__name__, "began": "unknown" if element is None else "yes"}
-                message = f"lost with its worker, which another element may have killed: {cause}"
-                _note(session, run, "Rescheduled", message, details)
-                session.put_back(run)
-            else:
-                outcomes.not_run(session, run)
-    if killed and element is None and began is not False:
+    element = getattr(cause, "element", None)
+    killed = not isinstance(cause, errors.CancelledRun) and cause.began is not False
+    left = [(place, run) for place, run in enumerate(chunk.runs) if not run.done and run.key is chunk.key]
+    for place, run in left:  # before any is put back: that takes back what follows it
+        executed = was_executed(cause, place, chunk.count)
+        known = executed or (executed is None and killed)
+        if known and not run.cancelling and not (killed and place == element):
+            _not_to_blame(session, run, cause, executed)
+    for place, run in left:
+        if killed and place == element:
+            lost(session, run, report)
+        elif run.key is chunk.key and not run.done:
+            outcomes.not_run(session, run)
+    if killed and element is None:
         for stage in chunk.stages:
             mapped = next((run.mapped for run in stage if run.mapped is not None), None)
             if mapped is not None and mapped.packer is not None:
                 mapped.packer.part()
+
+
+def _not_to_blame(session: Session, run: TaskRun, cause: Exception, executed: bool | None) -> None:
+    """An element has run for nothing: its chunk was lost because of another one."""
+    why = "which another element may have killed"
+    if isinstance(cause, errors.CancelledRun):
+        why = "which was ended to stop another element"
+    details = {"cause": type(cause).__name__, "began": _excuse(run, executed)}
+    _note(session, run, "Rescheduled", f"lost with its worker, {why}: {cause}", details)
 
 
 def _without_input(session: Session, run: TaskRun, cause: errors.ResultLost) -> None:
@@ -161,10 +173,6 @@ def _without_input(session: Session, run: TaskRun, cause: errors.ResultLost) -> 
         message = f"{cause}; the object that was put may have changed since, so it is not put again"
         run.error = errors.ResultLost(message).of_run(run.id)
         session.settle(run, StateType.CRASHED, None, message, **details)
-
-
-def _began(cause: Exception) -> str:
-    return {True: "yes", False: "no", None: "unknown"}[getattr(cause, "began", None)]
 
 
 def _message(cause: Exception, attempt: int) -> str:

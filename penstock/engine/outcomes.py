@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from penstock.engine.calls import TaskRun
     from penstock.engine.chunks import Chunk
     from penstock.engine.session import Session
+    from penstock.runners.base import Key
 
 
 def chunk_ended(session: Session, chunk: Chunk, record: dict[str, Any], worker: str) -> None:
     """A chunk has come to an end: each of its elements in its own way; some it may not have run at all."""
     worker = worker or record["worker"] or f"{record['host']}:{record['pid']}"
     done, odd = record["done"], record["odd"]
+    session.made.add_chunk(chunk)
     _learn(chunk, record)
     place = -1
     for runs, column in zip(chunk.stages, record["stages"], strict=True):
@@ -35,6 +37,8 @@ def chunk_ended(session: Session, chunk: Chunk, record: dict[str, Any], worker: 
                 continue
             own = odd.get(place)
             if number >= done or (own is not None and _was_spared(run, own)):
+                if own is not None and own["status"] == "cancelled":
+                    _interrupted(session, run)
                 not_run(session, run)
             elif own is not None or run.task.options.timeout_seconds is not None:
                 element = invoke.element_record(record, place) or {}
@@ -54,6 +58,14 @@ def chunk_ended(session: Session, chunk: Chunk, record: dict[str, Any], worker: 
 def _was_spared(run: TaskRun, own: dict[str, Any]) -> bool:
     """Whether an element has to run again: it lacked what it needs, or another one was to be stopped."""
     return own["status"] == "upstream" or (own["status"] == "cancelled" and not run.cancelling)
+
+
+def _interrupted(session: Session, run: TaskRun) -> None:
+    """Its code was at work when another element was to be stopped: an attempt at no cost."""
+    run.excuses += 1
+    run.position = advance(run.position, StateType.PENDING, "Rescheduled")
+    run.message = "interrupted, since another element of its chunk was to be stopped; it runs again"
+    session.journal.task_state(run, cause="CancelledRun", began="unknown")
 
 
 def _learn(chunk: Chunk, record: dict[str, Any]) -> None:
@@ -90,13 +102,13 @@ def started(session: Session, run: TaskRun) -> None:
         session.hooks.started(run)
     timeout = run.task.options.timeout_seconds
     if timeout is not None:
-        attempt = run.attempt
-        run.alarm = clock.call_later(timeout, lambda: session.later(lambda: expired(session, run, attempt)))
+        key = run.key
+        run.alarm = clock.call_later(timeout, lambda: session.later(lambda: expired(session, run, key)))
 
 
-def expired(session: Session, run: TaskRun, attempt: int) -> None:
-    """The deadline has passed: the run is over, whether its code stops or not."""
-    if run.done or run.attempt != attempt:
+def expired(session: Session, run: TaskRun, key: Key | None) -> None:
+    """The deadline of what was sent under a key has passed: it is over, whether its code stops or not."""
+    if run.done or run.key is not key:
         return
     ref = run.ref
     session.forget(run)
@@ -259,10 +271,10 @@ def _ask(session: Session, run: TaskRun, delay: float, state: State, details: di
     state.state_details = {"task_run_id": run.id, "attempt": run.attempt}
     if not run.direct:
         session.forget(run)  # the attempt is over, whatever becomes of its worker meanwhile
-    attempt = run.attempt
+    failures = run.failures
 
     def decide(again: bool) -> None:
-        if run.done or run.attempt != attempt:  # cancelled meanwhile
+        if run.done or run.failures != failures:  # cancelled meanwhile
             return
         if again and not run.cancelling:
             try_again(session, run, delay, state.message, details)

@@ -15,6 +15,7 @@ from penstock.engine.calls import Call, Source
 
 if TYPE_CHECKING:
     from penstock.engine.calls import TaskRun
+    from penstock.engine.chunks import Chunk
     from penstock.engine.mapped import Mapped
     from penstock.runners.base import Key
 
@@ -82,6 +83,7 @@ class Made:
 
     def __init__(self) -> None:
         self._runs: dict[Key, list[weakref.ref[TaskRun]]] = {}
+        self._counts: dict[Key, int] = {}  # elements of the chunks with several stages
         self._sweep_at = 1_000
 
     def add(self, runs: Sequence[TaskRun]) -> None:
@@ -91,7 +93,17 @@ class Made:
         self._runs.setdefault(key, []).extend(map(weakref.ref, runs))
         if len(self._runs) > self._sweep_at:  # dearer than forgetting each, but not for each
             self._runs = {key: weak for key, weak in self._runs.items() if any(one() for one in weak)}
+            self._counts = {key: count for key, count in self._counts.items() if key in self._runs}
             self._sweep_at = 2 * len(self._runs) + 1_000
+
+    def add_chunk(self, chunk: Chunk) -> None:
+        """Remember how many elements a chunk has, if that is needed to know which run has which place."""
+        if len(chunk.stages) > 1:
+            self._counts[chunk.key] = chunk.count
+
+    def count(self, key: Key | None) -> int:
+        """Return how many elements a chunk has; 0 if it has one stage, or is none."""
+        return 0 if key is None else self._counts.get(key, 0)
 
     def find(self, key: Key) -> list[TaskRun]:
         """Return the runs whose value has a key, as far as somebody still holds them."""

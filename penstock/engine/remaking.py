@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from penstock import errors
 from penstock.engine import invoke, recipes
-from penstock.engine.failure import Failure
+from penstock.engine.executions import spelled, was_executed
 from penstock.engine.graph import sources_of
-from penstock.engine.states import StateType, advance
+from penstock.engine.states import Position, StateType, advance
 
 if TYPE_CHECKING:
     from penstock.engine.calls import TaskRun
     from penstock.engine.session import Session
-    from penstock.runners.base import Report
+    from penstock.runners.base import Key, Report
 
 REASON = "lost_result"
 
@@ -29,33 +29,41 @@ def made_again(session: Session, runs: Sequence[TaskRun], report: Report) -> Non
     record = invoke.read_record(report.record)
     worker = report.worker or record["worker"]
     for run in runs:
-        if record["status"] != "chunk":
-            _made_again(session, run, record, max(report.nbytes, record["nbytes"]), worker)
-            continue
-        own = invoke.element_record(record, run.place)
-        if own is None:  # this time the chunk ended before it
-            gone(session, run, errors.ResultLost(f"the value of {run.name!r} was lost with its worker"))
+        own: dict[str, Any] | None = record
+        if record["status"] == "chunk":
+            own = invoke.element_record(record, run.place)
+        if own is None or own["status"] != "completed":
+            _not_made_again(session, run, own, report)
         else:
-            _made_again(session, run, own, own["nbytes"], worker)
+            nbytes = own["nbytes"] if own is not record else max(report.nbytes, record["nbytes"])
+            _made_again(session, run, own, nbytes, worker)
 
 
 def _made_again(session: Session, run: TaskRun, record: dict[str, Any], nbytes: int, worker: str) -> None:
-    _reopen(session, run, "its result was lost with the worker that held it, and made again")
+    lost = advance(run.position, StateType.PENDING, "Recomputed", run.attempt + 1)
+    message = "its result was lost with the worker that held it, and made again"
+    session.journal.task_passed(run, lost, message, reason=REASON)
+    run.excuses += 1
+    run.message = message
     run.worker = worker
     details = {"started": record["started"], "seconds": record["seconds"], "peak": record["peak"]}
     run.ended = time.time()
-    if record["status"] == "completed":
-        run.nbytes = nbytes
-        run.position = advance(run.position, StateType.COMPLETED)
-    else:  # the function is not the one it was
-        described = record.get("error") or {"type": "Error", "message": record["status"], "text": ""}
-        failed: Any = Failure(described, "") if "frames" in described else None
-        run.error = failed or errors.ResultLost(described["message"])
-        run.ref = None
-        run.position = advance(run.position, StateType.FAILED)
-        details["error"] = {name: described[name] for name in ("type", "message", "text")}
-        run.message = f"its result was lost, and making it again failed: {described['message']}"
+    run.nbytes = nbytes
+    run.position = advance(lost, StateType.COMPLETED)  # in one step: whoever looks sees a run that has ended
     session.journal.task_state(run, **details)
+
+
+def _not_made_again(session: Session, run: TaskRun, record: dict[str, Any] | None, report: Report) -> None:
+    """The function has failed where it had returned before, or was not reached: the run's own retries decide."""
+    if session.closing:  # nobody needs the value
+        count_elsewhere(session, run, run.place, report)
+        return
+    message = f"the value of {run.name!r} was lost with its worker"
+    if record is not None and record["status"] != "upstream":
+        described = record.get("error") or {"type": "Error", "message": record["status"]}
+        message += f", and making it again failed: {described['type']}: {described['message']}"
+        _reopen(session, run, message)
+    gone(session, run, errors.ResultLost(message))
 
 
 def gone(session: Session, run: TaskRun, cause: Exception) -> bool:
@@ -68,6 +76,7 @@ def gone(session: Session, run: TaskRun, cause: Exception) -> bool:
     """
     if run.stored is not None:  # whoever needs it reads the copy (`values`)
         return True
+    run.done = False  # before it is in another state: whoever looks waits
     _count_death(session, run, cause)
     message = str(cause)
     options = run.task.options
@@ -116,26 +125,52 @@ def _reopen(session: Session, run: TaskRun, message: str, **details: Any) -> Non
 
 
 def _count_death(session: Session, run: TaskRun, cause: Exception) -> None:
-    """The back end was making a lost value again when that worker died, too: an execution more, if it had begun."""
-    death = cause.__cause__
+    """The back end was making a lost value again when that worker died, too: an attempt more, if it was executed."""
+    executed = _died(session, run.key, run.place, cause)
+    if executed is not False:
+        death = cause.__cause__
+        _reopen(session, run, str(death), cause=type(death).__name__, began=spelled(executed))
+
+
+def _died(session: Session, key: Key | None, place: int, cause: Exception | None) -> bool | None:
+    """Answer whether a value's loss is that of a worker that was making it again, and had called its function."""
+    death = cause.__cause__ if cause is not None else None
     if not isinstance(death, errors.CrashedRun):
+        return False
+    return was_executed(death, place, session.made.count(key))
+
+
+def count_elsewhere(session: Session, run: TaskRun, place: int, report: Report) -> None:
+    """Count what a back end has executed again of a run that has left its key meanwhile, or is not needed any more.
+
+    Its state stays what it is: the attempt is told, and nothing follows from it.
+    """
+    if report.kind == "again":
+        record = invoke.read_record(report.record)
+        own = invoke.element_record(record, place) if record["status"] == "chunk" else record
+        executed: bool | None = own is not None and own["status"] != "upstream"
+    else:
+        executed = _died(session, report.key, place, report.cause)
+    if executed is False:
         return
-    began, element = getattr(death, "began", None), getattr(death, "element", None)
-    if began and run.place >= 0:  # one of a chunk; of fused ones nobody here knows how many stand in a row
-        fused = run.key is not None and "+" in run.key[0]
-        began = None if element is None or (fused and run.place > element) else run.place <= element
-    if began is not False:
-        _reopen(session, run, str(death), cause=type(death).__name__, began="yes" if began else "unknown")
+    run.excuses += 1
+    before = run.position
+    run.position = Position(before.type, before.name, before.attempt + 1)
+    details: dict[str, Any] = {"reason": REASON, "began": spelled(executed)}
+    if run.done:
+        details.update(started=run.started, seconds=max(run.ended - run.started, 0.0))
+    session.journal.task_state(run, **details)
 
 
 def _give_up(session: Session, run: TaskRun, message: str) -> None:
     """The value is gone for good; the run that had made it is told so, in an attempt that never began."""
     run.excuses += 1
     run.unbegun += 1
+    run.error = errors.ResultLost(message).of_run(run.id)
     run.position = advance(run.position, StateType.CRASHED, None, run.attempt + 1)
     run.message = message
-    run.error = errors.ResultLost(message).of_run(run.id)
     run.ref = run.value = None
+    run.done = True
     session.failures += 1
     session.journal.task_state(run, cause="ResultLost", began="no", reason=REASON)
     session.recall(run)

@@ -91,9 +91,9 @@ class Session:
         self._inbox: deque[list[Report]] = deque()
         self._sent: dict[Key, TaskRun | Chunk] = {}
         self.made = recipes.Made()
-        self.remaking: dict[
-            Key, list[TaskRun]
-        ] = {}  # their values are made again: they are held until that is written down
+        # The back end makes their values again: they are held, with their places, until that is written down.
+        self.remaking: dict[Key, list[tuple[TaskRun, int]]] = {}
+        self.closing = False
         # A nested flow run that has ended is gone with its runs: its row holds what it returned.
         self._prints: ByFlow[bool] = ByFlow()
         self._results: ByFlow[tuple[Any, ...]] = ByFlow()
@@ -127,7 +127,9 @@ class Session:
 
     def close(self) -> None:
         """Stop listening; runs that have not ended are left as they are."""
+        self.closing = True
         self.runner.unlisten(self.tag)
+        self.remaking.clear()
 
     # -- what invoke needs to know ------------------------------------------------------------
     def context_of(self, scope: Scope) -> dict[str, Any]:
@@ -678,9 +680,18 @@ class Session:
         runs = [run for run in self.made.find(report.key) if run.completed]
         if report.kind == "losing":
             if runs:
-                self.remaking[report.key] = runs
+                self.remaking[report.key] = [(run, run.place) for run in runs]
             return
-        self.remaking.pop(report.key, None)
+        held = self.remaking.pop(report.key, ())
+        if isinstance(report.cause, errors.SchedulerLost):  # whoever needs the value will find out
+            return
+        for run, place in held:
+            if run.key != report.key or not run.completed:  # sent again before the news came
+                remaking.count_elsewhere(self, run, place, report)
+        if self.closing and report.kind == "gone":  # nobody will need it
+            for run in runs:
+                remaking.count_elsewhere(self, run, run.place, report)
+            return
         if runs and report.kind == "again":
             remaking.made_again(self, runs, report)
             return
@@ -706,7 +717,8 @@ class Session:
     def _turn(self) -> None:
         """Let suspects go on, if there are any."""
         if self.quarantine.waits:
-            again = self.quarantine.turn(len(self._sent), lambda: self.runner.info.workers)
+            in_flight = len(self._sent) + len(self.remaking)  # what is made again is company, too
+            again = self.quarantine.turn(in_flight, lambda: self.runner.info.workers)
             if again is not None and self._alarm is None:
                 self._alarm = clock.call_later(again, self._wake)
 
@@ -894,7 +906,7 @@ class Session:
             self.withdraw(dependant)
         if delay > 0:
             self.later(lambda: self._release_again(run), delay)
-        else:
+        elif run.waiting == 0:  # else it was lost in one chunk with what it waits for
             self._release(run)
 
     def reopen(self, run: TaskRun) -> None:
@@ -941,7 +953,7 @@ class Session:
         return bool(missing)
 
     def _release_again(self, run: TaskRun) -> None:
-        if not run.done and not run.released:
+        if not run.done and not run.released and run.waiting == 0:
             if run.type is StateType.SCHEDULED:
                 run.position = advance(run.position, StateType.RUNNING, "Retrying", run.next_attempt)
                 self.journal.task_state(run)

@@ -121,7 +121,7 @@ class Tracker:
         self._retry_at = 0.0
         self._complained = False
         self._waiting = False
-        self._owed: dict[str, int] = {}  # lines that were given up, by root run
+        self._owed: dict[str, tuple[int, int]] = {}  # lines that were given up, and the epoch, by root run
         self._spool: Spool | None = None
         self._retired: list[Spool] = []  # what others know this process by
         self._sender: Sender | None = None
@@ -167,19 +167,24 @@ class Tracker:
 
     def _give_up(self, root: str, payload: bytes) -> None:
         self.dropped_logs += 1
+        lines, epoch = 1, 1
         try:
-            body = unpack(payload).body
-            lines = len(body.get("lines") or ()) + int(body.get("dropped") or 0) or 1
+            event = unpack(payload)
+            epoch = event.epoch
+            lines = len(event.body.get("lines") or ()) + int(event.body.get("dropped") or 0) or 1
         except Exception:
-            lines = 1
-        self._owed[root] = self._owed.get(root, 0) + lines
+            logger.debug("an event with log lines cannot be read again", exc_info=True)
+        before, latest = self._owed.get(root, (0, epoch))
+        self._owed[root] = before + lines, max(latest, epoch)
 
     def _settle(self) -> None:
         """Say how many lines were given up, if there is room to say it."""
         if not self._owed or self._ring or self._unsent() > LOG_BACKLOG:
             return
-        for root, lines in list(self._owed.items()):
-            if not self._append(pack(Event("log", root, root, time.time(), {"lines": [], "dropped": lines}))):
+        for root, (lines, epoch) in list(self._owed.items()):
+            # Under the epoch of the lines: an older one would be stale once the run had changed hands.
+            event = Event("log", root, root, time.time(), {"lines": [], "dropped": lines}, epoch)
+            if not self._append(pack(event)):
                 return
             del self._owed[root]
 
@@ -217,6 +222,13 @@ class Tracker:
         """Writer of the present spool, empty if there is none."""
         spool = self._spool
         return spool.writer if spool is not None else ""
+
+    @property
+    def writers(self) -> list[str]:
+        """Writers of all spools that this process has written."""
+        with self._gate:
+            written = [*self._retired, *([self._spool] if self._spool is not None else [])]
+        return [spool.writer for spool in written]
 
     def begin(self) -> str:
         """Open the spool now; return its writer, empty if the disk takes none or nothing is recorded."""

@@ -49,36 +49,46 @@ def results(runs: Sequence[TaskRun], *, raise_on_failure: bool = True) -> list[A
     raise_on_failure : bool
         False puts exceptions in the place of values.
     """
+    found: dict[TaskRun, Any] = {}
+    late: set[TaskRun] = set()
+    wanted: dict[Any, list[TaskRun]] = {}
     for run in runs:
         if not run.completed and run.session is not None:
             # Its value may have been lost this very moment: never look between two of its states.
             with run.carrier.changed:
-                run.carrier.changed.wait_for(lambda run=run: run.done, REMADE_SECONDS)  # type: ignore[misc]
+                if not run.carrier.changed.wait_for(lambda run=run: run.done, REMADE_SECONDS):  # type: ignore[misc]
+                    late.add(run)
         if run.items is not None:
             _gather(run)
         elif run.child_flow_run is not None and isinstance(run.value, Stored):
             run.value = run.value.load()
-    wanted: dict[Any, list[TaskRun]] = {}
-    for run in runs:
-        if run.completed and run.value is None and run.ref is not None:
+        value = run.value
+        if run.completed and value is not None:
+            found[run] = value
+        elif run.completed and run.ref is not None:
             wanted.setdefault(run.carrier, []).append(run)
     for session, members in wanted.items():
         try:
-            _fetch(session, members)
+            found.update(_fetch(session, members))
         except errors.ResultLost as loss:
             if session.renew(members, loss):
                 return results(runs, raise_on_failure=raise_on_failure)
             raise
-    found = []
+    given = []
     for run in runs:
+        if run in found:
+            given.append(found[run])
+            continue
         error = exception_of(run)
+        if (not run.done and run not in late) or (run.completed and run.ref is not None):  # lost meanwhile
+            return results(runs, raise_on_failure=raise_on_failure)
         if error is not None and raise_on_failure:
             raise error
         if lookups.is_stored(run) and run.value is None:
-            found.append(_read(run))
+            given.append(_read(run))
             continue
-        found.append(run.value if error is None else error)
-    return found
+        given.append(run.value if error is None else error)
+    return given
 
 
 _reading = threading.Lock()
@@ -94,42 +104,46 @@ def _read(run: TaskRun) -> Any:
         return run.value
 
 
-def _fetch(session: Session, runs: Sequence[TaskRun]) -> None:
+def _fetch(session: Session, runs: Sequence[TaskRun]) -> dict[TaskRun, Any]:
     """Bring the values of completed runs here; a chunk comes once for all its elements.
 
-    A stored copy takes the place of a value that is gone.
+    A stored copy takes the place of a value that is gone. Runs whose value is lost meanwhile are left out.
     """
-    refs = {run.ref.key: run.ref for run in runs if run.ref is not None}
+    held = [(run, ref, run.place) for run in runs if (ref := run.ref) is not None]
+    held = [one for one in held if one[0].ref is one[1]]  # else its place may be another one's already
+    refs = {ref.key: ref for _, ref, _ in held}
     known = session.fetched
     missing = [ref for ref in refs.values() if ref not in known]
     try:
-        found = session.runner.fetch(missing) if missing else []
+        fetched = dict(
+            zip([ref.key for ref in missing], session.runner.fetch(missing) if missing else [], strict=True)
+        )
     except Exception as error:
         closed = not session.runner.is_open
         if not closed and not isinstance(error, errors.ResultLost):
             raise
         if len(refs) > 1:  # some may still be there
-            for key in refs:
-                _fetch(session, [run for run in runs if run.ref is not None and run.ref.key == key])
-            return
-        for run in runs:
+            parts = [_fetch(session, [run for run, ref, _ in held if ref.key == key]) for key in refs]
+            return {run: value for part in parts for run, value in part.items()}
+        for run, _, _ in held:
             if run.stored is None and not closed:
                 raise
             run.value = stored.load(run)
-        return
-    fetched = dict(zip([ref.key for ref in missing], found, strict=True))
-    for run in runs:
-        assert run.ref is not None  # it was asked above
-        key = run.ref.key
-        value = fetched[key] if key in fetched else known[run.ref]
-        run.value = value if run.place < 0 else value[run.place]
+        return {run: run.value for run, _, _ in held}
+    found: dict[TaskRun, Any] = {}
+    for run, ref, place in held:
+        value = fetched[ref.key] if ref.key in fetched else known[ref]
+        found[run] = value if place < 0 else value[place]
+        if run.ref is ref:
+            run.value = found[run]
         if not session.in_process:
             session.bytes_fetched += run.nbytes
-    if len(refs) == 1 and runs[0].place >= 0 and fetched and not session.in_process:
+    if len(refs) == 1 and held[0][2] >= 0 and fetched and not session.in_process:
         # Who asks for one element mostly asks for its neighbour next. Nobody can once all are dropped.
         value = next(iter(fetched.values()))
         small = size_of(value) <= KEPT
         session.fetched = weakref.WeakKeyDictionary({missing[0]: value} if small else {})
+    return found
 
 
 def _gather(run: TaskRun) -> None:

@@ -24,6 +24,7 @@ from dask.sizeof import sizeof
 from distributed import get_client, get_worker
 
 from . import dask_memory as memory  # relative: the package around has another name when shipped
+from .worker.chunk import kept_of
 from .worker.execution import execute
 from .worker.failure import Failed
 from .worker.interruption import cancel
@@ -36,6 +37,7 @@ from .worker.starts import starts
 sys.modules["_penstock_running"].__dict__.setdefault("dask_plugin", __name__)
 
 MARK = __name__  # our entry in the metadata of a task; other versions of this file have other names
+KEPT = f"{MARK}:kept"  # in the metadata of a chunk, once made, and in its annotations, when it is made again
 ITEM_SECONDS = 10.0  # in which the driver hears of an item
 MEMORY_SHARE = 0.95  # of a worker's limit, at which Dask's nanny ends it
 LARGE_FUNCTION = 65_536  # bytes from which a function is sent once for all its tasks
@@ -88,12 +90,16 @@ def run_one(flags: int, order: bytes, function: bytes, arguments: bytes, *values
     set_worker(worker.address)
     start = starts(starts_label(worker.address)).begin(key)
     try:
+        work = pickle.loads(order)
+        kept = (task.annotations or {}).get(KEPT)
+        if kept is not None:
+            work["kept"] = kept
         if flags >> 1:
             values = values[: -(flags >> 1)]
         announce = _Announcement(worker, key) if flags & 1 else None
         items = _Items(worker, key)
         with memory.resolved(values) as values:
-            value, record = execute(order, function, arguments, values, key, announce, on_item=items)
+            value, record = execute(work, function, arguments, values, key, announce, on_item=items)
         if not isinstance(value, Failed):
             limit, where = _limit(worker)
             problem = too_large(value, limit, where) or _unsendable(value)
@@ -102,6 +108,8 @@ def run_one(flags: int, order: bytes, function: bytes, arguments: bytes, *values
             if not isinstance(value, Failed):
                 _believe_no_more(value, limit)
                 task.metadata[MARK] = record
+                if "stages" in work:
+                    task.metadata[KEPT] = kept_of(value)
                 return value
         elif value.error is not None:
             value.error.__traceback__ = None  # its frames hold the upstream values

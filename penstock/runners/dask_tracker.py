@@ -51,7 +51,7 @@ from . import dask_plugin as plugin  # relative: the package around has another 
 from .dask_memory import sweep
 from .worker.starts import LastStarts, start_name
 
-MARK, topic_of = plugin.MARK, plugin.topic_of
+MARK, KEPT, topic_of = plugin.MARK, plugin.KEPT, plugin.topic_of
 MADE = f"{MARK}:made"  # in the metadata of a task: its value existed once
 
 REASON = "penstock: withdrawn"  # why a client's future was cancelled by us
@@ -103,6 +103,8 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
                     self._completed(key, details)
             elif start == "memory" and finish == "released":
                 task = self.scheduler.tasks[key]
+                if KEPT in (task.metadata or ()) and (task.who_wants or task.waiters):
+                    task.annotations = {**(task.annotations or {}), KEPT: task.metadata[KEPT]}
                 if not task.who_wants:
                     return
                 if task.annotations and "penstock_once" in task.annotations:
@@ -236,8 +238,8 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         if exception is None:
             task = self.scheduler.tasks.get(key)
             blamed = task and task.exception_blame
-            again = bool(blamed and MADE in (blamed.metadata or ()))
-            self._add(topic, ("orphaned" if again else "upstream", key, b"", 0, worker, None))
+            existed = bool(blamed and MADE in (blamed.metadata or ()))
+            self._add(topic, ("orphaned" if existed else "upstream", key, b"", 0, worker, None))
             return
         try:
             error = (
@@ -248,7 +250,9 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         except Exception:
             error = details.get("exception_text") or "an error that cannot be read"
         if isinstance(error, plugin.TaskFailure):
-            self._add(topic, ("ended", key, error.record, 0, worker, None))
+            task = self.scheduler.tasks.get(key)
+            again = {"again": True} if task and MADE in (task.metadata or ()) else None
+            self._add(topic, ("ended", key, error.record, 0, worker, again))
         elif type(error).__name__ == "KilledWorker":
             self._displace(key, stimulus_id, given_up=True)  # more deaths than the cluster allows
         else:
@@ -269,12 +273,12 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
             return
         begun = starts.read() or {}
         starts.close()
-        elements = {name: element for name, (element, _) in begun.items()}
         known["rss"] = self._doomed.pop(known["worker"], 0)
+        company = [key for key, began in lost.items() if began is not False]  # the others have killed nobody
         for key, began in lost.items():
-            element = elements.get(start_name(key))
-            shared = 0 if key in excused else len(lost) - 1
-            details = {**known, "began": began, "shared": shared, "element": element}
+            element, called, _ = begun.get(start_name(key), (None, None, None))
+            shared = 0 if key in excused else len(company) - (key in company)
+            details = {**known, "began": began, "called": called, "shared": shared, "element": element}
             details["excused"] = key in excused
             self._add(topic_of(key), ("lost", key, b"", 0, known["worker"], details))
 

@@ -108,20 +108,29 @@ class Watch:
         ending : str
             Of the names in the keys that are of interest.
         seconds : float
-            After which whoever asks goes on without.
+            After which whoever asks goes on without; what is left is told as lost, and may have been
+            executed.
         """
         if threading.current_thread() is self._thread:
             return
         deadline = time.monotonic() + seconds
+        left: list[Key] = []
         while self._thread.is_alive():
-            told = threading.Event()
-            self._messages.put(told)
-            told.wait(1.0)
+            self._hear_all()
             left = [key for key in list(self._remaking) if key[0].endswith(ending)]
             if not left or self.is_away or time.monotonic() > deadline:
                 break
             time.sleep(0.005)
-        self._remaking.difference_update([key for key in list(self._remaking) if key[0].endswith(ending)])
+        if left:
+            self._remaking.difference_update(left)
+            self.tell([Report(key, "gone", cause=_unheard(key)) for key in left])
+            self._hear_all()
+
+    def _hear_all(self) -> None:
+        """Wait until the messages that have come are read."""
+        told = threading.Event()
+        self._messages.put(told)
+        told.wait(1.0)
 
     def close(self) -> None:
         """Hear no more."""
@@ -185,7 +194,7 @@ class Watch:
             if kind == "losing":
                 if key in self._client.futures:  # what nobody holds any more Dask does not make again
                     self._remaking.add(key)
-                reports.append(Report(key, "losing", worker=worker))
+                    reports.append(Report(key, "losing", worker=worker))
                 continue
             if kind == "remark":
                 self._remark(details["text"])
@@ -287,6 +296,8 @@ class Watch:
             cause.final = final
             cause.began = False if key in unsent else None
             reports.append(Report(key, "lost", cause=cause))
+        remade, self._remaking = self._remaking, set()
+        reports += [Report(key, "gone", cause=errors.SchedulerLost(text)) for key in remade]
         return reports
 
     def _look_at_futures(self) -> list[Report]:
@@ -392,13 +403,14 @@ def loss(key: Key, details: dict[str, Any]) -> Exception:
     key : tuple
         The attempt.
     details : dict
-        ``worker, pid, limit, rss, silent, began, shared, element, excused`` as the tracker found them.
+        ``worker, pid, limit, rss, silent, began, called, shared, element, excused`` as the tracker found them.
 
     Returns
     -------
     WorkerLost or OutOfMemory
-        With attributes ``began`` (whether user code had begun: True, False, or None if nobody
-        knows) and ``shared`` (how many other tasks were lost with it).
+        With attributes ``began`` (whether its turn had come: True, False, or None if nobody knows),
+        ``called`` (the same of the user's function) and ``shared`` (how many others that had begun
+        were lost with it).
     """
     worker, pid = details["worker"], details["pid"]
     began = details["began"]
@@ -418,7 +430,7 @@ def loss(key: Key, details: dict[str, Any]) -> Exception:
         cause = errors.WorkerLost(f"worker {worker} (pid {pid}) no longer answered {when} task {name!r}")
     else:
         cause = errors.WorkerLost(f"worker {worker} (pid {pid}) {_death(pid)} {when} task {name!r}")
-    cause.began, cause.element = began, details.get("element")
+    cause.began, cause.called, cause.element = began, details.get("called"), details.get("element")
     cause.shared, cause.excused = details["shared"], details.get("excused", False)
     return cause  # type: ignore[no-any-return]
 
@@ -455,6 +467,13 @@ def _made_up_record() -> bytes:
     }
     record.update(nbytes=0, peak=0, host=socket.gethostname(), pid=os.getpid(), worker="", thread=0)
     return pickle.dumps(record, 4)
+
+
+def _unheard(key: Key) -> errors.ResultLost:
+    """Say that a value was still being made again when nobody waited for it any longer."""
+    cause = errors.ResultLost(f"the value of task {_name(key)!r} was lost with the worker that held it")
+    cause.__cause__ = errors.CrashedRun("Dask was making it again when its session ended")
+    return cause
 
 
 def _gone(key: Key) -> errors.ResultLost:

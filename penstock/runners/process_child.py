@@ -97,7 +97,7 @@ class Child:
         self.functions = FunctionsSent()
         self.nested_functions = FunctionsReceived()
         self.victim: Work | None = None
-        self.begun: dict[str, tuple[int, bool]] | None = None
+        self.begun: dict[str, tuple[int, bool, bool]] | None = None
         self.death: int | None = None
         with contextlib.suppress(AttributeError, OSError):
             # Readable when the process has ended. The end of the stream is not enough: a process

@@ -217,9 +217,11 @@ class Schedule:
             cause.began = began
             if began:
                 assert child.begun is not None
-                cause.element = child.begun[start_name(work.key)][0]
+                cause.element, cause.called, _ = child.begun[start_name(work.key)]
             if child.victim is work:
-                cause = _cancelled(work)
+                cancelled = _cancelled(work)
+                cancelled.began, cancelled.called, cancelled.element = began, cause.called, cause.element
+                cause = cancelled
             elif child.victim is not None:  # it had ended when we killed its process
                 cause.add_note(f"The process was killed to cancel {child.victim.task!r}.")
             self._end(work, "lost", cause=cause, worker=child.name)

@@ -501,7 +501,7 @@ def _located(cause: errors.RunError, key: Key) -> errors.RunError:
         )
     else:
         located = errors.WorkerLost(f"worker pid {found[0]} {how_died(found[0])} while running {name!r}")
-    located.began, located.element = True, found[1]
+    located.began, located.element, located.called = True, found[1], found[2]
     return located
 
 

@@ -1,6 +1,7 @@
 """Tasks that yield: their value is the list of what they yielded."""
 
 import os
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from penstock import UpstreamTaskError, put, task
+from penstock.engine.clock import clock
 from penstock.runners.base import TaskRunner
 from tests.conftest import InFlow
 from tests.record import Record
@@ -107,12 +109,21 @@ def seen(plane: Any, folder: str) -> float:
 def test_consumers_run_while_the_generator_goes_on(
     parallel: TaskRunner, in_flow: InFlow, tmp_path: Path
 ) -> None:
+    """Who asks at once gets items one by one: nothing is sent meanwhile, however slow this machine is."""
     streams = parallel.info.streams
+    asked = threading.Event()
+
+    def hold() -> None:
+        asked.wait(30)
 
     def body() -> Any:
-        source = in_step.submit(str(tmp_path), 4, 10.0 if streams else 0.0)
+        if streams:  # the batch that the generator waits in goes out by the clock
+            clock.call_later(0, hold)
+        source = in_step.submit(str(tmp_path), 4, 60.0 if streams else 0.0)
         if streams:
-            return [seen.submit(item, str(tmp_path)) for item in source.items()]
+            items = source.items()
+            asked.set()
+            return [seen.submit(item, str(tmp_path)) for item in items]
         with pytest.raises(TimeoutError, match="nobody has seen plane 0"):
             list(source.items())
         return [0.0, 1.0, 2.0, 3.0]

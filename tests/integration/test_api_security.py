@@ -187,6 +187,57 @@ def test_requests_of_foreign_pages_change_nothing(told: Api, headers: dict[str, 
     assert "access-control-allow-origin" not in answer.headers
 
 
+PROXY = "penstock.example.org"
+
+
+@pytest.mark.parametrize(
+    "host, headers, status",
+    [
+        (PROXY, {"origin": f"https://{PROXY}", "sec-fetch-site": "same-origin"}, 200),
+        (PROXY, {"origin": f"http://{PROXY}"}, 200),
+        (f"{PROXY}:8443", {"origin": f"https://{PROXY}:8443"}, 200),
+        (PROXY, {"origin": f"https://{PROXY}:8443"}, 403),
+        (PROXY, {"origin": "https://evil.example"}, 403),
+        (PROXY, {"origin": f"https://evil.{PROXY}"}, 403),
+        (PROXY, {"origin": f"ftp://{PROXY}"}, 403),
+        (PROXY, {"origin": f"https://{PROXY}", "sec-fetch-site": "cross-site"}, 403),
+        ("evil.example", {"origin": "https://evil.example"}, 421),
+        ("127.0.0.1:4270", {"origin": "https://127.0.0.1:4270"}, 403),
+        ("localhost", {"origin": "https://localhost"}, 403),
+    ],
+)
+def test_a_page_of_ours_behind_a_proxy_with_tls_is_ours(
+    home: Path, host: str, headers: dict[str, str], status: int
+) -> None:
+    api = Api(home, hosts=[PROXY])
+    try:
+        kind = {"content-type": "application/json", "host": host, **headers}
+        answer = api.request("POST", "/api/v1/ask", content=b'{"what": "runs"}', headers=kind)
+        assert answer.status_code == status
+    finally:
+        api.close()
+
+
+def test_a_browser_logs_in_through_a_proxy_with_tls(home: Path) -> None:
+    api = Api(home, hosts=[PROXY])
+    try:
+        key = api.post("/login-link", None).json()["path"].partition("key=")[2]
+        form = {
+            "content-type": "application/x-www-form-urlencoded",
+            "host": PROXY,
+            "origin": f"https://{PROXY}",
+        }
+        answer = api.request("POST", "/login", None, content=f"key={key}", headers=form)
+        assert answer.status_code == 303
+        assert answer.headers["location"] == "docs"
+        cookie = answer.headers["set-cookie"]
+        assert {"HttpOnly", "SameSite=strict", "Secure"} <= set(cookie.split("; "))
+        held = {"cookie": cookie.partition(";")[0], "host": PROXY}
+        assert api.request("GET", "/api/v1/flows", None, headers=held).status_code == 200
+    finally:
+        api.close()
+
+
 @pytest.mark.parametrize(
     "kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""]
 )

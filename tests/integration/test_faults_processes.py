@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tests.faults import WAYS, check_count, check_random, dies, enter, execution
 from tests.record import Record
 
 Run = Callable[..., Any]
+WaitUntil = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,32 @@ def test_what_must_not_run_twice_is_not_tried_again(run: Run, record: Record, tm
         run(lambda: once.submit(ledger, "SIGKILL", 9).result())
     assert executions(ledger) == {"dies": 1}
     assert "must not run twice" in record.task("dies").state["message"]
+
+
+@task
+def holds(ledger: Path, number: int, gate: Path) -> int:
+    """Wait for a file, if it is number 2."""
+    enter(ledger, number)
+    while number == 2 and not gate.exists():
+        time.sleep(0.01)  # work: until its process is ended
+    return number
+
+
+def test_what_a_process_had_run_before_it_was_ended_is_counted(
+    run: Run, record: Record, tmp_path: Path, wait_until: WaitUntil
+) -> None:
+    """One element of a chunk is stopped by force; the others run again, and that is an attempt more."""
+    ledger, gate = tmp_path / "ledger", tmp_path / "gate"
+
+    def body() -> Any:
+        futures = holds.with_options(chunk_size=4).map(ledger, range(4), gate)
+        wait_until(lambda: executions(ledger)["2"] == 1)
+        futures[2].cancel(force=True)
+        return [futures[number].result() for number in (0, 1, 3)]
+
+    assert run(body) == [0, 1, 3]
+    counted = {row.name.rpartition("-")[2]: row.attempt for row in record.tasks("holds")}
+    assert executions(ledger) == counted == {"0": 2, "1": 2, "2": 1, "3": 1}
 
 
 @task

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from penstock.api import db, embedded, queries
 from penstock.api.db import Database
-from penstock.api.ingest import acknowledged, ingest
+from penstock.api.ingest import _portions, acknowledged, ingest
 from penstock.api.models import events, leases, metadata
 from penstock.engine.events import Event, bus, element_id, pack
 from penstock.engine.spool import Batch
@@ -75,6 +75,51 @@ def test_order_repetition_and_company_change_nothing(
     assert {writer: done.get(writer, 0) for writer in by_writer} == {w: len(m) for w, m in by_writer.items()}
     assert count_events(database) == len(found)
     assert current(database) == expected
+
+
+def test_portions_change_nothing(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = story(count=40).events
+    ingest(database, [batch(found)])
+    expected = current(database)
+    empty(database)
+    monkeypatch.setattr("penstock.api.ingest.LARGE", 0)
+    monkeypatch.setattr("penstock.api.ingest.PORTION", 300)
+    monkeypatch.setattr("penstock.api.db.OUTDATED", 1)
+    first, second = batch(found[:7]), batch(found[7:], "b" * 32)
+    assert len(list(_portions([first, second]))) > 3 or database.is_sqlite
+    done = ingest(database, [second, first, batch(found[3:7], first=4)])
+    assert done == {"a" * 32: 7, "b" * 32: len(found) - 7}
+    assert current(database) == expected
+    assert count_events(database) == len(found)
+
+
+@given(
+    sizes=st.lists(st.lists(st.integers(0, 12), max_size=6), max_size=6),
+    large=st.integers(0, 8),
+    portion=st.integers(1, 30),
+)
+def test_portions_are_the_batches_in_their_order(sizes: list[list[int]], large: int, portion: int) -> None:
+    batches = [
+        Batch(f"{place:032x}", 5, [b"x" * size for size in found]) for place, found in enumerate(sizes)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("penstock.api.ingest.LARGE", large)
+        patch.setattr("penstock.api.ingest.PORTION", portion)
+        portions = list(_portions(batches))
+        again = [list(_portions(one)) for one in portions]
+    told = [
+        (one.writer, one.first + place, payload)
+        for one in batches
+        for place, payload in enumerate(one.payloads)
+    ]
+    pieces = [piece for one in portions for piece in one]
+    assert told == [
+        (one.writer, one.first + place, payload)
+        for one in pieces
+        for place, payload in enumerate(one.payloads)
+    ]
+    assert {one.writer for one in pieces} == {one.writer for one in batches}
+    assert all(len(one) <= 1 for one in again)
 
 
 def test_a_gap_holds_the_acknowledgement_back(database: Database) -> None:

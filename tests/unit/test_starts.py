@@ -38,17 +38,20 @@ def test_what_runs_and_what_has_ended() -> None:
     second.element(41)
     assert start_of(KEY) is first
     assert read_starts(os.getpid(), "one", remove=False) == {
-        "0123abcd:7": (0, False),
-        "0123abcd:8": (41, False),
+        "0123abcd:7": (0, False, False),
+        "0123abcd:8": (41, False, False),
     }
+    first.called()
+    second.called(41)
     second.end()
     second.end()
     second.element(99)
+    second.called(99)
     assert read_starts(os.getpid(), "one", remove=False) == {
-        "0123abcd:7": (0, False),
-        "0123abcd:8": (41, True),
+        "0123abcd:7": (0, True, False),
+        "0123abcd:8": (41, True, True),
     }
-    assert find_start(("other-0123abcd", 8)) == (os.getpid(), 41, True)
+    assert find_start(("other-0123abcd", 8)) == (os.getpid(), 41, True, True)
     assert find_start(("load-0123abcd", 9)) is None
     first.end()
 
@@ -66,7 +69,7 @@ def test_the_oldest_that_has_ended_makes_room() -> None:
     for number in range(1, START_PLACES + 10):
         starts.begin(("ends-0123abcd", number)).end()
     found = read_starts(os.getpid(), "room") or {}
-    assert found["0123abcd:0"] == (0, False)
+    assert found["0123abcd:0"] == (0, False, False)
     assert len(found) == START_PLACES
     assert f"0123abcd:{START_PLACES + 9}" in found
     assert "0123abcd:5" not in found
@@ -98,9 +101,11 @@ def test_the_note_survives_a_kill_and_is_swept_later(folder: Path, monkeypatch: 
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": ":".join(sys.path)}
     )
     assert process.wait(30) == -signal.SIGKILL
-    assert find_start(KEY) == (process.pid, 3, False)
+    assert find_start(KEY) == (process.pid, 3, False, False)
     sweep_starts()
-    assert read_starts(process.pid, "dead", remove=False) == {"0123abcd:7": (3, False)}, "swept too early"
+    assert read_starts(process.pid, "dead", remove=False) == {"0123abcd:7": (3, False, False)}, (
+        "swept too early"
+    )
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 61)
     sweep_starts()
@@ -115,8 +120,8 @@ def test_a_fork_writes_a_file_of_its_own() -> None:
         starts.begin(("child-0123abcd", 1))
         os._exit(0)
     os.waitpid(child, 0)
-    assert read_starts(os.getpid(), "fork", remove=False) == {"0123abcd:7": (0, False)}
-    assert read_starts(child, "fork") == {"0123abcd:1": (0, False)}
+    assert read_starts(os.getpid(), "fork", remove=False) == {"0123abcd:7": (0, False, False)}
+    assert read_starts(child, "fork") == {"0123abcd:1": (0, False, False)}
     mine.end()
 
 
@@ -127,6 +132,7 @@ def test_an_element_costs_less_than_a_microsecond() -> None:
         begun = time.perf_counter()
         for index in range(10_000):
             start.element(index)
+            start.called(index)
         best = min(best, (time.perf_counter() - begun) / 10_000)
     start.end()
     assert best < 1e-6
@@ -148,10 +154,10 @@ def test_the_table_of_a_process_that_ends_can_be_read_to_its_end() -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     last = LastStarts(process.pid, "leaving")
-    assert last.read() == {"0123abcd:7": (1, False)}
+    assert last.read() == {"0123abcd:7": (1, False, False)}
     assert last.is_growing()
     process.communicate("\n", timeout=20)
     assert not last.is_growing()
-    assert last.read() == {"0123abcd:7": (4, False)}, "although the process has removed the file"
+    assert last.read() == {"0123abcd:7": (4, False, False)}, "although the process has removed the file"
     last.close()
     assert LastStarts(process.pid, "leaving").read() is None

@@ -45,9 +45,11 @@ def get_ready(request: Request) -> Any:
 @router.get("/version", response_model=Version)
 def get_version(request: Request) -> Any:
     """Return what answers."""
-    dialect = service_of(request).database.engine.dialect.name
+    service = service_of(request)
+    dialect = service.database.engine.dialect.name
     versions = {"penstock": own_version(), "python": platform.python_version()}
-    return {**versions, "api": 1, "schema": REVISIONS[-1], "database": dialect}
+    about = {"api": 1, "schema": REVISIONS[-1], "database": dialect}
+    return {**versions, **about, "local_runs": service.local_runs is not None}
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
@@ -114,7 +116,8 @@ async def log_in(request: Request) -> RedirectResponse:
             401, "This link was used already or is too old; `penstock server login` prints a new one."
         )
     answer = RedirectResponse("docs", 303)
-    secure = request.url.scheme == "https"
+    # As the browser sees it: a proxy with TLS before us may speak plain HTTP to us.
+    secure = "https" in {request.url.scheme, request.headers.get("origin", "").partition(":")[0]}
     answer.set_cookie(
         cookie_name(request),
         session,

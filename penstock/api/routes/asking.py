@@ -14,6 +14,7 @@ from penstock.api import questions
 from penstock.api.auth import Scope, needs
 from penstock.api.commands import COMMANDS
 from penstock.api.db import Database
+from penstock.api.guard import is_local
 from penstock.api.routes import MISSING, PREFIX, PROBLEMS, Run, service_of
 from penstock.api.schemas import Action, Answer, Granted, Problem, Question, Wish
 from penstock.api.writer import Unavailable
@@ -24,6 +25,10 @@ router = APIRouter(prefix=PREFIX, dependencies=[needs(Scope.RUN)], responses=PRO
 
 PATIENCE = 10.0
 _LATER: dict[int | str, dict[str, Any]] = {
+    403: {
+        "model": Problem,
+        "description": "The token is of too small a scope, or this server starts no runs.",
+    },
     409: {"model": Problem, "description": "The state of the record does not allow it."},
     501: {"model": Problem, "description": "Not possible in this version."},
 }
@@ -73,9 +78,12 @@ async def tell(request: Request, question: Question) -> Any:
 
 @router.post("/runs/{run}/state", response_model=Granted, status_code=202, responses=MISSING | _LATER)
 async def set_state(request: Request, run: Run, wish: Wish) -> Any:
-    """Ask for a run to be cancelled; its driver does it within seconds.
+    """Ask for a run to be cancelled, which its driver does within seconds, or for one that has ended to go on.
 
-    Runs are resumed where their code is: by `penstock resume`.
+    `resume` and `retry` do the same to a root flow run that crashed, failed or was cancelled: the flow is
+    called again in the same run, as its next attempt, and stored results are not computed again. Only a
+    server that was started with `--allow-local-runs` does it, as a process of its own (`penstock resume`),
+    and only for who is on its machine.
     """
     if wish.action is Action.PAUSE:
         raise HTTPException(501, "Runs cannot be paused yet.")
@@ -83,13 +91,29 @@ async def set_state(request: Request, run: Run, wish: Wish) -> Any:
         if not questions.exists(connection, run):
             raise HTTPException(404, f"There is no run {run}.")
     if wish.action is not Action.CANCEL:
-        raise HTTPException(
-            501,
-            f"The server has no code of flows: run `penstock resume {run}` where the run was started, to go on with it.",
-        )
+        return await _resume(request, run, wish)
     asked = {"run": run, "kind": wish.action.value, "by": wish.by}
     made = await _answered(_called(request, lambda database: COMMANDS["ask"](database, **asked)))
     return {"request": made, "run": run, "action": wish.action}
+
+
+async def _resume(request: Request, run: str, wish: Wish) -> Any:
+    local_runs = service_of(request).local_runs
+    if local_runs is None or not is_local(request.headers.get("host", "")):
+        # A name besides those of this machine means a proxy, and that others can ask.
+        raise HTTPException(
+            403,
+            "This server starts no runs for whoever asks here (`penstock server start --allow-local-runs`, for "
+            f"this machine alone); type `penstock resume {run}` where the run was started.",
+        )
+    started = await _answered(run_in_threadpool(local_runs.start, run, wish.action.value, wish.by))
+    return {
+        "request": started.request,
+        "run": run,
+        "action": wish.action,
+        "pid": started.pid,
+        "log": started.log,
+    }
 
 
 async def _called(request: Request, work: Callable[[Database], Any]) -> Any:

@@ -14,6 +14,7 @@ from .interruption import Cancelled, interrupted_after
 from .prints import route_prints
 from .record import INERT
 from .running import Running
+from .starts import start_of
 
 
 def invoke(
@@ -41,6 +42,7 @@ def invoke(
     if order.get("prints"):
         route_prints()
     with interrupted_after(order.get("interrupt_after"), order.get("name")):
+        start_of(running.key).called()
         value = call(*args, **kwargs)
         if type(value) in SIMPLE:
             return value

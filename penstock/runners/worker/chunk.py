@@ -20,7 +20,7 @@ from .prints import route_prints
 from .record import place_and_peak
 from .running import RUNNING, Running
 from .sizes import size_of
-from .starts import start_of
+from .starts import Start, start_of
 
 
 class _Stage:
@@ -93,7 +93,7 @@ class _Stage:
             found.scope = self.scopes[number]
         return found
 
-    def invoke(self, number: int, running: Running) -> Any:
+    def invoke(self, number: int, running: Running, note: Start, place: int) -> Any:
         """Call the function for one element; a `Failed` means that it was not called."""
         args = [make(number) for make in self.args]
         kwargs = {keyword: make(number) for keyword, make in self.kwargs.items()} if self.kwargs else {}
@@ -110,6 +110,7 @@ class _Stage:
         if self.commits is not None and stored_under(running, self.call, args, kwargs):
             return running.found
         running.called = (self.call, args, kwargs)
+        note.called(place)
         value = self.call(*args, **kwargs)
         return value if type(value) in SIMPLE else settled(running, value)
 
@@ -124,7 +125,8 @@ def run_chunk(
     """Execute the elements of a chunk, one after the other, each through all stages.
 
     The order has ``stages`` (see `_Stage`), ``count`` (of elements) and ``box``: seconds and bytes
-    of results after which the rest is left alone, or None.
+    of results after which the rest is left alone, or None. With ``kept`` exactly those places are run:
+    the others have ended elsewhere meanwhile, or without a value.
 
     Returns
     -------
@@ -137,7 +139,9 @@ def run_chunk(
     begun, clock = time.time(), time.perf_counter()
     whole = Running({"attempt": 1}, key)
     token = RUNNING.set(whole)
-    count, box = order["count"], order["box"]
+    count, kept = order["count"], order.get("kept")
+    box = order["box"] if kept is None else None
+    wanted = None if kept is None or kept is True else set(kept)
     odd: dict[int, dict[str, Any]] = {}
     stages: list[_Stage] = []
     done = filled = 0
@@ -158,8 +162,7 @@ def run_chunk(
             on_start()
         note = start_of(key)
         while done < count:
-            note.element(done)
-            _run_element(stages, done, count, odd, whole)
+            _run_element(stages, done, count, odd, whole, note, wanted)
             done += 1
             if box is not None:
                 filled += sum(stage.nbytes[-1] for stage in stages)
@@ -180,10 +183,21 @@ def run_chunk(
 
 
 def _run_element(
-    stages: list[_Stage], number: int, count: int, odd: dict[int, dict[str, Any]], whole: Running
+    stages: list[_Stage],
+    number: int,
+    count: int,
+    odd: dict[int, dict[str, Any]],
+    whole: Running,
+    note: Start,
+    wanted: set[int] | None,
 ) -> None:
-    """Run one element through all stages."""
+    """Run one element through all stages, or through those of its places that are wanted."""
     for at, stage in enumerate(stages):
+        place = at * count + number
+        if wanted is not None and place not in wanted:
+            _leave_out(stage, place, odd)
+            continue
+        note.element(place)
         running = stage.running(number, whole.key)
         RUNNING.set(running)
         value: Any = None
@@ -193,11 +207,11 @@ def _run_element(
             if stage.commits is not None and stored_before(running):
                 value = running.found
             else:
-                value = stage.invoke(number, running)
+                value = stage.invoke(number, running, note, place)
         except BaseException as raised:
             error = raised
         if type(value) is Failed:
-            odd[at * count + number] = {"status": "upstream"}
+            odd[place] = {"status": "upstream"}
         elif (
             error is not None
             or running.logs
@@ -210,7 +224,7 @@ def _run_element(
             if error is not None:
                 value = Failed(b"", error)
             if len(details) > 1 or error is not None:
-                odd[at * count + number] = details
+                odd[place] = details
         stage.started.append(started)
         stage.seconds.append(time.perf_counter() - clock)
         stage.values.append(value)
@@ -225,11 +239,21 @@ def _fill_up(
 ) -> None:
     """Note of the later stages of an element that they were not reached."""
     for at, stage in enumerate(stages, first):
-        odd[at * count + number] = {"status": "upstream"}
-        stage.started.append(0.0)
-        stage.seconds.append(0.0)
-        stage.values.append(Failed(b""))
-        stage.nbytes.append(0)
+        _leave_out(stage, at * count + number, odd)
+
+
+def _leave_out(stage: _Stage, place: int, odd: dict[int, dict[str, Any]]) -> None:
+    odd[place] = {"status": "upstream"}
+    stage.started.append(0.0)
+    stage.seconds.append(0.0)
+    stage.values.append(Failed(b""))
+    stage.nbytes.append(0)
+
+
+def kept_of(values: list[Any]) -> Any:
+    """Return which places of a chunk have a value, True for all: what ``kept`` is if it is to be made again."""
+    kept = [place for place, value in enumerate(values) if type(value) is not Failed]
+    return True if len(kept) == len(values) else kept
 
 
 def _blame(error: BaseException, stages: Any, done: int, count: int, odd: Any, order: Any) -> None:

@@ -26,6 +26,8 @@ Work order (a pickled dict of primitives)
     ``{position: where}``: upstream values that are read from a storage, and not among `values`.
 ``picks`` (optional)
     ``{position: place}``: of that upstream value, which is a chunk's, only the item at the place.
+``kept`` (optional)
+    Of a chunk whose lost value is made again: the places that had a value, True for all. Nothing else is run.
 
 The order of a chunk has ``stages``, ``count`` and ``box`` instead: see `chunk`.
 """
