@@ -1,4 +1,4 @@
-"""Transactions whose driver dies: nothing of them is visible, and a resumed run ends them."""
+"""Transactions whose driver or workers die: nothing of them is visible too early, and they come to their end."""
 
 import os
 import signal
@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from penstock import FileSystemLockManager, IsolationLevel, ProcessPoolTaskRunner, flow, task, transaction
 from penstock.api import embedded, queries
+from penstock.cache_policies import INPUTS
 from tests.drivers import Wait, command, driver
 
 CODE = """
@@ -72,3 +74,50 @@ def test_a_driver_that_dies_in_a_block(home: Path, wait_until: Wait) -> None:
     with driver(home, CODE, shared=None, OTHER="1", **more) as process:
         assert process.wait(60) == 0
     assert "other " + " ".join(["Cached"] * 6) in ledger()
+
+
+@pytest.mark.processes
+def test_a_worker_that_dies_in_a_block(tmp_path: Path) -> None:
+    @task(cache_policy=INPUTS)
+    def make(mark: str) -> int:
+        if not Path(mark).exists():
+            Path(mark).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 7
+
+    @flow(task_runner=ProcessPoolTaskRunner(max_workers=2))
+    def body() -> list[str]:
+        with transaction() as txn:
+            make.submit(str(tmp_path / "mark"))
+        assert txn.is_committed()
+        again = make.submit(str(tmp_path / "mark"))
+        again.wait()
+        return [again.state.name, str(again.result())]
+
+    assert body() == ["Cached", "7"]
+
+
+@pytest.mark.processes
+def test_under_a_lock_a_result_is_removed_by_a_rollback(tmp_path: Path) -> None:
+    """Whoever gets the lock next finds the value until then: there is never a second one under the key."""
+    policy = INPUTS.configure(
+        lock_manager=FileSystemLockManager(tmp_path / "locks"), isolation_level=IsolationLevel.SERIALIZABLE
+    )
+
+    @task(cache_policy=policy, result_storage=tmp_path / "results")
+    def make(x: int) -> int:
+        return x
+
+    @flow(task_runner=ProcessPoolTaskRunner(max_workers=2))
+    def body(stop: bool) -> list[str]:
+        with transaction():
+            futures = make.map([1, 1, 1])
+            futures.wait()
+            if stop:
+                raise KeyError
+        return sorted(future.state.name for future in futures)
+
+    with pytest.raises(KeyError):
+        body(True)
+    assert [path for path in (tmp_path / "results").rglob("*") if path.is_file()] == []
+    assert body(False) == ["Cached", "Cached", "Completed"]
