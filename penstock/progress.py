@@ -198,9 +198,10 @@ class Board:
 
     def _task_run(self, event: Event) -> None:
         group = self._group(event)
-        group.total += 1
-        self._runs[event.run] = group
         self._names[event.run] = str(event.body.get("name") or group.name)
+        if event.run not in self._runs and not event.body.get("map"):  # else a worker has made its name
+            group.total += 1
+            self._runs[event.run] = group
 
     def _map_run(self, event: Event) -> None:
         body, group = event.body, self._group(event)
@@ -304,6 +305,8 @@ class Board:
         return next((one.group for one in maps if run in one.elements()), None)
 
     def _name_of(self, run: str) -> str:
+        if run in self._names:
+            return self._names[run]
         for found in self._maps_at.get(run[:12], []):
             if run not in self._runs and found.count <= NAMED and run in found.elements():
                 return found.label(found.elements()[run])

@@ -73,7 +73,9 @@ class Record:
     def rows(self) -> dict[str, Row]:
         rows: dict[str, Row] = {}
         for event in self.events:
-            if event.kind in {"flow_run", "task_run"}:
+            if event.body.get("map"):  # an element whose name a worker has made
+                rows[event.run].body = {**rows[event.run].body, "name": event.body["name"]}
+            elif event.kind in {"flow_run", "task_run"}:
                 rows[event.run] = Row(event.run, event.kind, event.body)
             elif event.kind == "map_run":
                 for row in _elements(event):

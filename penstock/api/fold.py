@@ -180,8 +180,8 @@ class Fold:
             event.root,
             _text(body.get("flow_run")),
             _text(body.get("parent")),
-            None,
-            None,
+            _text(body.get("map")),  # an element whose name a worker has made
+            _whole(body.get("element")),
             _text(body.get("task")),
             _text(body.get("name")),
             _tags(body.get("tags")),

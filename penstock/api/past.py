@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgpack
 import sqlalchemy as sa
 
 from penstock.api.ingest import read
@@ -43,7 +44,8 @@ def get_past(connection: sa.Connection, root: str) -> dict[str, Any] | None:
         ``maps`` and ``flows``: calls with ``id, flow_run`` (that made it), ``parent`` (the task run
         that made it), ``task`` (what was called), ``made`` (their order), ``over`` (an attempt of the
         flow run made it that has ended, and another one has begun). Tasks have ``type, name, attempt,
-        parameters, upstream, stored``; maps have columns ``types, names, attempts, places``.
+        parameters, upstream, stored``, flows ``parameters``; ``beside``: not the code of the flow made it,
+        but another thread or asyncio task; maps have columns ``types, names, attempts, places``.
     """
     run = select_one(connection, sa.select(flow_runs).where(flow_runs.c.id == root, flow_runs.c.root == root))
     if run is None:
@@ -86,13 +88,32 @@ def get_past(connection: sa.Connection, root: str) -> dict[str, Any] | None:
             "made": row["made"] or 0,
             "attempt": row["attempt"],
             "type": row["state_type"],
+            "parameters": decoded(row)["parameters"],
         }
         found["flows"].append(
             {**call, "parent": around, "row": row["parent_task_run"], "run_name": row["name"]}
         )
+    beside = _beside(connection, root)
     for call in [*found["tasks"], *found["maps"], *found["flows"]]:
+        call["beside"] = call.get("row", call["id"]) in beside
         call["over"] = call["made"] < begun.get(call["flow_run"], 0)
     return found
+
+
+def _beside(connection: sa.Connection, root: str) -> set[str]:
+    """Return the task runs and maps that other threads or asyncio tasks made than those of their flows' code."""
+    column = events.c
+    query = sa.select(column.data).where(column.root == root, column.kind.in_(("task_run", "map_run")))
+    found = set()
+    for row in connection.execute(query):
+        if _BESIDE in row.data:  # few have it: the others are not unpacked
+            event = read(row.data)
+            if event is not None and event.body.get("beside"):
+                found.add(event.run)
+    return found
+
+
+_BESIDE = msgpack.packb("beside")
 
 
 def _retried(connection: sa.Connection, flow_run: str) -> int:

@@ -71,9 +71,8 @@ def resume(
     with Display(sys.stderr, quiet=quiet) as display:
         code, error = outcome_of(lambda: _call(flow, arguments, resumption))
     show_error(error, begun=bool(display.board.began))
-    past = resumption.past
     if not quiet:
-        print(f"{past.reused} task runs reused, {past.again} that had begun computed again", file=sys.stderr)
+        print(resumption.past.told(), file=sys.stderr)
     display.finish(f"penstock runs show {resumption.name}")
     raise typer.Exit(code)
 

@@ -335,7 +335,16 @@ class FlowParameters(CachePolicy):
     def compute_key(
         self, task_ctx: Any, inputs: Any, flow_parameters: dict[str, Any], **kwargs: Any
     ) -> str | None:
-        """Return their hash; None if there are none."""
+        """Return their hash; None if there are none.
+
+        Raises
+        ------
+        ValueError
+            If they have none, or if it is not known where the key is made.
+        """
+        reason = getattr(flow_parameters, "unknown_because", None)
+        if reason is not None:
+            raise ValueError(reason)
         if not flow_parameters:
             return None
         try:
@@ -345,6 +354,19 @@ class FlowParameters(CachePolicy):
                 f"Unable to create hash - a parameter of the flow cannot be part of a cache key: {error}."
             )
             raise ValueError(message) from error
+
+
+class UnknownParameters:
+    """Stands for the parameters of a flow of which a nested task knows nothing, not even their hash.
+
+    Parameters
+    ----------
+    reason : str
+        Why, and what to do.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.unknown_because = reason
 
 
 class CacheKeyFnPolicy(CachePolicy):
@@ -399,6 +421,22 @@ def needs(policy: CachePolicy, name: str) -> bool:
         or type(one) not in _BUILT_IN
         for one in _parts(policy)
     )
+
+
+def heeds_parameters(policy: CachePolicy) -> bool:
+    """Whether the parameters of the flow make a difference to the key."""
+    return any(
+        isinstance(one, FlowParameters) or type(one) not in (*_BUILT_IN, CacheKeyFnPolicy, NoCache)
+        for one in _parts(policy)
+    )
+
+
+_heeding: list[str] = []  # policies of tasks of this process that heed parameters: it is enough to know one
+
+
+def parameters_matter() -> bool:
+    """Whether a task of this process was given a policy that heeds the parameters of the flow."""
+    return bool(_heeding)
 
 
 def lasts(policy: CachePolicy) -> bool:
@@ -502,6 +540,8 @@ def read_cache_options(
         policy = NO_CACHE
     if policy is not None:
         _check_isolation(policy)
+        if not _heeding and heeds_parameters(policy):
+            _heeding.append(repr(policy))
     wished = None if refresh is None else bool(refresh)
     return CacheOptions(policy, key_fn, seconds, wished, bool(in_memory))
 

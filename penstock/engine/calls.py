@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from penstock.engine.graph import Edge
     from penstock.engine.lookups import Caching
     from penstock.engine.mapped import Mapped
-    from penstock.engine.past import Past
+    from penstock.engine.past import Lane, Past
     from penstock.engine.recipes import Recipe
     from penstock.engine.recollection import Recollection
     from penstock.engine.run_transactions import RunTransaction
@@ -231,6 +230,11 @@ class TaskRun:
         self.yielded = -1  # how many it has yielded in all, once it has ended
 
     @property
+    def given_name(self) -> str | None:
+        """The name, None if nobody has made one yet."""
+        return self._name or None
+
+    @property
     def name(self) -> str:
         """The name of the run; elements of a map are numbered."""
         return self._name or f"{self.task.name}-{self.index}"
@@ -250,6 +254,7 @@ class TaskRun:
         """What is called with what; None once the run has ended."""
         if self.call is None and self.mapped is not None:
             self.call = self.mapped.call(self.index)
+            self.call.naming = None if self._name else self.mapped.naming
         return self.call
 
     @property
@@ -316,6 +321,7 @@ class FlowRun:
         "finished",
         "flow",
         "id",
+        "lane",
         "live",
         "memory",
         "name",
@@ -330,7 +336,6 @@ class FlowRun:
         "started",
         "tags",
         "task_run",
-        "thread",
     )
 
     def __init__(
@@ -365,7 +370,7 @@ class FlowRun:
         self.runs = 0
         self.started = time.time()
         self.past: Past | None = parent.past if parent is not None else None  # of a run that is resumed
-        self.thread = threading.get_ident()
+        self.lane: Lane | None = None  # where its code runs, once it does
 
     @property
     def type(self) -> StateType:

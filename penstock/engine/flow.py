@@ -9,7 +9,7 @@ from dataclasses import replace as with_fields
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast, overload
 
 from penstock import errors
-from penstock.engine import context, markup, revision
+from penstock.engine import context, markup, parameters, revision
 from penstock.engine.flow_run import FlowRunScope, steps
 from penstock.engine.futures import PenstockFuture, PenstockFutureList
 from penstock.engine.hooks import H, Hook, read_hooks
@@ -91,6 +91,9 @@ class Flow(Generic[P, R]):
     result_serializer : str, optional
         "pickle", "json", "npy", "npz", "arrow", "parquet", "zarr", "compressed/pickle",
         "compressed/json"; by the value if not given.
+    cache_result_in_memory : bool
+        False: where results are stored, what the flow itself returns is stored, too, and nothing of it is kept
+        in memory; `State.result` and the future of the run read it again whenever they are asked.
     on_completion, on_failure, on_cancellation, on_crashed, on_running, on_skipped : list of callable, optional
         Called as ``hook(flow, flow_run, state)``, coroutine functions too; the run counts as ended when
         its hooks, and those of its tasks, have ended.
@@ -115,6 +118,7 @@ class Flow(Generic[P, R]):
         persist_result: Persistence = None,
         result_storage: Storage = None,
         result_serializer: str | None = None,
+        cache_result_in_memory: bool = True,
         on_completion: Iterable[Hook] | None = None,
         on_failure: Iterable[Hook] | None = None,
         on_cancellation: Iterable[Hook] | None = None,
@@ -156,6 +160,7 @@ class Flow(Generic[P, R]):
             retry_delay_seconds=retry_delay_seconds,
             on_exit=on_exit,
             results=read_options(persist_result, result_storage, None, serializer_of(result_serializer)),
+            in_memory=bool(cache_result_in_memory),
             hooks=read_hooks(
                 "flow",
                 on_completion=on_completion,
@@ -417,6 +422,7 @@ class Flow(Generic[P, R]):
         persist_result: Persistence = NOT_GIVEN,
         result_storage: Storage = NOT_GIVEN,
         result_serializer: str | None = NOT_GIVEN,
+        cache_result_in_memory: bool = NOT_GIVEN,
         on_completion: Iterable[Hook] | None = NOT_GIVEN,
         on_failure: Iterable[Hook] | None = NOT_GIVEN,
         on_cancellation: Iterable[Hook] | None = NOT_GIVEN,
@@ -450,6 +456,7 @@ class Flow(Generic[P, R]):
                     NOT_GIVEN,
                     serializer_of(result_serializer),
                 ),
+                "in_memory": cache_result_in_memory,
                 "hooks": changed_hooks(
                     self.options.hooks,
                     "flow",
@@ -472,6 +479,29 @@ class Flow(Generic[P, R]):
             check_wish(task_runner)
             new._runner_override = task_runner
         return new
+
+    def validate_parameters(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Check and coerce parameters by the annotations of the function, as a call does, without a run.
+
+        Parameters
+        ----------
+        given : mapping
+            Arguments by name; those with a default may be left out.
+
+        Returns
+        -------
+        dict
+            What the function would get, defaults included.
+
+        Raises
+        ------
+        ParameterBindError
+            If a parameter is missing, or unknown.
+        ParameterTypeError
+            Naming each one that does not fit.
+        """
+        bound = parameters.bind(self.signature, self.name, (), dict(given))
+        return parameters.validate(self.fn, self.signature, bound)
 
     def runner(self) -> TaskRunner:
         """Return the runner for a run of this flow.
@@ -537,6 +567,7 @@ def flow(
     persist_result: Persistence = None,
     result_storage: Storage = None,
     result_serializer: str | None = None,
+    cache_result_in_memory: bool = True,
     on_completion: Iterable[Hook] | None = None,
     on_failure: Iterable[Hook] | None = None,
     on_cancellation: Iterable[Hook] | None = None,

@@ -28,6 +28,7 @@ from penstock.engine import (
     skipping,
     values,
 )
+from penstock.engine import results as stored_results
 from penstock.engine.annotations import Annotation, allow_failure, allow_skipped, freeze, quote
 from penstock.engine.caller import wait_sources
 from penstock.engine.calls import FlowRun, TaskRun
@@ -43,17 +44,19 @@ from penstock.engine.journal import Journal
 from penstock.engine.living import living
 from penstock.engine.names import new_name
 from penstock.engine.options import run_name
+from penstock.engine.past import lane
 from penstock.engine.recollection import Recollection
 from penstock.engine.reservation import reserved, whereabouts
 from penstock.engine.resumption import resumed
 from penstock.engine.seeds import begin_again, next_ordinal
 from penstock.engine.session import Session
 from penstock.engine.states import TRANSITIONS, Position, State, StateType, Stored, advance, failure_of
-from penstock.engine.steps import Invoke, Sleep, Steps, Wait
+from penstock.engine.steps import Invoke, Sleep, Steps, Wait, drive
 from penstock.engine.summary import describe_all
 from penstock.engine.tracking import start_tracking, stop_tracking
 from penstock.engine.venues import Venues
 from penstock.runners.base import kept, shutdown_all
+from penstock.runners.worker.coroutines import close_loop
 from penstock.runners.worker.errors import describe_error
 from penstock.runners.worker.interruption import Cancelled, TimedOut
 from penstock.runners.worker.running import current
@@ -98,7 +101,7 @@ class FlowRunScope:
         self._made = False
         self._validated = False
         self._lock = threading.RLock()  # a request to stop comes from any thread
-        self._over = self._expired = self._force = False
+        self._over = self._expired = self._force = self._dropped = False
         self._alarm: Alarm | None = None
         self._attempt = 0  # of those that this driver makes
         self._earlier = 0  # attempts before the run was resumed
@@ -174,11 +177,18 @@ class FlowRunScope:
         if parent is None or parent.past is None or around is None:
             return None
         outside = around.surrounding.id if around.surrounding is not None else None
-        found = parent.past.flow(parent, outside, self.flow.name)
+        found = parent.past.flow(parent, outside, self.flow.name, self._bound())
         if found is None:
             return None
         around._id = found["row"] or around.id
         return SimpleNamespace(id=found["id"], name=found["run_name"], attempt=found["attempt"])
+
+    def _bound(self) -> dict[str, Any] | None:
+        """Return the arguments by name, None if they do not fit; whoever says so comes later."""
+        try:
+            return parameters.bind(self.flow.signature, self.flow.name, self.args, self.kwargs)
+        except Exception:
+            return None
 
     def make_in_background(self) -> TaskRun:
         """Write the run's row; the row in the parent is the run of a future, for which others may wait."""
@@ -311,6 +321,7 @@ class FlowRunScope:
     def start(self) -> None:
         """Open the runner (a nested flow uses its parent's) and enter RUNNING; again for each attempt."""
         self.heed()
+        self.flow_run.lane = lane()
         self._attempt += 1
         if self._attempt == 1:
             own = self.outer is None or self.flow._runner_override is not None
@@ -386,8 +397,10 @@ class FlowRunScope:
             self._reason = self._reason or reason
             first, self.flow_run.cancelled = not self.flow_run.cancelled, True
             if self.flow_run.type is StateType.PENDING:
-                if self._submitted:  # its thread may still wait for an upstream: nobody waits for that
-                    self.finish(self._stopped("Cancelled before it started."))
+                if (
+                    self._submitted and not self._dropped
+                ):  # its thread may still wait for an upstream: nobody waits
+                    self._drop(self._stopped("Cancelled before it started."))
                 return True
             if first and self.flow_run.type is not StateType.SCHEDULED:
                 said = str(self._reason or "")
@@ -398,6 +411,22 @@ class FlowRunScope:
         if first and reason is not None:
             cancelling.aside(lambda: cancelling.stop(list(self.flow_run.live)))
         return True
+
+    def _drop(self, state: State) -> None:
+        """End a run in the background that has not begun: hooks first, in a thread of their own."""
+        self._dropped = True
+        if not self.flow.options.hooks.of_flow(state.type):
+            self.finish(state, dropped=True)
+            return
+
+        def end() -> None:
+            try:
+                drive(self.end_hooks(state, dropped=True))
+            finally:
+                close_loop()
+                self.finish(state, dropped=True)
+
+        threading.Thread(target=end, name="penstock-hooks", daemon=True).start()
 
     def _expire(self) -> None:
         """The time-out has passed in a thread that no alarm can interrupt."""
@@ -422,7 +451,7 @@ class FlowRunScope:
 
     def heed(self) -> None:
         """End here if the run was asked to stop."""
-        if self.flow_run.cancelled:
+        if self.flow_run.cancelled or self._dropped:
             raise Cancelled
 
     @contextlib.contextmanager
@@ -482,7 +511,19 @@ class FlowRunScope:
                 state.data = Returned(value, members.runs) if members.runs else value
                 if self.outer is None and members.runs:
                     state.data.load()  # the one implicit download; before the record says how much came here
+                if not self.flow.options.in_memory:
+                    self._put_away(state)
         return state
+
+    def _put_away(self, state: State) -> None:
+        """Keep the value in its storage only; what a nested flow gives back as references stays where it is."""
+        if isinstance(state.data, Returned) and self.outer is not None:
+            return
+        value = state.data.load() if isinstance(state.data, Returned) else state.data
+        kept = stored_results.put_away(self.flow_run, value)
+        if kept is not value:
+            state.data = kept
+            state.state_details["stored"] = stored_results.location(kept.where)
 
     def _tell_of_the_past(self) -> None:
         lines: list[tuple[str, str]] = []
@@ -490,9 +531,7 @@ class FlowRunScope:
             text = f"it called {left!r} before it was resumed, and did not call it again"
             lines.append(("WARNING", text))
         if self._resumed is not None:
-            past = self._resumed.past
-            text = f"resumed: {past.reused} task runs reused, {past.again} computed again"
-            lines.append(("INFO", text))
+            lines.append(("INFO", f"resumed: {self._resumed.past.told()}"))
         if lines:
             self.journal.flow_lines(self.flow_run, [[time.time(), *line] for line in lines])
 
@@ -580,8 +619,10 @@ class FlowRunScope:
             Invoke,
         )
 
-    def end_hooks(self, state: State) -> Steps:
+    def end_hooks(self, state: State, *, dropped: bool = False) -> Steps:
         """Call the hooks of the final state before it is recorded; they have time, and may use tasks."""
+        if self._dropped is not dropped:  # they are called where it was dropped
+            return
         self._disarm()
         self.flow_run.deadline, self.flow_run.cancelled = None, False
         if state.name == "NotReady":
@@ -601,7 +642,7 @@ class FlowRunScope:
     def must_go_on(self, error: BaseException, state: State) -> bool:
         """Whether an error ends more than this run: what ends programs, or the task around it."""
         if isinstance(error, Cancelled):
-            return not self.flow_run.cancelled
+            return not (self.flow_run.cancelled or self._dropped)
         return not isinstance(error, Exception) and not state.is_cancelled()
 
     def retry_delay(self, state: State) -> float | None:
@@ -649,10 +690,10 @@ class FlowRunScope:
             return self._stopped(state.message)
         return state
 
-    def finish(self, state: State) -> State:
+    def finish(self, state: State, *, dropped: bool = False) -> State:
         """Enter the final state, once, and tell those who wait; returns the state."""
         with self._lock:
-            if self._over:
+            if self._over or self._dropped is not dropped:
                 return state
             self._disarm()
             state = self.concluded(state)
@@ -751,7 +792,7 @@ class FlowRunScope:
         if not state.is_completed():
             raise failure_of(state)
         if not isinstance(state.data, Returned):
-            return state.data
+            return state.data.load() if isinstance(state.data, Stored) else state.data
         return state.data.load() if self.outer is None else state.data.value
 
     def close(self) -> None:
@@ -890,7 +931,8 @@ def _give(row: TaskRun, data: Any) -> None:
         row.nbytes = sum(run.nbytes for run in data.runs)
     else:
         row.value = data
-        row.nbytes = size_of(data)
+        away = isinstance(data, stored_results.PutAway)
+        row.nbytes = data.where["nbytes"] if away else size_of(data)
 
 
 class Returned(Stored):

@@ -70,7 +70,9 @@ def stage_order(runs: Sequence[TaskRun], mapped: Mapped, session: Session) -> di
     if options.skip_if is not None:
         order["skip_if"] = session.predicate(mapped.task)
     if options.task_run_name is not None:
-        order["names"] = [run.name for run in runs]
+        order["names"] = [run.given_name for run in runs]
+        if None in order["names"]:
+            order["naming"] = mapped.naming
     commit = results.commit_order(runs[0])
     if commit is not None:  # one for all, unless its place is made of what each is called
         several = options.results.key or runs[0].caching is not None

@@ -14,6 +14,7 @@ import msgpack
 
 from penstock.engine import events, results
 from penstock.engine.events import Event
+from penstock.engine.past import is_beside
 from penstock.engine.summary import describe_all
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Journal:
         self._ended: list[tuple[TaskRun, dict[str, Any]]] = []
         self._completed: list[tuple[Sequence[TaskRun], Sequence[float], Sequence[float], int]] = []
         self._unnamed: dict[str, tuple[float, dict[str, Any]]] = {}
+        self._unnamed_maps: dict[str, list[tuple[float, dict[str, Any]]]] = {}
         self._tasks: set[tuple[Any, ...]] = set()
         self.callbacks: list[Callable[[], None]] = []
 
@@ -70,7 +72,7 @@ class Journal:
     ) -> None:
         """A task run exists, unless it did before its flow run is resumed; its name may be made only where it runs."""
         past = run.flow_run.past if run.flow_run is not None else None
-        if past is not None and run.tracked and past.task(run, describe_all(parameters), parents):
+        if past is not None and run.tracked and past.task(run, parameters, parents):
             self._told_again(run)
             return
         if run.tracked:
@@ -83,13 +85,28 @@ class Journal:
     def named(self, run: TaskRun, name: str) -> None:
         """A worker has made the name of a run: the run is written down anew."""
         run.name = name
+        if run.map_id is not None:
+            self._element_named(run)
+            return
         made, body = self._unnamed.pop(run.id, (0.0, {}))
         if body:
             self.publish(Event("task_run", run.id, run.root, made, {**body, "name": name}))
 
-    def map_made(self, run: TaskRun, body: dict[str, Any], parameters: dict[str, Any]) -> None:
-        """Elements of a map exist; `run` is any of them."""
+    def _element_named(self, run: TaskRun) -> None:
+        for made, body in self._unnamed_maps.get(str(run.map_id), ()):
+            number = run.index - body["start"]
+            if 0 <= number < body["count"]:
+                own = [[name, runs[number]] for name, runs in body["upstream_elements"] if runs[number]]
+                about = {**_about(run, {}), "map": run.map_id, "element": run.index, "upstream": own}
+                self.publish(Event("task_run", run.id, run.root, made, about))
+
+    def map_made(
+        self, run: TaskRun, body: dict[str, Any], parameters: dict[str, Any], named_later: bool = False
+    ) -> None:
+        """Elements of a map exist; `run` is any of them; some of their names may be made only where they run."""
         self._task_known(run)
+        if named_later:
+            self._unnamed_maps.setdefault(str(run.map_id), []).append((time.time(), body))
         self.write("map_run", str(run.map_id), run.root, {**_about(run, parameters), **body})
 
     def _told_again(self, run: TaskRun) -> None:
@@ -272,6 +289,7 @@ def _about(run: TaskRun, parameters: dict[str, Any]) -> dict[str, Any]:
         "tags": sorted(run.tags),
         "parameters": describe_all(parameters),
         "child_flow_run": run.child_flow_run,
+        **({"beside": True} if is_beside(run.flow_run, run.surrounding) else {}),
     }
 
 

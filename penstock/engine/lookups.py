@@ -14,6 +14,7 @@ import inspect
 import pickle
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ READ_THROUGH = 64 << 20
 LOOKS_AT_ONCE = 16
 """Requests to an object storage that are under way together."""
 SMALL = 1 << 20
-"""Bytes of flow parameters that are hashed for nested tasks without anybody having asked."""
+"""Bytes of flow parameters that are hashed for nested tasks though no task is known that asks for it."""
 
 _warned: set[str] = set()
 
@@ -59,8 +60,8 @@ class Sharing:
         Seconds.
     refresh : bool
         Take no stored result.
-    parameters : dict or Digest
-        Of the flow.
+    parameters : dict, Digest or UnknownParameters
+        Of the flow, if they count.
     storage : ResultStorage or None
         If the policy brings one.
     lock : LockManager or None
@@ -180,7 +181,7 @@ def sharing_of(task: Task[..., Any], flow_run: FlowRun | None, *, in_process: bo
         cache.looks_at_values(policy),
         said.expiration,
         refreshes if said.refresh is None else said.refresh,
-        (flow_run.digest or flow_run.parameters) if flow_run is not None else {},
+        _parameters(flow_run, policy),
         results.read_storage(policy.key_storage),
         policy.lock_manager if serial else None,
         in_process,
@@ -206,17 +207,82 @@ def _task_info(task: Task[..., Any]) -> TaskInfo:
     )
 
 
-def parameters_digest(flow_run: FlowRun) -> str | None:
-    """Return the hash of a flow's parameters for nested tasks; None if it would cost much or cannot be made."""
+def _parameters(flow_run: FlowRun | None, policy: CachePolicy) -> Any:
+    """Return the parameters of a flow as a policy needs them: not at all, their hash, or themselves."""
+    if flow_run is None or not cache.heeds_parameters(policy):
+        return {}
     if flow_run.digest is not None:
-        return str(flow_run.digest.text)
-    parameters: Any = flow_run.parameters
-    if not parameters or size_of(parameters) > SMALL:
-        return None
+        return flow_run.digest
+    if cache.looks_at_values(policy) or not flow_run.parameters:
+        return flow_run.parameters
     try:
-        return hashing.stable_hash(parameters)
-    except ValueError:
+        return _digest(flow_run)
+    except ValueError:  # what has none is named where the key is made
+        return flow_run.parameters
+
+
+_digests: weakref.WeakKeyDictionary[FlowRun, hashing.Digest] = weakref.WeakKeyDictionary()
+
+
+def _digest(flow_run: FlowRun) -> hashing.Digest:
+    """Hash the parameters of a flow run, once."""
+    found = _digests.get(flow_run)
+    if found is None:
+        begun = time.perf_counter()
+        found = _digests[flow_run] = hashing.digest(flow_run.parameters)
+        took = time.perf_counter() - begun
+        if took > SLOW:
+            _once(
+                f"hashing the parameters of flow {flow_run.flow.name!r} for cache keys took {took:.1f} s; pass "
+                "a large one as a path or URL, or use a policy that leaves FLOW_PARAMETERS out."
+            )
+    return found
+
+
+def parameters_digest(flow_run: FlowRun) -> str | None:
+    """Return what nested tasks in other processes need to know of a flow's parameters, for their cache keys.
+
+    Returns
+    -------
+    str or None
+        None if the flow has none. Their hash; or ``!`` and why it is not known: they have no content to
+        hash, or they are large while no task is known that needs it.
+    """
+    known = flow_run.digest
+    if known is not None:
+        return _told(known)
+    parameters: Any = flow_run.parameters
+    if not parameters:
         return None
+    if not cache.parameters_matter() and size_of(parameters) > SMALL:
+        return _told(cache.UnknownParameters(_NOT_HASHED))
+    try:
+        return _told(_digest(flow_run))
+    except ValueError as error:
+        reason = f"Unable to create hash - a parameter of the flow cannot be part of a cache key: {error}."
+        return _told(cache.UnknownParameters(reason[:300]))
+
+
+_NOT_HASHED = (
+    "Unable to create hash - the parameters of the flow are large, and were not hashed, since no task with "
+    "FLOW_PARAMETERS is known where the flow runs. Define the task there, too: at the top of a module that "
+    "the flow imports."
+)
+
+
+def _told(known: hashing.Digest | cache.UnknownParameters) -> str:
+    """Write what is known of the parameters, in the few bytes that go along with every task."""
+    if isinstance(known, hashing.Digest):
+        return known.text
+    reason = known.unknown_because
+    return "!" if reason == _NOT_HASHED else f"!{reason}"
+
+
+def read_digest(told: str | None) -> hashing.Digest | cache.UnknownParameters | None:
+    """Read what `parameters_digest` wrote."""
+    if told is None:
+        return None
+    return cache.UnknownParameters(told[1:] or _NOT_HASHED) if told.startswith("!") else hashing.Digest(told)
 
 
 # -- keys in the driver ---------------------------------------------------------------------------

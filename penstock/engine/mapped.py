@@ -121,6 +121,8 @@ class Mapped:
         Decides how many elements go together; None where each has to go alone.
     reason : str
         Why each goes alone, in a user's words; empty where they need not.
+    naming : str, bytes, callable or None
+        What makes the names of elements where their arguments are known, see `Call`.
     """
 
     task: Task[..., Any]
@@ -133,6 +135,7 @@ class Mapped:
     start: int = 0
     packer: Packer | None = None
     reason: str = ""
+    naming: Any = None
     has_upstreams: bool = field(init=False)
     is_light: bool = field(init=False)
     """Whether it may be kept beside the values of its elements, so that these can be made again."""

@@ -8,10 +8,10 @@ import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from penstock import errors
-from penstock.engine import cancelling, events, items, run_transactions, sample, waiting
+from penstock.engine import cancelling, events, items, payload, refs, run_transactions, sample, waiting
 from penstock.engine.annotations import (
     Annotation,
     allow_failure,
@@ -27,7 +27,7 @@ from penstock.engine.context import Scope, current_tags
 from penstock.engine.futures import PenstockFuture, run_of
 from penstock.engine.lookups import Item, MapPlan
 from penstock.engine.mapped import Capture, Column, Mapped
-from penstock.engine.options import TaskOptions, run_name
+from penstock.engine.options import TaskOptions, needs_values, run_name
 from penstock.engine.seeds import next_ordinal
 from penstock.runners.worker.sizes import size_of
 
@@ -273,9 +273,13 @@ class Making:
         self._packer = packing(task.options, session.runner, self.window, count, self._reason)
         past = scope.flow_run.past if scope.flow_run is not None else None
         around = scope.task_run.id if scope.task_run is not None else None
-        known = past.map(scope.flow_run, around, task.name, count) if past and scope.flow_run else None
+        known = None
+        if past is not None and scope.flow_run is not None:
+            idempotent = task.options.idempotent
+            known = past.map(scope.flow_run, around, task.name, count, idempotent=idempotent)
         self._map_id = known or events.new_id()
         self._ordinal = next_ordinal(scope, task.name)
+        self._packed_naming: bytes | None = None
         self._keys = MapPlan(task, scope.flow_run, in_process=session.in_process)
         tags = task.options.tags | current_tags()
         self._tags = tags | (scope.flow_run.tags if scope.flow_run else frozenset())
@@ -316,12 +320,15 @@ class Making:
             self._reason,
         )
         names = self._names(parts, start, count)
+        named_later = names is not None and None in names
+        if named_later:
+            mapped.naming = self._naming()
         root = scope.flow_run.root if scope.flow_run else self._map_id
         runs = []
         for index in range(start, start + count):
             run = TaskRun(
                 task,
-                names[index - start] if names is not None else "",
+                (names[index - start] or "") if names is not None else "",
                 root=root,
                 flow_run=scope.flow_run,
                 surrounding=scope.task_run,
@@ -338,9 +345,9 @@ class Making:
         named = {_parameter(task, place): part for place, part in parts.items()}
         body = {"name": task.name, "start": start, "count": count, **_edges(runs, named, mapped)}
         if names is not None:
-            body["names"] = names
+            body["names"] = [run.name for run in runs]
         if not scope.session.journal.elements_told_again(runs):
-            scope.session.journal.map_made(runs[0], body, self._bound.arguments)
+            scope.session.journal.map_made(runs[0], body, self._bound.arguments, named_later)
         return runs
 
     def _plan_keys(self, runs: list[TaskRun], parts: dict[int | str, Part]) -> None:
@@ -354,20 +361,46 @@ class Making:
             }
             self._keys.element(run, given, self._same)
 
-    def _names(self, parts: dict[int | str, Part], start: int, count: int) -> list[str] | None:
-        """Return the names of the elements, None if they are just numbered."""
+    def _naming(self) -> Any:
+        """Return what makes names on workers; packed once for all pieces."""
+        template = self.task.options.task_run_name
+        if isinstance(template, str) or self.scope.session.in_process:
+            return template
+        if self._packed_naming is None:
+            self._packed_naming = payload.pack_function(cast("Callable[..., str]", template))
+        return self._packed_naming
+
+    def _names(self, parts: dict[int | str, Part], start: int, count: int) -> list[str | None] | None:
+        """Return the names of the elements, None if they are just numbered; one that needs a value elsewhere is None."""
         task = self.task
         template = task.options.task_run_name
         if template is None:
             return None
-        names = []
+        names: list[str | None] = []
         for number in range(count):
-            given = {place: part.at(number) for place, part in parts.items()} | self._same
+            given = {place: part.token(number) for place, part in parts.items()} | self._same
             args = [given[place] for place in self._places if isinstance(place, int)]
             kwargs = {place: given[place] for place in self._places if isinstance(place, str)}
             bound = task.signature.bind(*args, **kwargs)
-            names.append(run_name(template, f"{task.name}-{start + number}", with_defaults(bound)))
+            arguments = with_defaults(bound)
+            if needs_values(template, arguments, is_there):
+                names.append(None)
+            else:
+                names.append(run_name(template, f"{task.name}-{start + number}", arguments))
         return names
+
+
+def is_there(argument: Any) -> bool:
+    """Whether an argument holds no future, and is no item of one."""
+    futures: list[Any] = []
+
+    def leaf(value: Any, tolerant: int) -> Any:
+        if isinstance(value, Item) or run_of(value) is not None:
+            futures.append(value)
+        return value
+
+    refs.replace(argument, leaf)
+    return not futures
 
 
 def _column(capture: Capture, part: Part, place: int | str) -> Column:
@@ -484,7 +517,8 @@ def _as_they_come(future: PenstockFuture[Any], task: Task[..., Any]) -> Iterator
 def _unusable(future: PenstockFuture[Any], task: Task[..., Any]) -> errors.RunError:
     state = future.state
     message = (
-        f"{task.name}.map got the future of {future.name!r}, which ended as {state.name}: {state.message}"
+        f"Upstream task run '{future.task_run_id}' did not reach a 'COMPLETED' state. {task.name}.map got "
+        f"the future of {future.name!r}, which ended as {state.name}: {state.message}"
     )
     return errors.UpstreamTaskError(message).of_run(future.task_run_id)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
-from penstock.engine import cancelling, events, hashing, refs, results, values, waiting
+from penstock.engine import cancelling, events, lookups, refs, results, values, waiting
 from penstock.engine.calls import FlowRun, TaskRun
 from penstock.engine.context import Scope
 from penstock.engine.futures import run_of
@@ -108,8 +108,7 @@ def open_scope(running: Any) -> Scope:
         flow = SimpleNamespace(name=context["flow"])
         flow_run = FlowRun(flow, context["flow_run_name"], root=context["root"], run_id=context["flow_run"])
         flow_run.results = results.unpack(context.get("results"))
-        if context.get("parameters"):
-            flow_run.digest = hashing.Digest(context["parameters"])
+        flow_run.digest = lookups.read_digest(context.get("parameters"))
     task = SimpleNamespace(name=running.order["task"])
     around = TaskRun(task, running.order["name"], root=context["root"], flow_run=flow_run)  # type: ignore[arg-type]
     around._id = running.order["run"]

@@ -69,6 +69,7 @@ class FlowOptions:
     retry_delay_seconds: DelayOption = None
     on_exit: str = "wait"
     results: ResultOptions = field(default_factory=ResultOptions)
+    in_memory: bool = True
     hooks: Hooks = NO_HOOKS
 
 
@@ -329,6 +330,10 @@ def warn_unused(**given: Any) -> None:
             warnings.warn(f"'{name}' has no effect in penstock and is ignored.", stacklevel=4)
 
 
+def _in_memory(options: TaskOptions | FlowOptions) -> bool:
+    return options.in_memory if isinstance(options, FlowOptions) else options.results.caching.in_memory
+
+
 _VIEWS: dict[str, Callable[[Any], Any]] = {
     "description": lambda options: options.description,
     "task_run_name": lambda options: options.task_run_name,
@@ -351,6 +356,15 @@ _VIEWS: dict[str, Callable[[Any], Any]] = {
     "result_storage": lambda options: options.results.storage,
     "result_storage_key": lambda options: options.results.key,
     "result_serializer": lambda options: options.results.serializer,
+    "tags": lambda options: options.tags,
+    "retries": lambda options: options.retry.retries,
+    "on_exit": lambda options: options.on_exit,
+    "on_skip": lambda options: options.on_skip,
+    "cache_policy": lambda options: options.results.caching.policy,
+    "cache_key_fn": lambda options: options.results.caching.key_fn,
+    "cache_expiration": lambda options: options.results.caching.expiration,
+    "refresh_cache": lambda options: options.results.caching.refresh,
+    "cache_result_in_memory": _in_memory,
     "should_validate_parameters": lambda options: options.validate_parameters,
     "task_runner": lambda options: options.task_runner,
     "on_completion_hooks": lambda options: list(options.hooks.on_completion),

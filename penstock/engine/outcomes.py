@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from penstock import errors
 from penstock.engine import invoke, results
 from penstock.engine.clock import clock
-from penstock.engine.failure import Failure
 from penstock.engine.states import State, StateType, advance
 from penstock.runners.base import UNSENT
+from penstock.runners.remote_error import Failure
 from penstock.runners.worker.failure import Failed
 
 if TYPE_CHECKING:

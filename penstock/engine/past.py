@@ -4,10 +4,15 @@ A flow that is deterministic makes the same calls in the same order, so the k-th
 flow run (and, where tasks submit tasks, in a task run) is the k-th call of before: it gets the same
 id, its stored result if there is one, else the next attempt. Nothing but the order and the inputs
 of calls is compared; the ids of inputs are the same, because they were found in the same way.
+
+That holds for the calls of one lane, the thread or asyncio task in which the code of the flow runs.
+Calls from others come in any order: such a call is found again by what it is called with, where the
+record tells that in full; another one is a new call, since a result must never go to the wrong one.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
 import threading
 from collections import deque
@@ -18,6 +23,7 @@ from penstock import errors
 from penstock.engine import results
 from penstock.engine.events import element_id
 from penstock.engine.states import Position, StateType
+from penstock.engine.summary import describe_all, tells_all
 from penstock.runners.worker import result_store
 from penstock.runners.worker.result_formats import CommitError
 
@@ -25,8 +31,32 @@ if TYPE_CHECKING:
     from penstock.engine.calls import FlowRun, TaskRun
 
 Found = dict[str, Any]
+Lane = tuple[int, int]
+"""A thread, and the asyncio task that runs in it."""
 
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
+
+
+def lane() -> Lane:
+    """Return where the calling code runs."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no loop runs in this thread
+        return threading.get_ident(), 0
+    return threading.get_ident(), id(task)
+
+
+def is_beside(flow_run: FlowRun | None, around: object) -> bool:
+    """Whether a call comes from another lane than that of its flow's code.
+
+    Parameters
+    ----------
+    flow_run : FlowRun or None
+        That it belongs to.
+    around : object
+        The task run that makes it; None if the code of the flow does.
+    """
+    return flow_run is not None and around is None and flow_run.lane is not None and lane() != flow_run.lane
 
 
 class Past:
@@ -41,12 +71,13 @@ class Past:
 
     Attributes
     ----------
-    reused, again : int
-        Task runs whose stored results were taken, and those that had begun and are computed again.
+    reused, again, anew : int
+        Task runs whose stored results were taken, those that had begun and are computed again, and calls from
+        other lanes that were not found again.
     """
 
     def __init__(self, told: Mapping[str, Any], rerun: Sequence[str] = ()) -> None:
-        self.reused = self.again = 0
+        self.reused = self.again = self.anew = 0
         self._lost = {run: (attempt, began) for run, attempt, began in lost(told)}
         self._rows = {one["row"] for one in told["flows"] if not one["over"]}
         self._rerun = frozenset(rerun)
@@ -55,25 +86,38 @@ class Past:
         self._calls: dict[tuple[str, str, str | None, str], deque[Found]] = {}
         self._orders: dict[str, deque[Found]] = {}  # of the calls in the code of each flow run
         self._maps: dict[str, Found] = {}
-        self._aside: set[str] = set()  # flow runs whose code calls from several threads
+        self._beside: dict[tuple[str, str, str], list[Found]] = {}  # calls from other lanes than the flow's
         calls = [{**one, "kind": kind} for kind in ("task", "map", "flow") for one in told[f"{kind}s"]]
         for call in sorted((one for one in calls if not one["over"]), key=lambda one: one["made"]):
-            key = (call["kind"], call["flow_run"], call["parent"], call["task"])
-            self._calls.setdefault(key, deque()).append(call)
             if call["kind"] == "map":
                 self._maps[call["id"]] = call
+            if call["beside"]:
+                self._beside.setdefault((call["kind"], call["flow_run"], call["task"]), []).append(call)
+                continue
+            key = (call["kind"], call["flow_run"], call["parent"], call["task"])
+            self._calls.setdefault(key, deque()).append(call)
             if call["kind"] != "flow" and not call["parent"] and not call.get("child_flow_run"):
                 self._orders.setdefault(call["flow_run"], deque()).append(call)
 
+    def told(self) -> str:
+        """Say in words what became of the calls of before."""
+        anew = f", {self.anew} calls of other threads or asyncio tasks made anew" if self.anew else ""
+        return f"{self.reused} task runs reused, {self.again} that had begun computed again{anew}"
+
     # -- calls ------------------------------------------------------------------------------
-    def flow(self, parent: FlowRun, around: str | None, name: str) -> Found | None:
+    def flow(
+        self, parent: FlowRun, around: str | None, name: str, arguments: Mapping[str, Any] | None
+    ) -> Found | None:
         """Return the flow run that a call within a flow run was; None if it is a new one."""
-        found = self._next("flow", parent, around, name)
+        if is_beside(parent, around):
+            found = None if arguments is None else self._same("flow", parent, name, arguments, ())
+        else:
+            found = self._next("flow", parent, around, name)
         if found is not None:
             self._open.pop(found["id"], None)
         return found
 
-    def task(self, run: TaskRun, described: Mapping[str, str], parents: Sequence[tuple[str, str]]) -> bool:
+    def task(self, run: TaskRun, arguments: Mapping[str, Any], parents: Sequence[tuple[str, str]]) -> bool:
         """Make a new task run the one that it was before; False if it is a new one."""
         flow_run = run.flow_run
         if flow_run is None:
@@ -81,17 +125,33 @@ class Past:
         if run.child_flow_run is not None:  # stands for a flow run, which was found already
             return run.id in self._rows
         around = run.surrounding.id if run.surrounding is not None else None
-        found = self._next("task", flow_run, around, run.task.name)
-        if found is None:
-            return False
-        _compare(flow_run, run.task.name, "upstream", _edges(found["upstream"]), _edges(parents))
-        _compare(flow_run, run.task.name, "parameters", _plain(found["parameters"]), _plain(described))
+        if is_beside(flow_run, around):
+            found = self._same("task", flow_run, run.task.name, arguments, parents)
+            if found is None:
+                return self._is_barred(run, flow_run)
+        else:
+            found = self._next("task", flow_run, around, run.task.name)
+            if found is None:
+                return False
+            described = describe_all(arguments)
+            _compare(flow_run, run.task.name, "upstream", _edges(found["upstream"]), _edges(parents))
+            _compare(flow_run, run.task.name, "parameters", _plain(found["parameters"]), _plain(described))
         run._id = found["id"]
         self._revive(run, found)
         return True
 
-    def map(self, flow_run: FlowRun, around: str | None, name: str, count: int | None) -> str | None:
+    def map(
+        self, flow_run: FlowRun, around: str | None, name: str, count: int | None, *, idempotent: bool
+    ) -> str | None:
         """Return the id that a map had before; None if it is a new one."""
+        if is_beside(flow_run, around):  # what its elements are is nowhere told in full
+            if not (idempotent or name in self._rerun) and self._begun("map", flow_run, name):
+                raise _diverged(
+                    flow_run,
+                    f"it maps {name!r}, which must not run twice, from another thread or asyncio task than that of "
+                    f"its own code, where calls cannot be told apart (--rerun {name} allows it)",
+                )
+            return None
         found = self._next("map", flow_run, around, name)
         if found is None:
             return None
@@ -120,17 +180,56 @@ class Past:
         return found
 
     def _in_order(self, flow_run: FlowRun, name: str, found: Found | None) -> None:
-        """Say where the code of a flow goes another way, as far as one thread makes all its calls."""
+        """Say where the code of a flow goes another way; that of an async one may depend on what is ready."""
         order = self._orders.get(flow_run.id)
-        if threading.get_ident() != flow_run.thread or getattr(flow_run.flow, "isasync", False):
-            self._aside.add(flow_run.id)
-        if not order or flow_run.id in self._aside:
+        if not order or _is_coroutine(flow_run):
             return
         if found is None:
             raise _diverged(flow_run, f"it calls {name!r}, where it had called {order[0]['task']!r}")
         if order[0] is not found:
             raise _diverged(flow_run, f"it calls {name!r}, where it had called {order[0]['task']!r} first")
         order.popleft()
+
+    # -- calls from other lanes ---------------------------------------------------------------
+    def _same(
+        self,
+        kind: str,
+        flow_run: FlowRun,
+        name: str,
+        arguments: Mapping[str, Any],
+        parents: Sequence[tuple[str, str]],
+    ) -> Found | None:
+        """Take a call of the same function with the same inputs, where the record tells these in full."""
+        described, edges = describe_all(arguments), _edges(parents)
+        with self._gate:
+            calls = self._beside.get((kind, flow_run.id, name), [])
+            for place, found in enumerate(calls if tells_all(arguments) else ()):
+                if found["parameters"] == described and (
+                    kind == "flow" or _edges(found["upstream"]) == edges
+                ):
+                    return calls.pop(place)
+            self.anew += kind == "task" and bool(calls)
+        return None
+
+    def _is_barred(self, run: TaskRun, flow_run: FlowRun) -> bool:
+        """End a run that must not run twice, and may be one of those that had begun; else it is a new one."""
+        if run.task.options.idempotent or run.task.name in self._rerun:
+            return False
+        found = self._begun("task", flow_run, run.task.name)
+        if found is None:
+            return False
+        run._id = found["id"]
+        self._bar(run, found["attempt"])
+        return True
+
+    def _begun(self, kind: str, flow_run: FlowRun, name: str) -> Found | None:
+        """Take a call from another lane that may have begun."""
+        with self._gate:
+            calls = self._beside.get((kind, flow_run.id, name), [])
+            for place, found in enumerate(calls):
+                if found["id"] in self._lost or found.get("attempt") or any(found.get("attempts", ())):
+                    return calls.pop(place)
+        return None
 
     # -- what becomes of them ---------------------------------------------------------------
     def _revive(self, run: TaskRun, found: Mapping[str, Any]) -> None:
@@ -153,17 +252,20 @@ class Past:
         if untouched or name == "NotReady":
             return
         if not run.task.options.idempotent and run.task.name not in self._rerun:
-            message = (
-                f"attempt {attempt} of {run.name!r} may have begun before its driver died, and it must not run twice; "
-                f"allow it with --rerun {run.task.name}."
-            )
-            run.error = errors.CrashedRun(message).of_run(run.id)
-            run.position, run.done = Position(StateType.CRASHED, "Crashed", attempt), True
-            run.message = message
+            self._bar(run, attempt)
             return
         self.again += 1
         run.excuses += attempt  # they cost none of its budgets, and count
         run.position = Position(StateType.PENDING, "Pending", attempt)
+
+    def _bar(self, run: TaskRun, attempt: int) -> None:
+        message = (
+            f"attempt {attempt} of {run.name!r} may have begun before its driver died, and it must not run twice; "
+            f"allow it with --rerun {run.task.name}."
+        )
+        run.error = errors.CrashedRun(message).of_run(run.id)
+        run.position, run.done = Position(StateType.CRASHED, "Crashed", max(attempt, 1)), True
+        run.message = message
 
     def settle(self, run: str) -> tuple[int, str] | None:
         """Return attempt and begin of a run that was under way when the driver died, once."""
@@ -184,7 +286,11 @@ class Past:
     def left(self, flow_run: FlowRun) -> str:
         """Return which call a flow run had made and has not made again, empty if there is none."""
         order = self._orders.get(flow_run.id)
-        return str(order[0]["task"]) if order and flow_run.id not in self._aside else ""
+        return str(order[0]["task"]) if order and not _is_coroutine(flow_run) else ""
+
+
+def _is_coroutine(flow_run: FlowRun) -> bool:
+    return bool(getattr(flow_run.flow, "isasync", False))
 
 
 def lost(told: Mapping[str, Any]) -> list[tuple[str, int, str]]:

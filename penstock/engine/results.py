@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from penstock import errors
 from penstock.engine.cache import NOTHING_SAID, CacheOptions
+from penstock.engine.states import Stored
 from penstock.runners.worker import result_formats, result_store
+from penstock.runners.worker.commit import commit
 from penstock.settings import settings
 
 if TYPE_CHECKING:
-    from penstock.engine.calls import TaskRun
+    from penstock.engine.calls import FlowRun, TaskRun
 
 Persistence: TypeAlias = bool | Literal["large"] | None
 Switches: TypeAlias = tuple[bool, bool, bool, Persistence]
@@ -258,19 +260,23 @@ def commit_order(run: TaskRun) -> dict[str, Any] | None:
     if not wish:
         return None
     full = own.over(outer).over(defaults())
-    assert full.storage is not None
-    order = {
-        "storage": full.storage.url,
-        "options": dict(full.storage.options),
-        "key": _key(run, own.key),
-        "format": full.serializer or "auto",
-        "over": settings().large_argument if wish == "large" else 0,
-    }
+    order = _order(full, _key(run, own.key), wish)
     if run.caching is not None:
         run.caching.extend(order, run)
     if run.transaction is not None and run.transaction.holds_back(order):
         order["staged"] = True
     return order
+
+
+def _order(full: ResultOptions, key: str, wish: Persistence) -> dict[str, Any]:
+    assert full.storage is not None
+    return {
+        "storage": full.storage.url,
+        "options": dict(full.storage.options),
+        "key": key,
+        "format": full.serializer or "auto",
+        "over": settings().large_argument if wish == "large" else 0,
+    }
 
 
 def fill_place(run: TaskRun, parameters: Mapping[str, Any]) -> str:
@@ -425,3 +431,47 @@ def public_error(error: Exception, run_id: str | None = None) -> errors.Penstock
     if isinstance(raised, errors.RunError):
         raised.of_run(run_id)
     return raised
+
+
+def put_away(flow_run: FlowRun, value: Any) -> Any:
+    """Store what a flow has returned, if its results are stored.
+
+    Returns
+    -------
+    object
+        A `PutAway` that reads it again; the value itself if nothing was stored.
+
+    Raises
+    ------
+    UnserializableResult, StorageRefused, MissingExtra
+        If it cannot be stored.
+    """
+    wish = wish_of(flow_run.results, NOTHING)
+    if not wish:
+        return value
+    order = _order(flow_run.results.over(defaults()), f"{flow_run.id}/{{run}}", wish)
+    try:
+        _, stored = commit(value, order, flow_run.id, flow_run.position.attempt)
+    except result_formats.CommitError as error:
+        raise public_error(error, flow_run.id) from error.__cause__
+    return value if stored is None else PutAway({**stored, "options": order["options"]}, flow_run.id)
+
+
+class PutAway(Stored):
+    """What a flow has returned and nobody keeps in memory.
+
+    Attributes
+    ----------
+    where : dict
+        See `result_store.load`.
+    """
+
+    keeps = False
+
+    def __init__(self, where: dict[str, Any], run_id: str) -> None:
+        self.where = where
+        self._run_id = run_id
+
+    def load(self) -> Any:
+        """Read it again."""
+        return _load(self.where, self._run_id)

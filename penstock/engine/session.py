@@ -236,13 +236,12 @@ class Session:
         if run.done and not run.completed:  # `allow_failure`, `on_skip`
             source.ref = self.runner.put([values.stand_in(run, source.tolerant)])[0]
             return source.ref, None
-        if (run.items is not None and run.value is None) or (
-            run.child_flow_run is not None and run.ref is None
-        ):
-            values.results([run])
+        value = run.value
+        if (run.items is not None and value is None) or (run.child_flow_run is not None and run.ref is None):
+            (value,) = values.results([run])
         if run.ref is None:
             assert run.done, f"{run.name!r} has no value yet"  # never send None in its place
-            run.ref, run.place = self.runner.put([run.value])[0], -1
+            run.ref, run.place = self.runner.put([value])[0], -1
         place = run.place if run.place >= 0 else None
         if run.ref.handle is UNSENT:  # goes in the same batch: the backend knows it by its key
             return Ref(run.ref.key, None), place

@@ -310,7 +310,15 @@ class State:
 
 
 class Stored:
-    """Data of a state that is not here: `load` brings it."""
+    """Data of a state that is not here: `load` brings it.
+
+    Attributes
+    ----------
+    keeps : bool
+        Whether what was loaded may stay in memory.
+    """
+
+    keeps = True
 
     def load(self) -> Any:
         """Return the value."""
@@ -451,13 +459,21 @@ def _constructor(kind: StateType, name: str) -> Constructor:
 Scheduled = _constructor(_S, "Scheduled")
 Late = _constructor(_S, "Late")
 AwaitingRetry = _constructor(_S, "AwaitingRetry")
+AwaitingConcurrencySlot = _constructor(_S, "AwaitingConcurrencySlot")
+Resuming = _constructor(_S, "Resuming")
 Pending = _constructor(_P, "Pending")
+Submitting = _constructor(_P, "Submitting")
+InfrastructurePending = _constructor(_P, "InfrastructurePending")
 Running = _constructor(_R, "Running")
 Retrying = _constructor(_R, "Retrying")
 Paused = _constructor(_PA, "Paused")
+Suspended = _constructor(_PA, "Suspended")
 Cancelling = _constructor(_CG, "Cancelling")
 Completed = _constructor(_C, "Completed")
+Cached = _constructor(_C, "Cached")
+RolledBack = _constructor(_C, "RolledBack")
 Failed = _constructor(_F, "Failed")
+TimedOut = _constructor(_F, "TimedOut")
 Crashed = _constructor(_X, "Crashed")
 Cancelled = _constructor(_CD, "Cancelled")
 Skipped = _constructor(_SK, "Skipped")

@@ -45,6 +45,20 @@ def describe(value: Any) -> str:
     return type(value).__qualname__[:TEXT]
 
 
+def tells_all(parameters: Mapping[str, Any]) -> bool:
+    """Whether the descriptions of parameters tell them from all others: short plain values and futures."""
+    return all(hasattr(type(one), "task_run_id") or _is_told(one) for one in parameters.values())
+
+
+def _is_told(value: Any) -> bool:
+    kind = type(value)
+    if kind in {list, tuple, dict}:
+        plain = len(value) <= 4 and all(type(item) in _PLAIN for item in _items(value))
+    else:
+        plain = kind in _PLAIN
+    return plain and describe(value) == repr(value)
+
+
 def _items(value: Any) -> list[Any]:
     return [*value, *value.values()] if isinstance(value, dict) else list(value)
 

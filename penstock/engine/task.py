@@ -28,7 +28,7 @@ from penstock.engine.cache import CachePolicy, read_cache_options
 from penstock.engine.caller import Caller, wait_sources
 from penstock.engine.calls import Bound, Call, Source, TaskRun
 from penstock.engine.context import Scope, current_tags
-from penstock.engine.futures import PenstockFuture, PenstockFutureList, run_of
+from penstock.engine.futures import PenstockFuture, PenstockFutureList
 from penstock.engine.hooks import H, Hook, read_hooks
 from penstock.engine.options import (
     NOT_GIVEN,
@@ -487,7 +487,7 @@ class Task(Generic[P, R]):
         """Make the run of a call."""
         template = self.options.task_run_name
         name = self.name
-        if call.sources and needs_values(template, bound.arguments, _is_there):
+        if call.sources and needs_values(template, bound.arguments, mapping.is_there):
             stays = isinstance(template, str) or local or scope.session.in_process
             call.naming = template if stays else payload.pack_function(cast("Callable[..., str]", template))
         elif template is not None:
@@ -734,19 +734,6 @@ def parents_of(bound: inspect.BoundArguments, call: Call) -> list[tuple[str, str
         *((name, run.id) for run, name in wanted.items() if run.tracked),
         *(("wait_for", source.run.id) for source in call.after if source.run is not None),
     ]
-
-
-def _is_there(argument: Any) -> bool:
-    """Whether an argument holds no future."""
-    futures: list[Any] = []
-
-    def leaf(value: Any, tolerant: int) -> Any:
-        if run_of(value) is not None:
-            futures.append(value)
-        return value
-
-    replace(argument, leaf)
-    return not futures
 
 
 def _note(wanted: dict[Any, str], name: str, value: Any, tolerant: int) -> Any:

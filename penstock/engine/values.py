@@ -13,8 +13,8 @@ from penstock.engine import lookups
 from penstock.engine import results as stored
 from penstock.engine.annotations import SKIPPED_AS_NONE, SKIPPED_AS_STATE
 from penstock.engine.calls import Source, TaskRun
-from penstock.engine.failure import Failure
 from penstock.engine.states import State, StateType, Stored, failure_of
+from penstock.runners.remote_error import Failure
 from penstock.runners.worker.sizes import size_of
 
 if TYPE_CHECKING:
@@ -60,10 +60,12 @@ def results(runs: Sequence[TaskRun], *, raise_on_failure: bool = True) -> list[A
                     late.add(run)
         if run.items is not None:
             _gather(run)
-        elif run.child_flow_run is not None and isinstance(run.value, Stored):
-            run.value = run.value.load()
-        value = run.value
-        if run.completed and value is not None:
+        value, away = run.value, run.child_flow_run is not None and isinstance(run.value, Stored)
+        if away:
+            value = run.value.load()
+            if run.value.keeps:  # else it is read for each that asks
+                run.value = value
+        if run.completed and (value is not None or away):
             found[run] = value
         elif run.completed and run.ref is not None:
             wanted.setdefault(run.carrier, []).append(run)

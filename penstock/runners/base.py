@@ -22,9 +22,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from penstock import errors
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 Key = tuple[str, int]
 """Name of one attempt in its backend: ``("<task name>-<tag>", counter)``.
@@ -370,6 +373,30 @@ class TaskRunner(ABC):
             return getattr(own, method)(*bound.args, wait_for=wait_for, **bound.kwargs)
         finally:
             ambient_runner.reset(token)
+
+    def get_executor(self) -> Executor:
+        """Return an executor of the standard library that runs plain functions here, untracked.
+
+        >>> with DaskTaskRunner() as runner, runner.get_executor() as executor:  # doctest: +SKIP
+        ...     print(list(executor.map(reduce, parts)))
+
+        Returns
+        -------
+        concurrent.futures.Executor
+            It keeps the runner open until its `shutdown`; made in a ``with`` block of the runner it is
+            shut down at the end of the block.
+
+        Raises
+        ------
+        RuntimeError
+            If the runner is not started.
+        """
+        from penstock.runners.executor import RunnerExecutor
+
+        executor = RunnerExecutor(self)
+        if self._tokens:
+            self.on_exit(executor.shutdown)
+        return executor
 
     def duplicate(self) -> Self:
         """Return an equal runner that is not started; one that stands for a cluster shares it."""

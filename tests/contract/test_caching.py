@@ -18,6 +18,7 @@ from penstock import (
     FileSystemLockManager,
     IsolationLevel,
     MemoryLockManager,
+    MissingResult,
     ResultCorrupt,
     flow,
     task,
@@ -25,7 +26,8 @@ from penstock import (
 )
 from penstock import settings as configuration
 from penstock.cache_policies import FLOW_PARAMETERS, INPUTS, NO_CACHE, RUN_ID, TASK_SOURCE
-from penstock.engine import lookups
+from penstock.engine import cache, lookups
+from penstock.engine.states import Stored
 from penstock.runners.base import TaskRunner
 from tests.conftest import InFlow
 from tests.record import Record
@@ -262,6 +264,71 @@ def test_parameters_of_the_flow_count(runner: TaskRunner, marks: Path) -> None:
     for day in ("Monday", "Sunday"):
         nested(day)
     assert calls(marks) == 3
+
+
+def test_large_parameters_of_the_flow_count_in_nested_tasks(runner: TaskRunner, marks: Path) -> None:
+    @task(cache_policy=FLOW_PARAMETERS)
+    def work() -> int:
+        mark(marks)
+        return 1
+
+    @task
+    def outer() -> int:
+        return work.submit().result() + work()
+
+    @flow(task_runner=runner)
+    def nested(data: Any) -> int:
+        return outer.submit().result()
+
+    first, second = np.zeros(LARGE, np.uint8), np.ones(LARGE, np.uint8)
+    for data in (first, second, first.copy()):
+        assert nested(data) == 2
+    assert calls(marks) == 2
+
+
+def test_parameters_that_were_not_hashed_give_no_other_key(
+    apart: TaskRunner, marks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @task
+    def outer() -> int:
+        from penstock import task
+
+        @task(cache_policy=INPUTS + FLOW_PARAMETERS)
+        def work(x: int) -> int:
+            mark(marks)
+            return x
+
+        return work.submit(1).result()
+
+    @flow(task_runner=apart)
+    def nested(data: Any) -> int:
+        return outer.submit().result()
+
+    monkeypatch.setattr(cache, "_heeding", [])  # no task of this process heeds them
+    with pytest.raises(ValueError, match=r"were not hashed, since no task with FLOW_PARAMETERS is known"):
+        nested(np.zeros(LARGE, np.uint8))
+    assert calls(marks) == 0
+    assert nested("Monday") == 1
+    assert calls(marks) == 1
+
+
+def test_parameters_without_content_are_named_in_nested_tasks(apart: TaskRunner, marks: Path) -> None:
+    @task(cache_policy=FLOW_PARAMETERS)
+    def work() -> int:
+        mark(marks)
+        return 1
+
+    @task
+    def outer() -> int:
+        return work.submit().result()
+
+    @flow(task_runner=apart)
+    def nested(lock: Any) -> int:
+        return outer.submit().result()
+
+    with pytest.raises(ValueError, match=r"a parameter of the flow cannot be part of a cache key"):
+        nested(threading.Lock())
+    assert calls(marks) == 0
 
 
 def test_keys_of_ones_own(in_flow: InFlow, record: Record, marks: Path) -> None:
@@ -694,6 +761,63 @@ def test_a_value_need_not_stay_in_memory(in_flow: InFlow, record: Record) -> Non
         return last.submit(future).result(), int(future.result()[-1]), future._run.value is None
 
     assert in_flow(body) == (999, 999, True)
+
+
+@pytest.mark.parametrize("how", ["value", "state", "future"])
+def test_what_a_flow_returns_need_not_stay_in_memory(runner: TaskRunner, tmp_path: Path, how: str) -> None:
+    options: dict[str, Any] = {"persist_result": True, "cache_result_in_memory": False}
+
+    @task
+    def made(n: int) -> Any:
+        return np.arange(n)
+
+    @flow(task_runner=runner, result_storage=tmp_path / "results", **options)
+    def top(n: int) -> Any:
+        return [made.submit(n), n]
+
+    @flow(result_storage=tmp_path / "results", **options)
+    def child(n: int) -> Any:
+        return {"n": n}
+
+    @task
+    def use(found: Any) -> int:
+        return int(found["n"]) + 1
+
+    @flow(task_runner=runner)
+    def around() -> Any:
+        future = child.submit(3)
+        first, second = future.result(), future.result()
+        assert use.submit(future).result() == use(future) == 4
+        return first, second, future._run.value
+
+    if how == "value":
+        array, n = top(1000)
+        assert (int(array[-1]), n) == (999, 1000)
+    elif how == "state":
+        state = top(1000, return_state=True)
+        assert isinstance(state.data, Stored)
+        stored = Path(state.state_details["stored"])
+        assert stored.is_relative_to(tmp_path / "results")
+        assert [int(state.result()[0][-1]) for _ in range(2)] == [999, 999]
+        assert state.result()[0] is not state.result()[0]
+        stored.unlink()
+        with pytest.raises(MissingResult):
+            state.result()
+    else:
+        first, second, kept = around()
+        assert first == second == {"n": 3}
+        assert first is not second
+        assert isinstance(kept, Stored)
+
+
+def test_what_a_flow_returns_stays_where_nothing_is_stored(runner: TaskRunner) -> None:
+    @flow(task_runner=runner, cache_result_in_memory=False)
+    def body() -> Any:
+        return {"n": 3}
+
+    assert body(return_state=True).data == {"n": 3}
+    assert body.cache_result_in_memory is False
+    assert body.with_options(cache_result_in_memory=True).cache_result_in_memory is True
 
 
 def test_no_caching_where_nothing_is_stored(in_flow: InFlow, marks: Path) -> None:

@@ -43,6 +43,18 @@ def test_parameters_are_coerced(runner: TaskRunner) -> None:
     assert found == (3, Window(start=4), ("a", "b"), 1.0)
 
 
+def test_parameters_are_checked_without_a_run(record: Record) -> None:
+    @flow
+    def body(x: int, *, names: list[str] = []) -> None: ...  # noqa: B006 - nobody changes it
+
+    assert body.validate_parameters({"x": "3"}) == {"x": 3, "names": []}
+    with pytest.raises(ParameterTypeError, match="invalid parameters: x: "):
+        body.validate_parameters({"x": "three"})
+    with pytest.raises(ParameterBindError, match="missing a required argument: 'x'"):
+        body.validate_parameters({"names": ()})
+    assert record.flows() == []
+
+
 def test_wrong_parameters_fail_the_run(runner: TaskRunner, record: Record) -> None:
     @flow(task_runner=runner)
     def typed(n: int, window: Window) -> None:

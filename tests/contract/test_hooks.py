@@ -4,6 +4,7 @@ import asyncio
 import functools
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +317,73 @@ def _cancelled() -> Any:
     from penstock import State, StateType
 
     return State(StateType.CANCELLED, message="somebody asked")
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_flow_that_is_cancelled_before_it_begins(
+    parallel: TaskRunner, in_flow: InFlow, record: Record, tmp_path: Path, kind: str
+) -> None:
+    seen: list[Any] = []
+
+    def noted(thing: Any, run: Any, state: Any) -> None:
+        row = next(row for row in record.flows() if row.id == run.id)
+        seen.append((thing.name, state.message, row.type))
+
+    async def noted_later(thing: Any, run: Any, state: Any) -> None:
+        await asyncio.sleep(0.01)
+        seen.append((thing.name, await work.submit("from a hook")))
+
+    async def code(x: int) -> None:
+        seen.append("begun")
+
+    body_of = code if kind == "async" else lambda x: seen.append("begun")
+    late = flow(name="late", on_cancellation=[noted, noted_later], on_completion=[noted])(body_of)
+
+    def body() -> None:
+        upstream = hold.submit(tmp_path / "go on")
+        future: Any = late.submit(1, wait_for=[upstream])
+        assert future.cancel()
+        with pytest.raises(CancelledRun):
+            future.result(timeout=20)
+        assert len(seen) == 2
+        (tmp_path / "go on").touch()
+        upstream.wait(20)
+
+    in_flow(body)
+    assert seen == [("late", "Cancelled before it started.", "PENDING"), ("late", "from a hook")]
+    row = next(row for row in record.flows() if row.task == "late")
+    assert row.names == ["Pending", "Cancelled"]
+
+
+def test_many_flows_that_are_cancelled_before_they_begin(
+    parallel: TaskRunner, in_flow: InFlow, record: Record, tmp_path: Path
+) -> None:
+    seen: list[str] = []
+
+    def noted(thing: Any, run: Any, state: Any) -> None:
+        seen.append(run.id)
+
+    @flow(on_cancellation=[noted])
+    def late(x: int) -> None:
+        pass
+
+    def body() -> None:
+        upstream = hold.submit(tmp_path / "go on")
+        futures: Any = late.map(range(40), wait_for=[upstream])
+        futures.cancel()
+        futures.wait(20)
+        assert all(future.cancelled() for future in futures)
+        (tmp_path / "go on").touch()
+
+    in_flow(body)
+    assert sorted(seen) == sorted(row.id for row in record.flows() if row.task == "late")
+    assert len(seen) == 40
+
+
+@task
+def hold(gate: Path) -> None:
+    while not gate.exists():
+        time.sleep(0.01)  # work: until the test lets it go
 
 
 def test_hooks_of_a_flow_end_before_its_state_is_recorded(runner: TaskRunner, record: Record) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from penstock import ParameterTypeError, flow, tags, task
+from penstock import ParameterTypeError, flow, runtime, tags, task
+from penstock.cache_policies import INPUTS
 from penstock.runners.base import TaskRunner
 from tests.conftest import InFlow
 from tests.record import Record
@@ -139,6 +140,83 @@ def test_names_of_elements(in_flow: InFlow, record: Record) -> None:
     assert [row.name for row in record.tasks()] == ["x is 3", "x is 4"]
 
 
+@pytest.mark.parametrize("chunk_size", ["auto", 1, 3])
+def test_names_of_elements_that_need_a_value_from_elsewhere(
+    in_flow: InFlow, record: Record, chunk_size: Any
+) -> None:
+    def called(parameters: dict[str, Any]) -> str:
+        return f"{parameters['x']}!"
+
+    @task(chunk_size=chunk_size)
+    def give(x: int) -> int:
+        return x * 10
+
+    @task
+    def many(n: int) -> list[int]:
+        return [100 + x for x in range(n)]
+
+    @task(chunk_size=chunk_size)
+    def take(x: int, y: int = 0) -> int:
+        if x == 20:
+            raise ValueError("twenty")
+        return x
+
+    templates: dict[str, Any] = {
+        "text": "x is {x:03}",
+        "function": called,
+        "mixed": "{x}",
+        "items": "item {x}",
+    }
+    tasks = {name: take.with_options(name=name, task_run_name=one) for name, one in templates.items()}
+
+    def body() -> dict[str, list[str]]:
+        given = give.map([1, 2, 3])
+        futures: dict[str, Any] = {
+            "text": tasks["text"].map(given),
+            "function": tasks["function"].map(given),
+            "mixed": tasks["mixed"].map([5, given[2], 6]),
+            "items": tasks["items"].map(many.submit(3)),
+        }
+        plain = take.with_options(name="plain", task_run_name="y is {y}").map(given, y=[7, 8, 9])
+        for some in [*futures.values(), plain]:
+            some.wait()
+        return {name: [future.name for future in some] for name, some in futures.items()}
+
+    expected = {
+        "text": ["x is 010", "x is 020", "x is 030"],
+        "function": ["10!", "20!", "30!"],
+        "mixed": ["5", "30", "6"],
+        "items": ["item 100", "item 101", "item 102"],
+    }
+    assert in_flow(body) == expected
+    for name, names in expected.items():
+        assert [row.name for row in record.tasks(name)] == names
+    assert [row.name for row in record.tasks("plain")] == ["y is 7", "y is 8", "y is 9"]
+    assert record.types("text") == ["COMPLETED", "FAILED", "COMPLETED"]
+
+
+def test_an_element_is_named_once(in_flow: InFlow, record: Record, tmp_path: Any) -> None:
+    def called(parameters: dict[str, Any]) -> str:
+        with (tmp_path / "calls").open("a") as file:
+            file.write("x")
+        return f"<{parameters['x']}>"
+
+    @task
+    def give(x: int) -> int:
+        return x
+
+    @task(retries=2, task_run_name=called)
+    def fragile(x: int) -> int:
+        if runtime.task_run.run_count < 3:
+            raise OSError(runtime.task_run.name)
+        return x
+
+    assert in_flow(lambda: fragile.map(give.map([4, 5]))) == [4, 5]
+    assert [row.name for row in record.tasks("fragile")] == ["<4>", "<5>"]
+    assert [row.attempt for row in record.tasks("fragile")] == [3, 3]
+    assert (tmp_path / "calls").read_text() == "xx"
+
+
 def test_names_of_flow_runs(runner: TaskRunner, record: Record) -> None:
     @flow(task_runner=runner, flow_run_name="{date:%A}-{n}")
     def weekly(date: dt.date, n: int = 4) -> None: ...
@@ -191,8 +269,18 @@ def test_options_are_attributes() -> None:
     assert (made.on_completion_hooks, made.on_failure_hooks) == ([hook], [])
     with pytest.raises(AttributeError, match="'Task' object has no attribute 'nothing'"):
         made.nothing
-    whole = flow(timeout_seconds=3.0, flow_run_name="n", version="2")(documented.fn)
+    cached: dict[str, Any] = dict(
+        cache_policy=INPUTS,
+        cache_expiration=60.0,
+        refresh_cache=True,
+        cache_result_in_memory=False,
+        on_skip="run",
+    )
+    made = task(**cached)(documented.fn)
+    assert {name: getattr(made, name) for name in cached} == cached
+    whole = flow(timeout_seconds=3.0, flow_run_name="n", version="2", retries=3, tags={"a"})(documented.fn)
     assert (whole.timeout_seconds, whole.flow_run_name, whole.version) == (3.0, "n", "2")
+    assert (whole.retries, whole.tags, whole.on_exit) == (3, {"a"}, "wait")
     assert whole.should_validate_parameters is True
     with pytest.raises(AttributeError):
         whole.retry_condition_fn

@@ -373,3 +373,139 @@ def test_async_flows_and_generators_are_resumed(home: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert f"total {1 + 3 + 20 + 6}" in done.stdout
     assert " task runs reused" in done.stderr
+
+
+BESIDE = """
+import asyncio, contextvars
+from concurrent.futures import ThreadPoolExecutor
+
+LEDGER = os.environ["LEDGER"]
+FIRST = bool(os.environ.get("FAIL"))
+
+def note(*words):
+    with open(LEDGER, "a") as file:
+        file.write(" ".join(map(str, words)) + "\\n")
+
+@task(persist_result=True)
+def load(n):
+    note("load", n)
+    return n
+
+@task(persist_result=True)
+def double(x):
+    note("double", x)
+    return 2 * x
+
+@task(persist_result=True, cache_policy=None)
+def total(values):  # the record tells of them only how many there are
+    note("total", sum(values))
+    return sum(values)
+
+@flow
+def child(n):
+    return double.submit(n).result() + 1
+
+def pause(n):  # the other way round when it is resumed
+    return 0.05 * (n if FIRST else 5 - n)
+
+def one(n):
+    time.sleep(pause(n))  # work:
+    doubled = double.submit(load.submit(n))
+    return doubled.result() + total.submit([n] * 20).result() + child(1000 + n)
+
+@flow
+def threads():
+    with ThreadPoolExecutor(6) as pool:
+        others = [pool.submit(contextvars.copy_context().run, one, n) for n in range(6)]
+        own = [load.submit(100), load.submit(200)]
+        found = [other.result() for other in others]
+        mine = [future.result() for future in own]
+    last = total.submit([1] * 20).result()
+    if FIRST:
+        raise ValueError("not this time")
+    print("found", found, mine, last, flush=True)
+
+async def one_of_many(n):
+    await asyncio.sleep(pause(n))
+    doubled = await double.submit(load.submit(n))
+    await asyncio.sleep(0.01)
+    return doubled + await total.submit([n] * 20) + await awaited_child(1000 + n)
+
+@flow
+async def awaited_child(n):
+    return await double.submit(n) + 1
+
+@flow
+async def coroutines():
+    own = load.submit(100)
+    found = await asyncio.gather(*(one_of_many(n) for n in range(6)))
+    mine = [await own, await load.submit(200)]
+    last = await total.submit([1] * 20)
+    if FIRST:
+        raise ValueError("not this time")
+    print("found", found, mine, last, flush=True)
+
+if __name__ == "__main__":
+    if os.environ["WHICH"] == "threads":
+        threads()
+    else:
+        asyncio.run(coroutines())
+"""
+
+
+@pytest.mark.parametrize("which", ["threads", "coroutines"])
+def test_calls_of_other_threads_and_asyncio_tasks_come_in_any_order(home: Path, which: str) -> None:
+    path = home.parent / f"{home.name}-ledger"
+    more: dict[str, Any] = {"LEDGER": str(path), "WHICH": which}
+    with driver(home, BESIDE, FAIL="1", **more) as process:
+        process.communicate(timeout=60)
+    before = ledger(path)
+    done = command(home, "resume", which, **more)
+    assert done.returncode == 0, done.stderr
+    found = [2 * n + 20 * n + 2 * (1000 + n) + 1 for n in range(6)]
+    assert f"found {found} [100, 200] 20" in done.stdout
+    again = ledger(path) - before
+    assert again == Counter(
+        {f"total {20 * n}": 1 for n in range(6)}
+    )  # the only calls that nothing tells apart
+    assert "21 task runs reused, 0 that had begun computed again, 6 calls of other threads" in done.stderr
+
+
+BARRED = """
+import contextvars, threading
+
+@task(idempotent=False, persist_result=True, cache_policy=None)
+def launch(parts):
+    with open(os.environ["LEDGER"], "a") as file:
+        file.write("launch\\n")
+    return len(parts)
+
+@flow
+def mission():
+    found = []
+    def start():
+        found.append(launch.submit(list(range(20))))
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(start,))
+    thread.start()
+    thread.join()
+    found[0].result()
+    if os.environ.get("FAIL"):
+        raise ValueError("not this time")
+
+if __name__ == "__main__":
+    mission()
+"""
+
+
+def test_what_must_not_run_twice_is_not_run_from_another_thread_either(home: Path) -> None:
+    path = home.parent / f"{home.name}-ledger"
+    with driver(home, BARRED, FAIL="1", LEDGER=str(path)) as process:
+        process.communicate(timeout=60)
+    run = the_run(home, "mission")["id"]
+    done = command(home, "resume", run, LEDGER=str(path))
+    assert done.returncode == 1
+    assert "allow it with --rerun launch" in done.stderr
+    assert ledger(path) == Counter({"launch": 1})
+    done = command(home, "resume", run, "--rerun", "launch", LEDGER=str(path))
+    assert done.returncode == 0, done.stderr
+    assert ledger(path) == Counter({"launch": 2})

@@ -16,8 +16,7 @@ from typing import Any
 import cloudpickle
 import pytest
 
-from penstock.engine import payload
-from penstock.runners import shared_memory
+from penstock.runners import packing, shared_memory
 from penstock.runners.worker.pickling import dumps, reducers
 
 TEXT = """
@@ -77,7 +76,7 @@ def users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Users]:
     yield Users(module, str(file))
     cloudpickle.unregister_pickle_by_value(module)
     del sys.modules["users_own"]
-    payload._users.pop("users_own", None)
+    packing._users.pop("users_own", None)
 
 
 def shared(value: Any) -> bytes:
@@ -108,7 +107,7 @@ NAMES = ("plain", "nested", "outer", "decorated", "Divider", "Error")
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("dump", [payload.dumps, dumps, shared])
+@pytest.mark.parametrize("dump", [packing.dumps, dumps, shared])
 def test_tracebacks_of_what_travelled_name_the_users_file(dump: Dump, name: str, users: Users) -> None:
     call = CALLS[name]
     at_home = places(lambda: call(users.module))
@@ -123,7 +122,7 @@ def test_tracebacks_of_what_travelled_name_the_users_file(dump: Dump, name: str,
 
 def test_every_other_field_of_code_stays(users: Users) -> None:
     code = users.module.outer.__code__
-    arrived = pickle.loads(payload.dumps(users.module.outer)).__code__
+    arrived = pickle.loads(packing.dumps(users.module.outer)).__code__
     fields = [name for name in dir(code) if name.startswith("co_") and not callable(getattr(code, name))]
     assert "co_linetable" in fields
     fields.remove("co_consts")  # the inner code is equal, and another object

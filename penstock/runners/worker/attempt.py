@@ -34,7 +34,8 @@ class Attempt:
         return Failed(record), record
 
     def __enter__(self) -> Any:
-        self._token = RUNNING.set(self.running)
+        # What is no task has no run that the user's code could ask for, or submit into.
+        self._token = RUNNING.set(None if "plain" in self.running.order else self.running)
         self._started, self._clock = time.time(), time.perf_counter()
         try:  # last: a request to stop that strikes before the block would pass `__exit__` by
             enter(self.running)

@@ -9,7 +9,7 @@ from typing import Any
 
 from .arguments import filled, load_function, maker_of, opened
 from .attempt import finished
-from .call import SIMPLE, ask, settled
+from .call import SIMPLE, ask, name_from, settled
 from .commit import stored_before, stored_under
 from .element import ElementOrder
 from .errors import describe_error
@@ -29,8 +29,8 @@ class _Stage:
     Parameters
     ----------
     order : dict
-        ``map, task, indices, attempts, inputs, prints, context, ordinal``, perhaps ``names``, ``scopes`` and
-        ``commits``.
+        ``map, task, indices, attempts, inputs, prints, context, ordinal``, perhaps ``names``, ``naming``,
+        ``scopes`` and ``commits``.
     function : bytes or callable
         What to call.
     arguments : list
@@ -46,6 +46,7 @@ class _Stage:
         self.call = load_function(function)
         self.indices, self.attempts = order["indices"], order["attempts"]
         self.names, self.scopes = order.get("names"), order.get("scopes")
+        self.naming = order.get("naming")  # makes the names that are None
         self.common = {
             name: order[name] for name in ("map", "task", "inputs", "prints", "context", "ordinal")
         }
@@ -85,8 +86,10 @@ class _Stage:
             order["commit"] = self.commits if isinstance(self.commits, dict) else self.commits[number]
         if "tags" in self.order:
             order["tags"] = self.order["tags"]
-        if self.names is not None:
+        if self.names is not None and self.names[number] is not None:
             order["name"] = self.names[number]
+        elif self.naming is not None:
+            order["naming"] = self.naming
         found = Running(order)
         found.key = key
         if self.scopes is not None:
@@ -105,6 +108,8 @@ class _Stage:
                 return value
         if not (nothing_in(args) and nothing_in(kwargs.values())):
             args, kwargs = Guard(self.mode).arguments(args, kwargs, private=self.private)
+        if "naming" in running.order:
+            running.order["name"] = name_from(self.naming, self.call, args, kwargs)
         if self.skip_if is not None:
             ask(self.skip_if, args, kwargs)
         if self.commits is not None and stored_under(running, self.call, args, kwargs):
@@ -217,6 +222,7 @@ def _run_element(
             or running.logs
             or running.nested is not None
             or stage.commits is not None
+            or stage.naming is not None
             or type(value) not in SIMPLE
         ):
             running.cancelled = running.cancelled or whole.cancelled

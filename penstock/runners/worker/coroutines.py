@@ -9,7 +9,10 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from .running import shared
+from .interruption import Cancelled
+from .running import RUNNING, shared
+
+CLEANING_SECONDS = 30.0  # that a coroutine which was interrupted may take for its own clean-up
 
 _loops = threading.local()
 
@@ -34,21 +37,34 @@ def run_coroutine(coroutine: Any) -> Any:
     holder = getattr(_loops, "holder", None)
     if holder is None:
         holder = _loops.holder = _Loop()
-    return holder.loop.run_until_complete(coroutine)
+    return _run(holder.loop, coroutine)
 
 
 def _run(loop: Any, coroutine: Any) -> Any:
-    """Run a coroutine on a loop; one that is interrupted from outside leaves nothing on it."""
+    """Run a coroutine on a loop; while it awaits, a request to stop the attempt reaches it through the loop.
+
+    One that is interrupted in another way cleans up, and leaves nothing on the loop.
+    """
     import asyncio
 
     task = loop.create_task(coroutine)
+    running = RUNNING.get()
+    if running is not None:
+        outer, running.interrupt = running.interrupt, lambda: loop.call_soon_threadsafe(task.cancel)
+        if running.cancelled:  # a moment ago: nobody knew of the loop
+            task.cancel()
     try:
         return loop.run_until_complete(task)
+    except asyncio.CancelledError:
+        if running is not None and running.cancelled:
+            raise Cancelled from None
+        raise
     finally:
+        if running is not None:
+            running.interrupt = outer
         if not task.done():
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                loop.run_until_complete(task)
+            loop.run_until_complete(asyncio.wait([task], timeout=CLEANING_SECONDS))
 
 
 def steps(generator: Any) -> Iterator[Any]:

@@ -14,6 +14,8 @@ Work order (a pickled dict of primitives)
     "readonly", "copy" or "shared": what arrays in the arguments are to the function.
 ``prints``
     Whether `print` goes to the run's log.
+``plain`` (optional)
+    The function is no task: nothing in it finds a run around itself.
 ``streams``
     Whether the items of a generator are wanted one by one.
 ``context``

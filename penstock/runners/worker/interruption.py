@@ -15,6 +15,7 @@ from typing import Any
 from .failure import Failed
 from .running import Running
 
+HEARING_SECONDS = 0.5  # that a coroutine has to hear of a request to stop at an await
 AGAIN_SECONDS = 0.005  # until a request to stop that was swallowed is made again
 
 
@@ -149,6 +150,12 @@ def cancel(keys: Any) -> list[Any]:
                 continue
             found.append(key)
             running.cancelled = True
+            if running.interrupt is not None:  # it may await, which is a C call
+                with contextlib.suppress(RuntimeError):  # its loop has ended
+                    running.interrupt()
+                later = (running.thread, HEARING_SECONDS)
+                threading.Thread(target=_stop_again, args=later, daemon=True).start()
+                continue
             # Acts between two bytecodes: code in a C call ends only when that call returns.
             ctypes.pythonapi.PyThreadState_SetAsyncExc(
                 ctypes.c_ulong(running.thread), ctypes.py_object(Cancelled)
@@ -182,8 +189,8 @@ def hear_swallowed() -> None:
     sys.unraisablehook = hook
 
 
-def _stop_again(thread: int) -> None:
-    time.sleep(AGAIN_SECONDS)
+def _stop_again(thread: int, after: float = AGAIN_SECONDS) -> None:
+    time.sleep(after)
     with _active_lock:
         if any(one.thread == thread and one.cancelled for one in _active.values()):
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Cancelled))

@@ -42,6 +42,7 @@ class Running:
         self.helps = False  # a coroutine of the task does a child beside its event loop
         self.awaits = 0  # coroutines of the task that wait without its slot
         self.gap: Any = None  # what takes the slot again
+        self.interrupt: Any = None  # reaches a coroutine that awaits
         self.scope: Any = None  # set by the engine where the driver's objects are at hand
 
     def log(self, level: str, message: object) -> None:
