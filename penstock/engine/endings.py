@@ -69,6 +69,8 @@ class Endings:
             run.ref = None
             session.failures += 1
         session.live.pop(run, None)
+        if run.transaction is not None:
+            run.transaction.note(details)
         held = bool(run.task.options.hooks) and session.hooks.ended(run)
         if run.flow_run is not None:
             if not held:
@@ -95,6 +97,9 @@ class Endings:
         now = time.time()
         before: Position | None = None
         after = runs[0].position
+        for run, began, took in zip(runs, started, seconds, strict=True) if runs[0].transaction else ():
+            assert run.transaction is not None
+            run.transaction.note({"started": began, "seconds": took, "peak": peak})
         flow_run = runs[0].flow_run
         hooks = runs[0].task.options.hooks
         for run in runs:

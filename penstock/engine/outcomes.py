@@ -153,6 +153,8 @@ def ended(session: Session, run: TaskRun, record: dict[str, Any], nbytes: int, w
         session.journal.named(run, record["named"])
         if run.call is not None:
             run.call.naming = None  # once per run
+    if "values" in record and run.transaction is not None:
+        run.transaction.learn(record["values"])
     if run.task.options.hooks.on_running:
         session.hooks.started(run)
     if run.mapped is not None and run.mapped.packer is not None and run.place < 0:
