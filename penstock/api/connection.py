@@ -142,7 +142,9 @@ class Connection:
 
     def _exchange(self, method: str, target: str, body: bytes | None, headers: Mapping[str, str]) -> Answer:
         connection = self._connected()
-        connection.request(method, target, body, dict(headers))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            # The server may answer before it has read all, such as that this is too large; else the next line fails.
+            connection.request(method, target, body, dict(headers))
         response = connection.getresponse()
         content = response.read(LARGEST + 1)
         if len(content) > LARGEST:

@@ -23,6 +23,7 @@ REVISIONS = ("0001", "0002", "0003", "0004")
 """Revisions of the schema, oldest first; the last one is what `models` describes."""
 
 BUSY_TIMEOUT = 10.0
+TIDY_SHARE = 0.1  # of the time at most
 OUTDATED = 5000  # rows that were updated, after which PostgreSQL gives their old versions' room away
 VERSION_TABLE = sa.Table(
     "alembic_version",
@@ -58,6 +59,7 @@ class Database:
         self._copies: dict[str, tuple[postgres.Copy, Any]] = {}
         self._copied: set[str] = set()  # in this transaction
         self._outdated: dict[str, int] = {}  # rows by table that have been updated since `tidy`
+        self._tidy_at = 0.0
 
     @property
     def name(self) -> str:
@@ -160,10 +162,13 @@ class Database:
     def tidy(self) -> None:
         """Make room for what comes next, between two transactions, if many rows have been updated."""
         for table, count in self._outdated.items():
-            if count >= OUTDATED:
+            begin = time.monotonic()
+            if count >= OUTDATED and begin >= self._tidy_at:
                 self._outdated[table] = 0
                 with contextlib.suppress(Exception):  # it would have been of use, and no more than that
                     postgres.reclaim(self.raw_writer(), table)
+                end = time.monotonic()
+                self._tidy_at = end + (end - begin) / TIDY_SHARE
 
     # -- statements -------------------------------------------------------------------------
     def upsert(

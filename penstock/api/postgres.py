@@ -19,6 +19,7 @@ from penstock.errors import ConfigurationError, MissingExtra
 
 OLDEST = 140000  # as the server writes its version
 CONNECT_TIMEOUT = 5  # seconds
+RECLAIM_SECONDS = 5.0  # for one look at a table, which takes hundredths of a second
 COPY_FROM = 100  # rows from which a copy is worth its two more statements
 
 _SCHEMA_LOCK = 0x70656E73  # keys of advisory locks are shared with whatever else uses the database
@@ -126,8 +127,10 @@ def reclaim(raw: Any, table: str) -> None:
     """
     raw.autocommit = True
     try:
+        raw.execute(f"SET statement_timeout = {int(RECLAIM_SECONDS * 1000)}")
         raw.execute(f"VACUUM (SKIP_LOCKED, INDEX_CLEANUP OFF, TRUNCATE OFF) {_quoted(table)}")
     finally:
+        raw.execute("RESET statement_timeout")
         raw.autocommit = False
 
 

@@ -785,7 +785,7 @@ def test_what_a_flow_returns_need_not_stay_in_memory(runner: TaskRunner, tmp_pat
 
     @flow(task_runner=runner)
     def around() -> Any:
-        future = child.submit(3)
+        future: Any = child.submit(3)
         first, second = future.result(), future.result()
         assert use.submit(future).result() == use(future) == 4
         return first, second, future._run.value

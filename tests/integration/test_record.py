@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from penstock import flow, task
 from penstock.api import db, embedded, queries
 from penstock.api.db import Database
 from penstock.api.models import events, writers
@@ -387,3 +388,29 @@ def test_a_record_that_is_switched_off_leaves_nothing(
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
     assert not home.exists()
+
+
+@task
+def tenfold(x: int) -> int:
+    return x * 10
+
+
+@task(task_run_name="x is {x}")
+def named(x: int) -> int:
+    return x
+
+
+@flow(task_runner="threads")
+def names_from_values() -> Any:
+    return named.map(tenfold.map([1, 2, 3]))
+
+
+def test_names_that_workers_make_for_elements_are_in_the_record(clean_environment: Path) -> None:
+    assert names_from_values() == [10, 20, 30]
+    stop_tracking()
+    (run,) = runs(clean_environment)
+    with embedded.reading(clean_environment) as connection:
+        rows = [row for row in queries.list_task_runs(connection, run["id"]) if row["task"] == "named"]
+    assert [(row["name"], row["element"]) for row in rows] == [("x is 10", 0), ("x is 20", 1), ("x is 30", 2)]
+    assert len({row["map"] for row in rows}) == 1
+    assert {row["state"]["type"] for row in rows} == {"COMPLETED"}
