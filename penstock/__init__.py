@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from penstock.engine.logs import get_run_logger
     from penstock.engine.placement import remote_options
     from penstock.engine.reference import Reference, put
+    from penstock.engine.result_records import ResultRecord, ResultStore
     from penstock.engine.results import ResultStorage, load_result
     from penstock.engine.retry import exponential_backoff
     from penstock.engine.run_context import FlowRunContext, TaskRunContext, get_run_context
@@ -79,6 +80,8 @@ if TYPE_CHECKING:
         TimedOut,
     )
     from penstock.engine.task import Task, task
+    from penstock.engine.transaction_states import CommitMode, TransactionState
+    from penstock.engine.transactions import Transaction, get_transaction, transaction
     from penstock.errors import (
         CancelledRun,
         ConfigurationError,
@@ -155,6 +158,14 @@ __all__ = [
     "put",
     "Reference",
     "get_dask_client",
+    "ResultStore",
+    "ResultRecord",
+    # groups of task runs
+    "transaction",
+    "get_transaction",
+    "Transaction",
+    "TransactionState",
+    "CommitMode",
     # the record
     "get_client",
     "Client",
@@ -258,6 +269,7 @@ _ENGINE = {
     "logs": ("get_run_logger",),
     "placement": ("remote_options",),
     "reference": ("put", "Reference"),
+    "result_records": ("ResultStore", "ResultRecord"),
     "results": ("ResultStorage", "load_result"),
     "retry": ("exponential_backoff",),
     "run_context": ("get_run_context", "FlowRunContext", "TaskRunContext"),
@@ -288,6 +300,8 @@ _ENGINE = {
         "Skipped",
     ),
     "task": ("task", "Task"),
+    "transaction_states": ("TransactionState", "CommitMode"),
+    "transactions": ("transaction", "get_transaction", "Transaction"),
 }
 _HOMES = {name: f"penstock.engine.{module}" for module, names in _ENGINE.items() for name in names}
 

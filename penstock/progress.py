@@ -228,6 +228,8 @@ class Board:
         if body.get("of") == "flow":
             self._flow_state(event)
             return
+        if body.get("again"):  # it has been counted
+            return
         run, kind, name = event.run, body["type"], body["name"]
         group = self._group_of(run)
         if group is None:
@@ -253,6 +255,8 @@ class Board:
 
     def _states(self, event: Event) -> None:
         body, found = event.body, self._maps[event.run]
+        if body.get("again"):
+            return
         group, count = found.group, len(body["index"])
         for index, seconds, peak in zip(body["index"], body["seconds"], body["peak"], strict=True):
             run = element_id(found.id, index) if found.id[:12] in self._parents_at or self._running else ""

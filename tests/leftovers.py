@@ -34,11 +34,11 @@ def of_session(session: Session) -> list[str]:
     """Say what the tables of a session hold, and which of its runs are still there."""
     tables: dict[str, Any] = {
         "live runs": session.live,
-        "sent": session._sent,
+        "sent": session.dispatch.sent,
         "buffer": session.buffer._runs,
         "packers": session.buffer._packers,
         "quarantine": [*session.quarantine._waiting, *session.quarantine._apart, *session.quarantine._next],
-        "inbox": session._inbox,
+        "inbox": session.inbox,
         "remaking": session.remaking,
         "frozen arguments": session.objects._frozen,
         "origins of arguments": list(session.objects._origins),

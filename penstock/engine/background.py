@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from penstock.engine import ambient, mapping
-from penstock.engine.flow_run import FlowRunScope, steps
+from penstock.engine.flow_run import steps
+from penstock.engine.flow_scope import FlowRunScope
 from penstock.engine.futures import PenstockFuture, PenstockFutureList
 from penstock.engine.states import StateType
 from penstock.engine.steps import drive, drive_awaiting

@@ -41,8 +41,8 @@ class Caller:
         self.task = task
         self.local = local or session.in_process
         self.tolerance = TOLERANCE_OF[task.options.on_skip]
-        self.context = session.context_of(scope)
-        self.function = task.fn if self.local else session.function(task)
+        self.context = session.luggage.context_of(scope)
+        self.function = task.fn if self.local else session.luggage.function(task)
         self._placed: dict[int, Source] = {}
         self._kept: list[Any] = []  # an id is only good while its object lives
 

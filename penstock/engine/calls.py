@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from penstock.engine.past import Lane, Past
     from penstock.engine.recipes import Recipe
     from penstock.engine.recollection import Recollection
+    from penstock.engine.run_transactions import RunTransaction
     from penstock.engine.seeds import Ordinals
     from penstock.engine.session import Session
     from penstock.engine.task import Task
@@ -155,6 +156,7 @@ class TaskRun:
         "tags",
         "task",
         "tracked",
+        "transaction",
         "unbegun",
         "value",
         "waiting",
@@ -219,6 +221,7 @@ class TaskRun:
         self.nbytes = 0
         self.stored: dict[str, Any] | None = None  # where the value was stored, see `results`
         self.caching: Caching | None = None  # what is looked up or stored under which key, see `lookups`
+        self.transaction: RunTransaction | None = None  # its part in the transaction around it
         self.hit: dict[str, Any] | None = None  # where the value lies that is in a storage only
         self.worker = ""
         self.alarm: Alarm | None = None

@@ -148,8 +148,8 @@ def _cancel(session: Session, runs: list[TaskRun], force: bool) -> None:
             if run.done:
                 continue
             if run.key is None or run.ref is None or run.ref.handle is UNSENT:
-                session.withdraw(run)
-                session.settle(run, StateType.CANCELLED, None, "Cancelled before it was sent.")
+                session.dispatch.withdraw(run)
+                session.endings.settle(run, StateType.CANCELLED, None, "Cancelled before it was sent.")
                 continue
             if not run.cancelling:
                 run.cancelling = True
@@ -162,15 +162,15 @@ def _cancel(session: Session, runs: list[TaskRun], force: bool) -> None:
     stopped = set(session.runner.cancel(list(refs.values()), force=force))
     with session.changing():
         for key in stopped:
-            session.give_up(key)
+            session.dispatch.give_up(key)
         for run in sent:
             if run.key in stopped and not run.done:
-                session.settle(run, StateType.CANCELLED, None, "Cancelled before it started.")
+                session.endings.settle(run, StateType.CANCELLED, None, "Cancelled before it started.")
 
 
 def cancel_unstarted(runs: Sequence[TaskRun]) -> None:
     """Cancel what has not been sent, or waits for a worker that nobody has; leave the rest alone."""
-    unsent = [run for run in runs if run.key is None or run in run.carrier.unplaced]
+    unsent = [run for run in runs if run.key is None or run in run.carrier.lookout.unplaced]
     cancel([run for run in unsent if run.child_flow_run is None])
 
 
@@ -180,7 +180,7 @@ def abandon(runs: Sequence[TaskRun]) -> None:
         session = run.carrier
         with session.changing():
             if not run.done:
-                session.forget(run)
-                session.settle(
+                session.dispatch.forget(run)
+                session.endings.settle(
                     run, StateType.CANCELLED, None, "Cancelled; its code could not be interrupted."
                 )

@@ -62,11 +62,11 @@ def _of_run(run: TaskRun, session: Session) -> Submission:
         if source.run is not None and lookups.is_stored(source.run):
             loads[position] = _stored(source.run, session)
             continue
-        ref, place = session.located(source)
+        ref, place = session.locations.find(source)
         refs.append(ref)
         if place is not None:
             picks[position] = place
-    order: Any = invoke.work_order(run, call, session.prints_of(run))
+    order: Any = invoke.work_order(run, call, session.luggage.prints_of(run))
     if picks:
         order["picks"] = picks
     if loads:
@@ -83,7 +83,9 @@ def _of_run(run: TaskRun, session: Session) -> Submission:
         function=call.function,
         arguments=call.arguments,
         refs=tuple(refs),
-        after=tuple(session.reference(source) for source in call.after if session.orders(source)),
+        after=tuple(
+            session.locations.reference(source) for source in call.after if session.locations.orders(source)
+        ),
         priority=run.depth + options.priority,
         options=options.backend,
         announce=(options.timeout_seconds is not None or bool(options.hooks.on_running)) and run.tracked,
@@ -113,7 +115,7 @@ def _of_chunk(chunk: Chunk, session: Session) -> Submission:
                 positions[run] = len(positions)
                 loads[positions[run]] = _stored(run, session)
             return "value", positions[run], None
-        ref, place = session.located(source)
+        ref, place = session.locations.find(source)
         if ref.key not in positions:
             positions[ref.key] = len(positions)
             refs.append(ref)
@@ -127,8 +129,8 @@ def _of_chunk(chunk: Chunk, session: Session) -> Submission:
         arguments.append(mapped.columns([run.index for run in runs], locate))
         functions.append(mapped.function)
         for source in mapped.after:
-            if session.orders(source):
-                ref = session.reference(source)
+            if session.locations.orders(source):
+                ref = session.locations.reference(source)
                 after[ref.key] = ref
     first = chunk.stages[0][0]
     options = first.task.options
@@ -143,7 +145,7 @@ def _of_chunk(chunk: Chunk, session: Session) -> Submission:
     return Submission(
         key=chunk.key,
         order=order if together else pickle.dumps(order, 4),
-        function=functions if together else session.functions(functions),
+        function=functions if together else session.luggage.functions(functions),
         arguments=arguments if together else pickle.dumps(arguments, 5),
         refs=tuple(refs),
         after=tuple(after.values()),

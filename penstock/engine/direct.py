@@ -55,6 +55,8 @@ def steps(run: TaskRun, scope: Scope, call: Call, return_state: bool, *, lazily:
         session.never_direct(run, dead)
     else:
         yield from _attempts(run, scope, call, lazily=lazily)
+    if run.transaction is not None:
+        yield from run.transaction.call_ended()
     state = values.state_of(run)
     yield from _hooks(run, run.task.options.hooks.of_task(run.type), state)
     if return_state:
@@ -78,7 +80,7 @@ def _attempts(run: TaskRun, scope: Scope, call: Call, *, lazily: bool) -> Steps:
             session.journal.task_state(run)
         if options.hooks.on_running:
             yield from _hooks(run, options.hooks.on_running, hook_calls.running_state(run))
-        order = invoke.work_order(run, call, session.prints_of(run))
+        order = invoke.work_order(run, call, session.luggage.prints_of(run))
         if lazily:
             order.pop("commit", None)  # its items are never together in one value
         attempt = Attempt(order, None, session.scope_of(run))
@@ -114,6 +116,8 @@ def _attempts(run: TaskRun, scope: Scope, call: Call, *, lazily: bool) -> Steps:
         if isinstance(error, TimedOut):  # of the flow around it: there is no time to try again
             run.cancelling = True
         session.ended_here(run, *attempt.outcome)
+        if error is not None and run.transaction is not None:
+            yield from run.transaction.attempt_failed()
         if isinstance(error, (KeyboardInterrupt, SystemExit, Cancelled)):
             raise error
         asked = session.hooks.asked(run)

@@ -28,11 +28,12 @@ Kinds and their bodies
     A run reached a state. ``of`` ("flow" or "task"), ``type, name, message, cause, worker,
     started, seconds, nbytes, peak, error``. `started` in a terminal state means that the run
     was RUNNING from then on; the history shows that too. ``error`` is ``{type, message, text}``.
-    ``stored`` (optional) is where the result was stored.
+    ``stored`` (optional) is where the result was stored. ``again`` (optional): no other end of the run, but
+    what its transaction has made of the one that was told before.
 ``states``
     Elements of one map reached the same type and name of state; ``run`` is the map. Columns of
     equal length: ``index, attempt, time, started, seconds, nbytes, peak, worker`` (positions in
-    ``workers``), and ``stored`` if any was; besides ``type, name, workers``.
+    ``workers``), and ``stored`` if any was; besides ``type, name, workers``, perhaps ``again``.
 ``log``
     Lines of a run: ``lines`` is a list of ``[time, level, text]``, ``dropped`` a count.
 ``runner``

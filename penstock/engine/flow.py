@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cas
 
 from penstock import errors
 from penstock.engine import context, markup, parameters, revision
-from penstock.engine.flow_run import FlowRunScope, steps
+from penstock.engine.flow_run import steps
+from penstock.engine.flow_scope import FlowRunScope
 from penstock.engine.futures import PenstockFuture, PenstockFutureList
 from penstock.engine.hooks import H, Hook, read_hooks
 from penstock.engine.options import (

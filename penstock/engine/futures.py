@@ -178,7 +178,7 @@ class PenstockFuture(Generic[R]):
                 return
 
         session = run.carrier
-        session.add_callback(run, wake)
+        session.endings.add_callback(run, wake)
         session.flush()
         with waiting.slot_given_back(run):
             await waiter
@@ -276,7 +276,7 @@ class PenstockFuture(Generic[R]):
 
     def add_done_callback(self, fn: Callable[[PenstockFuture[R]], Any]) -> None:
         """Call ``fn(future)`` once when the run has ended, at once if it has."""
-        self._run.carrier.add_callback(self._run, lambda run: fn(PenstockFuture(run)))
+        self._run.carrier.endings.add_callback(self._run, lambda run: fn(PenstockFuture(run)))
 
     def __eq__(self, other: object) -> bool:
         """Two futures of one run are equal."""
@@ -568,7 +568,7 @@ class as_completed:  # noqa: N801 - the standard library's name; an iterator, pl
         self._taken = 0
         self._wakers: list[Callable[[], Any]] = []
         for future in self._futures:
-            future._run.carrier.add_callback(future._run, self._arrive(future))
+            future._run.carrier.endings.add_callback(future._run, self._arrive(future))
         for session in {future._run.carrier for future in self._futures}:
             session.flush()
 

@@ -65,9 +65,14 @@ class HookCalls:
         if run.direct:
             return False
         due = hooks.of_task(run.type)
-        if due and run not in self._ended:
+        commits = run.transaction is not None and run.transaction.decides(run)
+        if (due or commits) and run not in self._ended:
             self._ended.add(run)
-            self._add(run, self._calls(run, due, values.state_of(run)))
+            if commits:
+                assert run.transaction is not None
+                self._add(run, run.transaction.conclude)
+            if due:
+                self._add(run, self._calls(run, due, values.state_of(run)))
         return run in self._pending
 
     def ask(self, run: TaskRun, state: State, decide: Callable[[bool], None]) -> None:
@@ -170,7 +175,7 @@ class HookCalls:
                 return
             del self._pending[run]
             if run.done:
-                session.settled(run)
+                session.endings.settled(run)
 
 
 @dataclass(slots=True)

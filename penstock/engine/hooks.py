@@ -24,6 +24,8 @@ class Hooks:
     on_completion, on_failure, on_running, on_skipped, on_cancellation, on_crashed : tuple of callable
         Each takes ``(task, task_run, state)``, of a flow ``(flow, flow_run, state)``; may be a
         coroutine function.
+    on_commit, on_rollback : tuple of callable
+        Of a task: each takes ``(transaction)``; may be a coroutine function, too.
     """
 
     on_completion: tuple[Hook, ...] = ()
@@ -32,10 +34,17 @@ class Hooks:
     on_skipped: tuple[Hook, ...] = ()
     on_cancellation: tuple[Hook, ...] = ()
     on_crashed: tuple[Hook, ...] = ()
+    on_commit: tuple[Hook, ...] = ()
+    on_rollback: tuple[Hook, ...] = ()
 
     def __bool__(self) -> bool:
         """Whether there is any."""
         return self is not NO_HOOKS and self != NO_HOOKS  # asked at the end of every run
+
+    @property
+    def of_transactions(self) -> bool:
+        """Whether any is about transactions."""
+        return bool(self.on_commit or self.on_rollback)
 
     def of_task(self, type_: StateType) -> tuple[Hook, ...]:
         """Return what is called when a task run reaches a state; a crash is a failure, too."""

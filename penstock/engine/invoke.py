@@ -32,7 +32,7 @@ def work_order(run: TaskRun, call: Call, prints: bool) -> dict[str, Any]:
     if run.tags:
         order["tags"] = sorted(run.tags)
     if call.task.options.skip_if is not None:
-        order["skip_if"] = run.carrier.predicate(call.task)
+        order["skip_if"] = run.carrier.luggage.predicate(call.task)
     if call.naming is not None:
         order["naming"] = call.naming
     commit = results.commit_order(run)
@@ -61,14 +61,14 @@ def stage_order(runs: Sequence[TaskRun], mapped: Mapped, session: Session) -> di
         "indices": _range_or_list([run.index for run in runs]),
         "attempts": attempts[0] if attempts.count(attempts[0]) == len(attempts) else attempts,
         "inputs": options.inputs,
-        "prints": session.prints_of(runs[0]),
+        "prints": session.luggage.prints_of(runs[0]),
         "context": mapped.context,
         "ordinal": runs[0].ordinal,
     }
     if runs[0].tags:
         order["tags"] = sorted(runs[0].tags)
     if options.skip_if is not None:
-        order["skip_if"] = session.predicate(mapped.task)
+        order["skip_if"] = session.luggage.predicate(mapped.task)
     if options.task_run_name is not None:
         order["names"] = [run.given_name for run in runs]
         if None in order["names"]:

@@ -206,20 +206,21 @@ class Journal:
         for runs, started, seconds, peak in completed:
             self._write_columns(runs, started, seconds, [peak] * len(runs))
         ended, self._ended = self._ended, []
-        groups: dict[tuple[str, str], list[tuple[TaskRun, dict[str, Any]]]] = {}
+        groups: dict[tuple[str, str, bool], list[tuple[TaskRun, dict[str, Any]]]] = {}
         for run, details in ended:
             if run.map_id is not None and run.completed:
-                groups.setdefault((run.map_id, run.state_name), []).append((run, details))
+                key = (run.map_id, run.state_name, details.get("again", False))
+                groups.setdefault(key, []).append((run, details))
             else:
                 self.task_state(run, **details)
-        for members in groups.values():
+        for (_, _, again), members in groups.items():
             if len(members) == 1:
                 self.task_state(members[0][0], **members[0][1])
             else:
                 began, took, most = ([details.get(name, 0) for _, details in members] for name in _DETAILS)
                 kept = [details.get("stored") for _, details in members]
                 stored = kept if any(kept) else None
-                self._write_columns([run for run, _ in members], began, took, most, stored)
+                self._write_columns([run for run, _ in members], began, took, most, stored, again=again)
 
     def _write_columns(
         self,
@@ -228,6 +229,8 @@ class Journal:
         seconds: Sequence[float],
         peak: Sequence[int],
         stored: Sequence[str | None] | None = None,
+        *,
+        again: bool = False,
     ) -> None:
         """Publish that elements of one map have completed, all under one name of state."""
         workers: dict[str, int] = {}
@@ -248,6 +251,8 @@ class Journal:
         }
         if stored is not None:
             body["stored"] = stored
+        if again:
+            body["again"] = True
         self.write("states", str(head.map_id), head.root, body, max(body["attempt"]), TERMINAL)
 
     # -- logs and nested runs ------------------------------------------------------------------

@@ -73,7 +73,7 @@ def lost(session: Session, run: TaskRun, report: Report) -> None:
     cause = report.cause or errors.CrashedRun("the backend lost the task")
     run.worker = report.worker or run.worker
     if run.cancelling:
-        session.settle(run, StateType.CANCELLED, None, "Cancelled.")
+        session.endings.settle(run, StateType.CANCELLED, None, "Cancelled.")
         return
     if isinstance(cause, errors.CancelledRun):
         cause = errors.CrashedRun(f"the backend cancelled the task: {cause}")
@@ -96,7 +96,7 @@ def lost(session: Session, run: TaskRun, report: Report) -> None:
     if verdict is Verdict.CRASHED:
         if not options.idempotent and getattr(cause, "began", None) is not False:
             message += "; it is not tried again, since it may have begun and must not run twice"
-        session.settle(run, StateType.CRASHED, None, message, **details)
+        session.endings.settle(run, StateType.CRASHED, None, message, **details)
     elif verdict is Verdict.CHARGED:
         run.crashes += 1
         outcomes.try_again(session, run, 0.0, message, details)
@@ -172,7 +172,7 @@ def _without_input(session: Session, run: TaskRun, cause: errors.ResultLost) -> 
     if not remaking.renew_inputs(session, run, cause) and not run.done:
         message = f"{cause}; the object that was put may have changed since, so it is not put again"
         run.error = errors.ResultLost(message).of_run(run.id)
-        session.settle(run, StateType.CRASHED, None, message, **details)
+        session.endings.settle(run, StateType.CRASHED, None, message, **details)
 
 
 def _message(cause: Exception, attempt: int) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from penstock import errors
-from penstock.engine import cancelling, events, items, payload, refs, sample, waiting
+from penstock.engine import cancelling, events, items, payload, refs, run_transactions, sample, waiting
 from penstock.engine.annotations import (
     Annotation,
     allow_failure,
@@ -116,8 +116,14 @@ def submit(
     if not count:
         return []
     runs = Making(task, scope, bound, after, parts, count).piece(parts, 0, count)
-    scope.session.submit(runs, scope)
+    _send(runs, scope)
     return runs
+
+
+def _send(runs: list[TaskRun], scope: Scope) -> None:
+    scope.session.submit(runs, scope)
+    if runs[0].transaction is not None:
+        run_transactions.enter(runs)
 
 
 def _planned(
@@ -182,7 +188,6 @@ def calls(
 
 def _drawn(making: Making, parts: dict[int | str, Part]) -> list[TaskRun]:
     """Draw the items of generators piece by piece, and wait while enough of them are on their way."""
-    session = making.scope.session
     sources = {place: iter(part.items) for place, part in parts.items()}
     runs: list[TaskRun] = []
     ahead: list[TaskRun] = []
@@ -202,7 +207,7 @@ def _drawn(making: Making, parts: dict[int | str, Part]) -> list[TaskRun]:
         some = {place: replace(parts[place], items=items[:count]) for place, items in drawn.items()}
         piece = making.piece(some, len(runs), count) if count else []
         if piece:
-            session.submit(piece, making.scope)
+            _send(piece, making.scope)
         if problems:  # what came before it is on its way
             raise problems[0]
         runs += piece
@@ -278,6 +283,9 @@ class Making:
         self._keys = MapPlan(task, scope.flow_run, in_process=session.in_process)
         tags = task.options.tags | current_tags()
         self._tags = tags | (scope.flow_run.tags if scope.flow_run else frozenset())
+        self._joining = run_transactions.joining(scope, task.options.hooks)
+        if self._joining is not None:
+            self._caller.context = self._joining.context(self._caller.context)
 
     def piece(self, parts: dict[int | str, Part], start: int, count: int) -> list[TaskRun]:
         """Make some elements, and write down that they exist.
@@ -330,6 +338,9 @@ class Making:
             )
             run.mapped, run.ordinal = mapped, self._ordinal
             runs.append(run)
+        if self._joining is not None:
+            for run in runs:
+                run.transaction = self._joining.of(run)
         self._plan_keys(runs, parts)
         named = {_parameter(task, place): part for place, part in parts.items()}
         body = {"name": task.name, "start": start, "count": count, **_edges(runs, named, mapped)}

@@ -22,6 +22,7 @@ from penstock.runners.worker.seeds import seed_of
 
 if TYPE_CHECKING:
     from penstock.engine.session import Session
+    from penstock.engine.transactions import Transaction
 
 
 class Children:
@@ -39,6 +40,7 @@ class Children:
         self.session = session
         self.runs: weakref.WeakSet[TaskRun] = weakref.WeakSet()  # live ones are held by the session
         self._made = made
+        self.transaction: Transaction | None = None  # of the attempt, once somebody asks for it
 
     def finish(self, value: Any, error: BaseException | None) -> Any:
         """Wait for the children and put values in the place of futures in the result."""
@@ -46,6 +48,8 @@ class Children:
         if error is not None:
             cancelling.cancel(live)
         waiting.wait([run for run in live if not run.done])
+        if self.transaction is not None:
+            self.transaction.attempt_ended(error)
         if error is not None:
             return value
         return refs.replace(value, self._value)
@@ -56,6 +60,10 @@ class Children:
             return leaf
         waiting.wait([run])
         return values.results([run], raise_on_failure=not tolerant)[0]
+
+    def values(self) -> bytes:
+        """Pack what the code has set in the transaction of its run; empty if nothing."""
+        return b"" if self.transaction is None else self.transaction.pack_set()
 
     def events(self) -> bytes:
         """Pack what happened to the children; empty where the driver has seen it itself."""

@@ -371,6 +371,8 @@ _VIEWS: dict[str, Callable[[Any], Any]] = {
     "on_failure_hooks": lambda options: list(options.hooks.on_failure),
     "on_running_hooks": lambda options: list(options.hooks.on_running),
     "on_skipped_hooks": lambda options: list(options.hooks.on_skipped),
+    "on_commit_hooks": lambda options: list(options.hooks.on_commit),
+    "on_rollback_hooks": lambda options: list(options.hooks.on_rollback),
     "on_cancellation_hooks": lambda options: list(options.hooks.on_cancellation),
     "on_crashed_hooks": lambda options: list(options.hooks.on_crashed),
 }

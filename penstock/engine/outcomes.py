@@ -47,7 +47,7 @@ def chunk_ended(session: Session, chunk: Chunk, record: dict[str, Any], worker: 
                 run.started, run.nbytes, run.worker = started[number], nbytes[number], worker
                 plain.append(number)
         if plain:
-            session.complete(
+            session.endings.complete(
                 [runs[number] for number in plain],
                 [started[number] for number in plain],
                 [seconds[number] for number in plain],
@@ -85,10 +85,10 @@ def _learn(chunk: Chunk, record: dict[str, Any]) -> None:
 def not_run(session: Session, run: TaskRun) -> None:
     """An element was not run by its chunk."""
     if run.cancelling:
-        session.forget(run)
-        session.settle(run, StateType.CANCELLED, None, "Cancelled before it started.")
+        session.dispatch.forget(run)
+        session.endings.settle(run, StateType.CANCELLED, None, "Cancelled before it started.")
     else:
-        session.put_back(run)
+        session.dispatch.put_back(run)
 
 
 def started(session: Session, run: TaskRun) -> None:
@@ -111,7 +111,7 @@ def expired(session: Session, run: TaskRun, key: Key | None) -> None:
     if run.done or run.key is not key:
         return
     ref = run.ref
-    session.forget(run)
+    session.dispatch.forget(run)
     if ref is not None and ref.handle is not UNSENT:
         force = session.runner.kills_on_timeout or run.task.options.timeout_action == "kill_worker"
         if not force or session.in_process:
@@ -153,6 +153,8 @@ def ended(session: Session, run: TaskRun, record: dict[str, Any], nbytes: int, w
         session.journal.named(run, record["named"])
         if run.call is not None:
             run.call.naming = None  # once per run
+    if "values" in record and run.transaction is not None:
+        run.transaction.learn(record["values"])
     if run.task.options.hooks.on_running:
         session.hooks.started(run)
     if run.mapped is not None and run.mapped.packer is not None and run.place < 0:
@@ -171,20 +173,20 @@ def ended(session: Session, run: TaskRun, record: dict[str, Any], nbytes: int, w
         return
     if status == "completed":
         cached = "stored" in record and record["stored"].get("cached")
-        session.settle(run, StateType.COMPLETED, "Cached" if cached else None, **details)
+        session.endings.settle(run, StateType.COMPLETED, "Cached" if cached else None, **details)
         if run.stored is not None and not run.task.options.results.caching.in_memory:
             session.keep_stored_only(run)
         return
     described = record["error"]
     failure = _failure(run, described, record)
     if status == "cancelled":
-        session.settle(run, StateType.CANCELLED, None, "Cancelled while it ran.", **details)
+        session.endings.settle(run, StateType.CANCELLED, None, "Cancelled while it ran.", **details)
     elif status == "skipped":
-        session.settle(run, StateType.SKIPPED, None, described["message"], **details)
+        session.endings.settle(run, StateType.SKIPPED, None, described["message"], **details)
     elif status == "crashed":
         run.error = failure
         text = _ABORTED.get(described["type"], "Execution was aborted.")
-        session.settle(
+        session.endings.settle(
             run, StateType.CRASHED, None, text, cause=described["type"], error=_shown(described), **details
         )
     else:
@@ -214,12 +216,12 @@ def _made_by_hand(session: Session, run: TaskRun, state: dict[str, Any], details
     error = Failure(described, "") if described else None
     to = StateType(state["type"])
     if to is StateType.COMPLETED:
-        session.settle(run, to, state["name"], state["message"], **details)
+        session.endings.settle(run, to, state["name"], state["message"], **details)
     elif to is StateType.FAILED:
         _failed(session, run, state["name"], state["message"], error, details)
     elif to.is_final:
         run.error = error.exception(run.id) if error is not None else None
-        session.settle(run, to, state["name"], state["message"], **details)
+        session.endings.settle(run, to, state["name"], state["message"], **details)
     else:
         text = f"Task run returned a state that is not final: {state['name']}"
         _failed(session, run, None, text, errors.UnfinishedRun(text).of_run(run.id), details)
@@ -251,7 +253,7 @@ def _failed(
     options = run.task.options
     delay = options.retry.after_failure(run.failures)
     if delay is None or run.cancelling:
-        session.settle(run, StateType.FAILED, name, message, **details)
+        session.endings.settle(run, StateType.FAILED, name, message, **details)
     elif options.retry_condition_fn is None:
         try_again(session, run, delay, message, details)
     else:
@@ -268,7 +270,7 @@ def _ask(session: Session, run: TaskRun, delay: float, state: State, details: di
     state.data = run.error
     state.state_details = {"task_run_id": run.id, "attempt": run.attempt}
     if not run.direct:
-        session.forget(run)  # the attempt is over, whatever becomes of its worker meanwhile
+        session.dispatch.forget(run)  # the attempt is over, whatever becomes of its worker meanwhile
     failures = run.failures
 
     def decide(again: bool) -> None:
@@ -277,7 +279,7 @@ def _ask(session: Session, run: TaskRun, delay: float, state: State, details: di
         if again and not run.cancelling:
             try_again(session, run, delay, state.message, details)
         else:
-            session.settle(run, StateType.FAILED, state.name, state.message, **details)
+            session.endings.settle(run, StateType.FAILED, state.name, state.message, **details)
 
     session.hooks.ask(run, state, decide)
 

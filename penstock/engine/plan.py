@@ -236,7 +236,7 @@ class _Planning(Session):
         super().hold(runs, scope)
         for run in runs:
             run.waiting = 0
-            self._release(run)
+            self.release(run)
 
     def flush(self) -> None:
         """Somebody waits: all that was made goes, and is taken to go well; its values nobody has."""
@@ -254,7 +254,7 @@ class _Planning(Session):
             for run in waiting:
                 for ready in self.graph.ended(run)[0]:
                     if not ready.done:
-                        self._release(ready)
+                        self.release(ready)
             self.pause()
             for run in waiting:
                 calls, run.callbacks = run.callbacks or (), None
@@ -272,10 +272,10 @@ class _Planning(Session):
         for packer in {run.mapped.packer for run in self.made_runs if run.mapped is not None}:
             if packer is not None and packer.size == "auto":
                 packer.seconds = TINY
-        while taken := self._take():
+        while taken := self.dispatch.take():
             self.taken.extend(taken)
             for unit in taken:  # all of it is gone at once
-                self._landed(unit)
+                self.dispatch.landed(unit)
 
 
 def explain(flow: Flow[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:

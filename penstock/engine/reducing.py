@@ -90,7 +90,7 @@ class _Tree:
         self._session.hold(list(self._nodes), scope)
         if not self._session.plans:  # there nothing arrives
             for leaf in leaves:
-                leaf.carrier.add_callback(leaf, self._arrive)
+                leaf.carrier.endings.add_callback(leaf, self._arrive)
 
     def _arrive(self, run: TaskRun) -> None:
         self._session.later(lambda: self._combine(run))
@@ -99,7 +99,7 @@ class _Tree:
         if not run.completed:  # nothing that is still to be made can be
             for node in self._nodes:
                 self._session.journal.task_made(node, {}, [("0", run.id)])
-                self._session.never_held(node, run)
+                self._session.endings.never(node, run)
             self._nodes.clear()
             self._there.clear()
             return
@@ -113,4 +113,4 @@ class _Tree:
             self._session.journal.task_made(node, {"0": operands}, upstream)
             self._session.bind(node, call)
             if self._nodes:
-                node.carrier.add_callback(node, self._arrive)
+                node.carrier.endings.add_callback(node, self._arrive)

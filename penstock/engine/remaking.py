@@ -89,7 +89,7 @@ def gone(session: Session, run: TaskRun, cause: Exception) -> bool:
         return False
     _reopen(session, run, message)
     run.call, run.recipe = call, None
-    session.reopen(run)
+    _enter_anew(session, run)
     return True
 
 
@@ -113,7 +113,7 @@ def renew_inputs(session: Session, run: TaskRun, cause: Exception) -> bool:
                 return False
             source.ref = renewed
     if not run.done:
-        session.enter_again(run)
+        _enter_again(session, run)
     return True
 
 
@@ -173,4 +173,39 @@ def _give_up(session: Session, run: TaskRun, message: str) -> None:
     run.done = True
     session.failures += 1
     session.journal.task_state(run, cause="ResultLost", began="no", reason=REASON)
-    session.recall(run)
+    _recall(session, run)
+
+
+def _enter_anew(session: Session, run: TaskRun) -> None:
+    """Run again what had completed, and have the runs that need its value wait for it."""
+    run.done = False
+    run.ref = run.value = None
+    session.made.forget(run)
+    run.key, run.place = None, -1
+    session.live[run] = None
+    if run.flow_run is not None:
+        run.flow_run.live[run] = None
+        run.flow_run.finished -= 1
+    session.enter(run, leading=False)
+    _recall(session, run)
+
+
+def _recall(session: Session, run: TaskRun) -> None:
+    """Hold back what needs the value of a run, is not in the backend's hands, and lacks it now."""
+    for one in list(session.live):
+        here = one.key is None or one in session.buffer or one in session.quarantine
+        if here and any(source.run is run for source in sources_of(one)):
+            _enter_again(session, one)
+
+
+def _enter_again(session: Session, run: TaskRun) -> None:
+    """Send a run that has not begun, once its upstreams that are made again have ended."""
+    session.dispatch.withdraw(run)
+    dead = session.graph.reconnect(run)
+    if dead is not None:
+        session.endings.never(run, dead)
+        return
+    for dependant in session.graph.recalled(run):
+        session.dispatch.withdraw(dependant)
+    if run.waiting == 0:
+        session.release(run)

@@ -263,6 +263,8 @@ def commit_order(run: TaskRun) -> dict[str, Any] | None:
     order = _order(full, _key(run, own.key), wish)
     if run.caching is not None:
         run.caching.extend(order, run)
+    if run.transaction is not None and run.transaction.holds_back(order):
+        order["staged"] = True
     return order
 
 
@@ -413,13 +415,22 @@ def _load(where: dict[str, Any], run_id: str | None) -> Any:
     except result_store.Damaged as error:
         raise errors.ResultCorrupt(f"{about}{error}.").of_run(run_id) from None
     except result_formats.CommitError as error:
-        raise _ours(error, about, run_id) from error.__cause__
+        raise public_error(error, run_id) from error.__cause__
 
 
-def _ours(error: result_formats.CommitError, about: str, run_id: str | None) -> Exception:
-    kind: type[errors.PenstockError] = getattr(errors, error._penstock_error)
+def load_at(where: dict[str, Any]) -> Any:
+    """Return what lies at a place, whoever wrote it; raises as `load_result` does."""
+    return _load(where, None)
+
+
+def public_error(error: Exception, run_id: str | None = None) -> errors.PenstockError:
+    """Return what users see of an error of a result storage."""
+    about = f"task run {run_id}: " if run_id else ""
+    kind: type[errors.PenstockError] = getattr(errors, error._penstock_error)  # type: ignore[attr-defined]
     raised = kind(f"{about}{error}")
-    return raised.of_run(run_id) if isinstance(raised, errors.RunError) else raised
+    if isinstance(raised, errors.RunError):
+        raised.of_run(run_id)
+    return raised
 
 
 def put_away(flow_run: FlowRun, value: Any) -> Any:
@@ -442,7 +453,7 @@ def put_away(flow_run: FlowRun, value: Any) -> Any:
     try:
         _, stored = commit(value, order, flow_run.id, flow_run.position.attempt)
     except result_formats.CommitError as error:
-        raise _ours(error, "", flow_run.id) from error.__cause__
+        raise public_error(error, flow_run.id) from error.__cause__
     return value if stored is None else PutAway({**stored, "options": order["options"]}, flow_run.id)
 
 

@@ -176,6 +176,20 @@ def advance(
     return Position(to, name, number)
 
 
+def rolled_back(position: Position) -> Position:
+    """Return where a completed run stands once its transaction was rolled back: a name, and no other state.
+
+    Raises
+    ------
+    IllegalTransition
+        If it has not completed.
+    """
+    if position.type is not StateType.COMPLETED:
+        message = f"a run in {position.name} ({position.type}) has nothing to roll back"
+        raise IllegalTransition(message)
+    return Position(position.type, "RolledBack", position.attempt)
+
+
 @dataclass(slots=True)
 class State:
     """A state of a run, as users see it.

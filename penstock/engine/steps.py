@@ -83,66 +83,79 @@ class Give:
 Steps = Generator[Any, Any, Any]
 
 
+class _Course:
+    """What a generator of steps is told next: how the last step went.
+
+    Parameters
+    ----------
+    steps : generator
+        Not begun.
+    """
+
+    __slots__ = ("_steps", "answer", "error")
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+        self.answer: Any = None
+        self.error: BaseException | None = None
+
+    def step(self) -> Any:
+        """Go on to the next step; StopIteration has what the generator returns."""
+        answer, error = self.answer, self.error
+        self.answer = self.error = None
+        return self._steps.send(answer) if error is None else self._steps.throw(error)
+
+
 def drive(steps: Steps) -> Any:
     """Carry steps out, blocking, and return what the generator returns."""
-    return _loop(steps, _carry_out)
+    course = _Course(steps)
+    while True:
+        try:
+            step = course.step()
+        except StopIteration as stop:
+            return stop.value
+        try:
+            course.answer = _carry_out(step)
+        except BaseException as raised:  # handed to the generator, which decides
+            course.error = raised
 
 
 def drive_giving(steps: Steps) -> Iterator[Any]:
     """Carry steps out, blocking, while the caller draws what they give."""
-    answer: Any = None
-    error: BaseException | None = None
+    course = _Course(steps)
     while True:
         try:
-            step = steps.throw(error) if error is not None else steps.send(answer)
+            step = course.step()
         except StopIteration:
             return
-        answer, error = None, None
         try:
             if isinstance(step, Give):
                 yield step.item
             else:
-                answer = _carry_out(step)
+                course.answer = _carry_out(step)
         except GeneratorExit:
-            error = Enough()
+            course.error = Enough()
         except BaseException as raised:
-            error = raised
+            course.error = raised
 
 
 async def drive_giving_awaiting(steps: Steps) -> AsyncIterator[Any]:
     """Carry steps out without blocking the event loop, while the caller draws what they give."""
-    answer: Any = None
-    error: BaseException | None = None
+    course = _Course(steps)
     while True:
         try:
-            step = steps.throw(error) if error is not None else steps.send(answer)
+            step = course.step()
         except StopIteration:
             return
-        answer, error = None, None
         try:
             if isinstance(step, Give):
                 yield step.item
             else:
-                answer = await _carry_out_awaiting(step)
+                course.answer = await _carry_out_awaiting(step)
         except GeneratorExit:
-            error = Enough()
+            course.error = Enough()
         except BaseException as raised:
-            error = raised
-
-
-def _loop(steps: Steps, carry_out: Callable[[Any], Any]) -> Any:
-    answer: Any = None
-    error: BaseException | None = None
-    while True:
-        try:
-            step = steps.throw(error) if error is not None else steps.send(answer)
-        except StopIteration as stop:
-            return stop.value
-        answer, error = None, None
-        try:
-            answer = carry_out(step)
-        except BaseException as raised:  # handed to the generator, which decides
-            error = raised
+            course.error = raised
 
 
 def _carry_out(step: Any) -> Any:
@@ -183,18 +196,16 @@ def _called(call: Callable[..., Any]) -> Callable[[Any, Any], Any]:
 
 async def drive_awaiting(steps: Steps) -> Any:
     """Carry steps out without blocking the event loop."""
-    answer: Any = None
-    error: BaseException | None = None
+    course = _Course(steps)
     while True:
         try:
-            step = steps.throw(error) if error is not None else steps.send(answer)
+            step = course.step()
         except StopIteration as stop:
             return stop.value
-        answer, error = None, None
         try:
-            answer = await _carry_out_awaiting(step)
+            course.answer = await _carry_out_awaiting(step)
         except BaseException as raised:
-            error = raised
+            course.error = raised
 
 
 async def _carry_out_awaiting(step: Any) -> Any:

@@ -11,7 +11,18 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast, overload
 
 from penstock import errors
-from penstock.engine import ambient, direct, lookups, mapping, payload, placement, revision, sample, skipping
+from penstock.engine import (
+    ambient,
+    direct,
+    lookups,
+    mapping,
+    payload,
+    placement,
+    revision,
+    run_transactions,
+    sample,
+    skipping,
+)
 from penstock.engine.annotations import TOLERANCE_OF
 from penstock.engine.cache import CachePolicy, read_cache_options
 from penstock.engine.caller import Caller, wait_sources
@@ -131,6 +142,10 @@ class Task(Generic[P, R]):
         Called in the driver as ``hook(task, task_run, state)``, coroutine functions too: before the
         future counts as done, while dependants go on. `on_failure` when no attempt is left, also after a
         crash; `on_running` at each attempt.
+    on_commit, on_rollback : list of callable, optional
+        Called in the process that submitted or called the task, as ``hook(transaction)``, coroutine functions
+        too: when the transaction around the run commits, or takes the completed run back. Without a
+        `transaction` around it, a run commits when it has completed.
     viz_return_value, asset_deps : object, optional
         Taken for the sake of existing scripts, and ignored with a warning.
     cache_policy : CachePolicy, optional
@@ -181,6 +196,8 @@ class Task(Generic[P, R]):
         on_failure: Iterable[Hook] | None = None,
         on_running: Iterable[Hook] | None = None,
         on_skipped: Iterable[Hook] | None = None,
+        on_commit: Iterable[Hook] | None = None,
+        on_rollback: Iterable[Hook] | None = None,
         viz_return_value: Any = None,
         asset_deps: Any = None,
         cache_policy: CachePolicy | None = NOT_GIVEN,
@@ -240,6 +257,8 @@ class Task(Generic[P, R]):
                 on_failure=on_failure,
                 on_running=on_running,
                 on_skipped=on_skipped,
+                on_commit=on_commit,
+                on_rollback=on_rollback,
             ),
             results=read_options(
                 persist_result,
@@ -438,6 +457,8 @@ class Task(Generic[P, R]):
                 scope.session.skip(run, scope, reason)
             else:
                 scope.session.submit([run], scope)
+            if run.transaction is not None:
+                run_transactions.enter([run])
         except BaseException as error:
             errors.hide_frames(error)
             raise
@@ -482,6 +503,10 @@ class Task(Generic[P, R]):
             | (scope.flow_run.tags if scope.flow_run else frozenset()),
         )
         run.ordinal = next_ordinal(scope, self.name)
+        joining = run_transactions.joining(scope, self.options.hooks)
+        if joining is not None:
+            run.transaction = joining.of(run)
+            call.context = joining.context(call.context)
         return run
 
     # -- map ------------------------------------------------------------------------------------
@@ -546,6 +571,14 @@ class Task(Generic[P, R]):
         """Decorate a function that is called when a run was skipped."""
         return self._also("on_skipped", fn)
 
+    def on_commit(self, fn: H) -> H:
+        """Decorate a function that is called, with the transaction, when that commits."""
+        return self._also("on_commit", fn)
+
+    def on_rollback(self, fn: H) -> H:
+        """Decorate a function that is called, with the transaction, when that takes a completed run back."""
+        return self._also("on_rollback", fn)
+
     def _also(self, kind: str, fn: H) -> H:
         self.options = with_fields(self.options, hooks=self.options.hooks.and_also(kind, fn, "task"))
         return fn
@@ -585,6 +618,8 @@ class Task(Generic[P, R]):
         on_failure: Iterable[Hook] | None = NOT_GIVEN,
         on_running: Iterable[Hook] | None = NOT_GIVEN,
         on_skipped: Iterable[Hook] | None = NOT_GIVEN,
+        on_commit: Iterable[Hook] | None = NOT_GIVEN,
+        on_rollback: Iterable[Hook] | None = NOT_GIVEN,
         viz_return_value: Any = NOT_GIVEN,
         asset_deps: Any = NOT_GIVEN,
         cache_policy: CachePolicy | None = NOT_GIVEN,
@@ -653,6 +688,8 @@ class Task(Generic[P, R]):
                     on_failure=on_failure,
                     on_running=on_running,
                     on_skipped=on_skipped,
+                    on_commit=on_commit,
+                    on_rollback=on_rollback,
                 ),
             },
         )
@@ -753,6 +790,8 @@ def task(
     on_failure: Iterable[Hook] | None = None,
     on_running: Iterable[Hook] | None = None,
     on_skipped: Iterable[Hook] | None = None,
+    on_commit: Iterable[Hook] | None = None,
+    on_rollback: Iterable[Hook] | None = None,
     viz_return_value: Any = None,
     asset_deps: Any = None,
     cache_policy: CachePolicy | None = NOT_GIVEN,

@@ -270,12 +270,12 @@ def _claim(session: Session, run: TaskRun) -> dict[str, object] | None:
                 return None
             if not alone or not session.runner.take_back(run.ref):
                 return None
-            session.forget(run)
+            session.dispatch.forget(run)
         session.buffer.discard(run)
         for dependant in session.graph.recalled(run):  # they cannot be sent ahead of what is done here
-            session.withdraw(dependant)
+            session.dispatch.withdraw(dependant)
         run.released = True
         run.position = advance(run.position, StateType.RUNNING, None, run.next_attempt)
-        order = invoke.work_order(run, call, session.prints_of(run))
+        order = invoke.work_order(run, call, session.luggage.prints_of(run))
         order["scope"] = session.scope_of(run)
         return order

@@ -175,7 +175,7 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
             # What had not begun Dask moves by itself; an execution that was cut short has to be counted.
             if given_up or (began is True if moved else began is not False):
                 lost[key] = began
-                if moved and not given_up:
+                if restarted or (moved and not given_up):
                     excused.add(key)
         self.drop(orphans)
         if f"{self.name}-memory" in scheduler.worker_plugins:
@@ -215,8 +215,9 @@ class Tracker(SchedulerPlugin):  # type: ignore[misc]
         self.forget(client)
 
     def restart(self, scheduler: Any) -> None:
-        """Everything is forgotten, by somebody's wish."""
+        """Everything is forgotten, by somebody's wish; what is sent before the workers have ended is moved."""
         self._blamed.clear()
+        self._restarting.update(scheduler.workers)
 
     # -- what the hooks do ------------------------------------------------------------------
     def _completed(self, key: Any, details: dict[str, Any]) -> None:

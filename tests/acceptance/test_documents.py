@@ -711,6 +711,8 @@ def test_the_scripts_run_as_they_are(tmp_path: Path) -> None:
     assert len(script("elevator/elevator.py", folder=tmp_path).splitlines()) == 20
     assert script("async_gather/gather.py", folder=tmp_path).split()[-1] == "9"
     assert script("branch/branch.py", 0, folder=tmp_path).split("\n")[:2] == 2 * ["finish: skipped"]
+    said = script("rollback/rollback.py", folder=tmp_path).splitlines()
+    assert said == ["True", "pipeline: the file is gone again", "'half-written' is too short", "False"]
     assert script("names/names.py", folder=tmp_path).startswith("('marvin-on-Friday'")
     csv = tmp_path / "small.csv"
     script("census/make_data.py", csv, 0.1, folder=tmp_path)

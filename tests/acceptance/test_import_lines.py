@@ -24,6 +24,7 @@ from penstock.runtime import flow_run, task_run
 from penstock.states import Cancelled, Completed, Failed
 from penstock.task_runners import ConcurrentTaskRunner, SequentialTaskRunner, ThreadPoolTaskRunner
 from penstock.tasks import Task, exponential_backoff, task_input_hash
+from penstock.transactions import CommitMode, IsolationLevel, Transaction, get_transaction, transaction
 from penstock.utilities.annotations import quote
 from penstock.utilities.annotations import unmapped as the_same_unmapped
 import penstock.runtime
@@ -84,6 +85,11 @@ def moved(count: int = 3):
     text = report.submit(amount, allow_failure(broken), quote({"a": 1}))
     state = fail(return_state=True)
     assert state.is_failed() and state.type == penstock.states.StateType.FAILED
+    with transaction(key="moved", commit_mode=CommitMode.EAGER, overwrite=True) as txn:
+        assert isinstance(txn, Transaction) and get_transaction() is txn
+        assert txn.isolation_level is IsolationLevel.READ_COMMITTED
+        txn.stage(amount.result())
+    assert txn.is_committed() and txn.read().result == 6
     assert isinstance(FlowRunContext.get().flow, Flow) and TaskRunContext.get() is None
     return text.result()
 
@@ -137,8 +143,10 @@ ELSEWHERE = {
     "logging": "engine.logs",
     "ray": "engine.placement",
     "states": "engine.states",
+    "results": "engine.results",
     "task_runners": "runners.base",
     "tasks": "engine.task",
+    "transactions": "engine.transactions",
     "utilities.annotations": "engine.annotations",
 }
 

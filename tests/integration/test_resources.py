@@ -7,7 +7,7 @@ import dask
 import pytest
 
 from penstock import ConfigurationError, flow, remote_options, task
-from penstock.engine import placement, session
+from penstock.engine import lookout, placement
 from penstock.engine.options import amounts
 from penstock.runners.base import Options, TaskRunner
 from tests.conftest import InFlow
@@ -21,7 +21,7 @@ def where(x: Any = 0) -> int:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "PATIENCE", 0.2)
+    monkeypatch.setattr(lookout, "PATIENCE", 0.2)
 
 
 ABSURD = {"GPU": 10_000}

@@ -203,3 +203,32 @@ def test_cached_results_are_found_in_a_bucket(storage: ResultStorage, record: Re
     assert on_processes(body, storage) == on_processes(body, storage) == 45.0 + 199_999 * 100_000
     names = [row.state["name"] for row in record.tasks("ramp")]
     assert names == ["Completed"] * 2 + ["Cached"] * 2
+
+
+def test_a_bucket_has_the_results_of_a_transaction_after_its_commit(
+    storage: ResultStorage, record: Record
+) -> None:
+    cached = ramp.with_options(cache_policy=penstock.INPUTS)
+
+    def body(stop: bool) -> list[str]:
+        with penstock.transaction():
+            cached.map([10, 200_000, 30]).wait()
+            before = objects(storage)
+            if stop:
+                raise KeyError
+        return before
+
+    with pytest.raises(KeyError):
+        on_processes(lambda: body(True), storage)
+    assert objects(storage) == []
+    before = on_processes(lambda: body(False), storage)
+    assert all(".staged-" in name for name in before)
+    after = [name for name in objects(storage) if name.endswith(".result")]
+    assert len(after) == 3
+    assert not any(".staged-" in name for name in after)
+    on_processes(lambda: body(False), storage)
+    assert [row.state["name"] for row in record.tasks("ramp")] == [
+        *["RolledBack"] * 3,
+        *["Completed"] * 3,
+        *["Cached"] * 3,
+    ]

@@ -14,6 +14,7 @@ from penstock import (
     State,
     StateType,
     ThreadPoolTaskRunner,
+    Transaction,
     allow_failure,
     as_completed,
     flow,
@@ -23,6 +24,7 @@ from penstock import (
     remote_options,
     tags,
     task,
+    transaction,
     unmapped,
     wait,
 )
@@ -137,3 +139,15 @@ plain.with_options(task_runner={"main": "threads", "big": "dask"}, on_completion
 bare.with_options(task_runner="big", resources={"GPU": 1, "memory": "20GB"}, timeout_action="kill_worker")
 with remote_options(num_gpus=1):
     assert_type(bare.submit(1), PenstockFuture[float])
+
+
+# A block gives its transaction, and a hook stays the function that it was.
+with transaction("key", commit_mode="EAGER") as txn:
+    assert_type(txn, Transaction)
+
+
+@bare.on_rollback
+def taken_back(transaction: Transaction) -> None: ...
+
+
+taken_back(txn)

@@ -392,3 +392,73 @@ def test_a_full_device_is_told_in_one_sentence() -> None:
     ) as caught:
         result_store.commit(1, order(Path("/proc/penstock")), RUN, 1)
     assert "\n" not in str(caught.value)
+
+
+# -- results of transactions ----------------------------------------------------------------------
+
+
+def staged(folder: Path, value: Any, run: str = RUN, **more: Any) -> dict[str, Any]:
+    wanted = {**order(folder, key="cache/ab/abc"), "cache": "abc", "staged": True, **more}
+    _, said = result_store.commit(value, wanted, run, 1)
+    return {**said, "options": {}}
+
+
+def looked_up(folder: Path, run: str = "02" * 16, **more: Any) -> Any:
+    found = result_store.recall({**order(folder, key="cache/ab/abc"), "cache": "abc", **more}, run)
+    return None if found is None else found[0]
+
+
+VALUES = [b"small", b"x" * (1 << 18)]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=["inline", "beside"])
+def test_a_staged_result_is_found_once_it_is_published(tmp_path: Path, value: bytes) -> None:
+    said = staged(tmp_path, value)
+    assert looked_up(tmp_path) is None
+    assert result_store.load(said, RUN) == value  # whoever knows where it is can read it
+    assert looked_up(tmp_path, RUN, staged=True) == value  # as another attempt of the run does
+    published = result_store.publish(said)
+    assert (published["key"], published["run"], "staged" in published) == ("cache/ab/abc", RUN, False)
+    assert looked_up(tmp_path) == value
+    assert [
+        name for name in names(tmp_path) if result_store.STAGED in name and name.endswith(".result")
+    ] == []
+    assert result_store.load(published, RUN) == value
+
+
+@pytest.mark.parametrize("value", VALUES, ids=["inline", "beside"])
+def test_a_withdrawn_result_leaves_nothing(tmp_path: Path, value: bytes) -> None:
+    result_store.withdraw(staged(tmp_path, value))
+    assert names(tmp_path) == []
+    result_store.withdraw(staged(tmp_path, value) | {"key": "cache/ab/other"})  # there is none
+    published = result_store.publish(staged(tmp_path, value))
+    result_store.withdraw({**published, "run": "03" * 16})  # that of another run stays
+    assert looked_up(tmp_path) == value
+    result_store.withdraw(published)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("value", VALUES, ids=["inline", "beside"])
+def test_the_first_to_publish_wins_unless_it_refreshes(tmp_path: Path, value: bytes) -> None:
+    first, second = staged(tmp_path, value), staged(tmp_path, value + b"2", "03" * 16)
+    result_store.publish(first)
+    published = result_store.publish(second)
+    assert (published["run"], published["cached"]) == (RUN, True)
+    assert looked_up(tmp_path) == value
+    third = result_store.publish(staged(tmp_path, value + b"3", "04" * 16), refresh=True)
+    assert third["run"] == "04" * 16
+    assert looked_up(tmp_path) == value + b"3"
+    assert len(names(tmp_path)) == (1 if len(value) < 100 else 2)
+
+
+def test_a_staged_result_that_is_gone_is_not_published(tmp_path: Path) -> None:
+    said = staged(tmp_path, b"x")
+    result_store.withdraw(said)
+    with pytest.raises(result_store.Absent):
+        result_store.publish(said)
+
+
+def test_an_expired_result_makes_room(tmp_path: Path) -> None:
+    result_store.publish(staged(tmp_path, b"1"))
+    assert result_store.publish(staged(tmp_path, b"2", "03" * 16), expires=0)["run"] == "03" * 16
+    assert looked_up(tmp_path) == b"2"

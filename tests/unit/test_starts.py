@@ -4,9 +4,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,6 +56,30 @@ def test_what_runs_and_what_has_ended() -> None:
     assert find_start(("other-0123abcd", 8)) == (os.getpid(), 41, True, True)
     assert find_start(("load-0123abcd", 9)) is None
     first.end()
+
+
+def test_all_are_noted_that_begin_while_the_table_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The threads of a fresh worker begin at the same moment."""
+    starts, making, made = Starts("race"), threading.Event(), threading.Event()
+    mapped = starts._mapped
+
+    def slowly() -> Any:
+        making.set()
+        made.wait(0.5)  # until another thread has come through, which it must not
+        return mapped()
+
+    def begin_second() -> None:
+        making.wait(10)
+        starts.begin(("second-0123abcd", 2))
+        made.set()
+
+    monkeypatch.setattr(starts, "_mapped", slowly)
+    other = threading.Thread(target=begin_second)
+    other.start()
+    starts.begin(("first-0123abcd", 1))
+    other.join(10)
+    found = read_starts(os.getpid(), "race") or {}
+    assert set(found) == {"0123abcd:1", "0123abcd:2"}
 
 
 def test_a_table_without_attempts_says_that_nothing_began() -> None:

@@ -79,12 +79,13 @@ def finished(
     tuple
         The value, the error, and what the record says besides times and sizes.
     """
-    children = None
+    children = noted = None
     if running.nested is not None:
         try:
             value = running.nested.finish(value, error)
         except BaseException as raised:
             error = error or raised
+        noted = running.nested.values()
         children = running.nested.events()
     details: dict[str, Any] = {"status": "completed" if error is None else status_of(error, running)}
     if error is None:
@@ -108,6 +109,8 @@ def finished(
         details["dropped"] = running.dropped
     if children:
         details["children"] = children
+    if noted:
+        details["values"] = noted
     if running.yielded >= 0:
         details["yielded"] = running.yielded
     return value, error, details

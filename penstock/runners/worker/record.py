@@ -22,6 +22,8 @@ Record (a pickled dict of primitives)
     How many items a generator has handed on one by one; absent if its value is a list.
 ``children``
     Packed events of task runs that this one submitted; absent if there are none.
+``values``
+    Pickled values that the code has set in its transaction; absent if there are none.
 """
 
 from __future__ import annotations

@@ -27,6 +27,9 @@ Commit order (primitives, in the work order)
     Seconds after which such a result is stored anew, counted from when it was written.
 ``refresh`` (optional)
     Take no result of another run.
+``staged`` (optional)
+    The run is part of a transaction: its result lies beside its key, where nobody looks, until `publish`
+    puts it in its place or `withdraw` removes it.
 """
 
 from __future__ import annotations
@@ -49,6 +52,7 @@ from . import result_formats as formats
 INLINE = 65_536  # bytes up to which a value lies in the commit file itself
 MAGIC, VERSION = b"penstock-result", b"1"
 EXTENSION = ".result"
+STAGED = ".staged-"
 CHUNK = 1 << 20
 
 
@@ -90,7 +94,7 @@ def commit(value: Any, order: dict[str, Any], run: str, attempt: int) -> tuple[A
     """
     prepared = formats.prepare(value, order["format"])
     place = _place(order)
-    key = order["key"].replace("{run}", run)
+    key = _target(order, run)
     with _refusals(order, place):
         for _ in range(3):
             header = _write(place, key, prepared, run, attempt, order)
@@ -120,7 +124,7 @@ def commit(value: Any, order: dict[str, Any], run: str, attempt: int) -> tuple[A
 def find(order: dict[str, Any], run: str) -> tuple[Any, dict[str, Any]] | None:
     """Return what `commit` of an earlier attempt of the run has returned; None if there was none."""
     place = _place(order)
-    key = order["key"].replace("{run}", run)
+    key = _target(order, run)
     try:
         with _refusals(order, place):
             header = _header(place, key)
@@ -150,11 +154,11 @@ def recall(order: dict[str, Any], run: str) -> tuple[Any, dict[str, Any]] | None
             header = _header(place, key)
             if header["run"] == run:
                 return _read_value(place, key, header), _said(order, key, header)
-            if not _answers(header, order):
-                return None
-            return _read_value(place, key, header), {**_said(order, key, header), "cached": True}
+            if _answers(header, order):
+                return _read_value(place, key, header), {**_said(order, key, header), "cached": True}
     except Absent:
-        return None
+        pass
+    return find(order, run) if order.get("staged") else None
 
 
 def peek(order: dict[str, Any], run: str, limit: float) -> dict[str, Any] | None:
@@ -208,6 +212,80 @@ def _answers(header: dict[str, Any], order: dict[str, Any]) -> bool:
     return not limits or time.time() < float(header["time"]) + min(limits)
 
 
+def _target(order: dict[str, Any], run: str) -> str:
+    """Return the key under which the result of a run is written."""
+    key: str = order["key"].replace("{run}", run)
+    return f"{key}{STAGED}{run}" if order.get("staged") else key
+
+
+def publish(where: dict[str, Any], *, refresh: bool = False, expires: float | None = None) -> dict[str, Any]:
+    """Put a staged result in its place, where others find it; its bytes stay where they are.
+
+    Parameters
+    ----------
+    where : dict
+        What the record says of it, with ``staged``, and ``options`` if the storage needs some.
+    refresh : bool
+        Also if a valid result lies there already: else that one counts, and ours is dropped.
+    expires : float, optional
+        Seconds after which what lies there is no longer valid.
+
+    Returns
+    -------
+    dict
+        What the record says from now on.
+
+    Raises
+    ------
+    Absent, Damaged
+        If the staged result is gone, or is not what was written.
+    CommitError
+        If the storage refuses.
+    """
+    place, key, run = _place(where), where["staged"], where["run"]
+    with _refusals(where, place):
+        fields = _header(place, where["key"])
+        header = _Header({name: one for name, one in fields.items() if name != "inline"}, fields["inline"])
+        order = {"cache": fields.get("cache"), "expires": expires, "refresh": refresh, **where}
+        if not place.commit(key, header, replace=False):
+            present: dict[str, Any] | None = None
+            with contextlib.suppress(Absent, Damaged):
+                present = _header(place, key)
+            if present is not None and header.is_that_of(present):  # it was published before
+                fields = present
+            elif present is not None and order["cache"] is not None and _answers(present, order):
+                place.drop(_beside(key, header.data))
+                fields = present
+            else:
+                place.commit(key, header, replace=True)
+                if present is not None:
+                    place.drop(_beside(key, present["data"]))
+        place.drop(where["key"] + EXTENSION)
+        said = _said(where, key, fields)
+        return said if fields["run"] == run else {**said, "cached": True}
+
+
+def withdraw(where: dict[str, Any]) -> None:
+    """Remove the result of a run, if it is its own: others find it no more.
+
+    Parameters
+    ----------
+    where : dict
+        What the record says of it, with ``options`` if the storage needs some.
+
+    Raises
+    ------
+    CommitError
+        If the storage refuses.
+    """
+    place, key = _place(where), where["key"]
+    with contextlib.suppress(Absent, Damaged), _refusals(where, place):
+        header = _header(place, key)
+        if header["run"] == where["run"]:
+            place.drop(key + EXTENSION)
+            place.drop(_beside(key, header["data"]))
+
+
 def load(where: dict[str, Any], run: str | None = None) -> Any:
     """Read a result.
 
@@ -258,6 +336,9 @@ def _said(
 ) -> dict[str, Any]:
     said = {name: header[name] for name in ("format", "nbytes", "checksum", "run")}
     said |= {"storage": order["storage"], "key": key}
+    final, mark, _ = key.rpartition(f"{STAGED}{header['run']}")
+    if mark:  # where it will lie, once it is published
+        said["staged"] = final
     return {**said, "duplicate": True} if duplicate else said
 
 
@@ -270,13 +351,15 @@ def present(order: dict[str, Any], run: str, *, anybodys: bool = False) -> dict[
     `anybodys`: also if another run has stored it.
     """
     place = _place(order)
-    key = order["key"].replace("{run}", run)
-    try:
-        with _refusals(order, place):
+    keys = [order["key"].replace("{run}", run)]
+    if order.get("staged"):
+        keys.append(_target(order, run))
+    for key in keys:
+        with contextlib.suppress(Absent, Damaged), _refusals(order, place):
             header = _header(place, key)
-    except (Absent, Damaged):
-        return None
-    return _said(order, key, header) if anybodys or header["run"] == run else None
+            if anybodys or header["run"] == run:
+                return _said(order, key, header)
+    return None
 
 
 class _Header:

@@ -57,12 +57,12 @@ class Starts:
         """Make the file before the first attempt begins: a worker without one is known for nothing."""
         with self._lock:
             if self._process != os.getpid():  # the first time, or in a fork
-                self._process = os.getpid()
-                self._map = self._cells = None
+                self._map, self._cells, self._free = None, None, deque()
                 with contextlib.suppress(OSError, ValueError):  # no disk: nobody will know
                     self._map = self._mapped()
                     self._cells = memoryview(self._map)[:_CELLS_END].cast("q")
                     self._free = deque(range(START_PLACES))
+                self._process = os.getpid()  # last: other threads begin as soon as they see it
 
     def begin(self, key: Any) -> Start:
         """Note that an attempt begins."""
