@@ -645,7 +645,7 @@ def test_the_client_lists_into_frames(
     assert caught.value.status == 501
     with pytest.raises(ServerError, match=f"penstock resume {ROOT}") as caught:
         client.set_state(ROOT, "resume")
-    assert caught.value.status == 501
+    assert caught.value.status == 403
     with pytest.raises(ServerError) as caught:
         client.flow_run("f" * 32)
     assert caught.value.status == 404
