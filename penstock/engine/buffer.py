@@ -10,7 +10,7 @@ somebody looks at a future, or asks for its items, which is possible only before
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from penstock.engine.calls import TaskRun
 from penstock.engine.chunks import Packer
@@ -45,11 +45,11 @@ class Buffer:
 
     def __len__(self) -> int:
         """Count the runs that wait."""
-        return len(self._runs) + len(self._kept) + sum(len(packer.ready) for packer in self._packers)
+        return len(self._runs) + sum(len(packer.ready) for packer in self._packers)
 
     def __contains__(self, run: TaskRun) -> bool:
         """Whether a run waits here."""
-        return run in self._kept or run in _place_of(run, self._runs)
+        return run in _place_of(run, self._runs)
 
     def add(self, run: TaskRun, *, leading: bool) -> None:
         """Append a run (the caller holds the session's lock).
@@ -61,7 +61,8 @@ class Buffer:
         leading : bool
             Whether it may go at once if the buffer was idle.
         """
-        idle = leading and not self._runs and not self._packers and time.monotonic() - self._last > PAUSE
+        alone = len(self._runs) == len(self._kept)
+        idle = leading and alone and not self._packers and time.monotonic() - self._last > PAUSE
         place = _place_of(run, self._runs)
         place[run] = None
         if place is not self._runs and run.mapped is not None and run.mapped.packer is not None:
@@ -74,15 +75,12 @@ class Buffer:
     def keep(self, run: TaskRun) -> None:
         """Let a generator that waits here wait longer: its items may be asked for (the caller holds the lock)."""
         if run in self._runs:
-            del self._runs[run]
             self._kept[run] = None
             clock.call_later(ITEMS_PAUSE, self._enough)
 
     def discard(self, run: TaskRun) -> bool:
         """Take one run out; answer whether it was there."""
-        if run in self._kept:
-            del self._kept[run]
-            return True
+        self._kept.pop(run, None)
         place = _place_of(run, self._runs)
         found = place.pop(run, self) is None
         if found and not place and place is not self._runs and run.mapped is not None:
@@ -92,7 +90,8 @@ class Buffer:
     def flush(self, *, everything: bool = False) -> None:
         """Make whatever may go due; generators that are kept only if somebody looks at a future (`everything`)."""
         self._everything |= everything and bool(self._kept)
-        if self._everything or self._runs or any(packer.has_room for packer in self._packers):
+        waits = len(self._runs) > len(self._kept) or any(run.dependants for run in self._kept)
+        if self._everything or waits or any(packer.has_room for packer in self._packers):
             self.due = True
 
     def take(self) -> list[TaskRun | list[TaskRun]]:
@@ -100,12 +99,16 @@ class Buffer:
 
         The caller holds the session's lock.
         """
-        batch: list[TaskRun | list[TaskRun]] = list(self._runs)
-        self._runs.clear()
-        if self._everything:
-            batch.extend(self._kept)
+        ready = self._ready()
+        batch: list[TaskRun | list[TaskRun]] = list(ready)
+        if len(ready) == len(self._runs):
+            self._runs.clear()
             self._kept.clear()
-            self._everything = False
+        else:
+            for run in ready:
+                del self._runs[run]
+                self._kept.pop(run, None)
+        self._everything = False
         for packer in list(self._packers):
             batch.extend(packer.take())
             if not packer.ready:
@@ -116,6 +119,12 @@ class Buffer:
             self._alarm.cancel()
             self._alarm = None
         return batch
+
+    def _ready(self) -> Sequence[TaskRun]:
+        """Return the runs that go, in order; a generator that others depend on goes with them, as a list."""
+        if not self._kept or self._everything:
+            return list(self._runs)
+        return [run for run in self._runs if run not in self._kept or run.dependants]
 
     def _time_out(self) -> None:
         self._alarm = None

@@ -16,7 +16,7 @@ from penstock.engine.chunks import Packer
 def run(number: int) -> TaskRun:
     made: Any = TaskRun.__new__(TaskRun)
     made._name = str(number)
-    made.mapped = None
+    made.mapped = made.dependants = None
     found: TaskRun = made
     return found
 
@@ -65,6 +65,12 @@ def test_a_generator_stays_until_somebody_looks(
     buffer.flush(everything=True)
     assert buffer.take() == [kept]
     assert kept not in buffer
+    buffer.add(kept, leading=False)
+    buffer.keep(kept)
+    kept.dependants = [SimpleNamespace()]  # type: ignore[list-item]
+    buffer.add(other, leading=False)
+    assert buffer.take() == [kept, other], "what depends on it must not go before it"
+    kept.dependants = None
     buffer.add(kept, leading=False)
     buffer.keep(kept)
     assert buffer.discard(kept)
