@@ -108,13 +108,9 @@ class Queue:
     def take(self) -> Held | None:
         """Return what is to go next: the deepest for which there is room."""
         self._count()
-        while heaps := [
-            heap for kind, heap in self._heaps.items() if heap and self._out[kind] < self._room()
-        ]:
-            _, _, held = heapq.heappop(min(heaps))
-            if not held.dropped:
-                return held
-        return None
+        room = self._room()
+        heaps = [heap for kind, heap in self._heaps.items() if heap and self._out[kind] < room]
+        return heapq.heappop(min(heaps))[2] if heaps else None
 
     def sent(self, held: Held) -> None:
         """Say that Ray knows of what was taken: what depends on it may follow."""
@@ -146,6 +142,8 @@ class Queue:
                     if self._forget(follower.handle) is not None:
                         orphans.append(follower)
                         parents.append(follower)
+            if dropped:
+                self._sweep()
             return dropped, orphans
 
     def clear(self) -> Sequence[Held]:
@@ -171,6 +169,18 @@ class Queue:
     def _push(self, held: Held) -> None:
         heap = self._heaps.setdefault(kind_of(held.submission.options), [])
         heapq.heappush(heap, (-held.submission.priority, next(self._numbers), held))
+
+    def _sweep(self) -> None:
+        """Let go of what was dropped, and of the values that it holds."""
+        for heap in self._heaps.values():
+            heap[:] = [entry for entry in heap if not entry[2].dropped]
+            heapq.heapify(heap)
+        for handle, followers in list(self._waiting.items()):
+            left = [one for one in followers if not one.dropped]
+            if left:
+                self._waiting[handle] = left
+            else:
+                del self._waiting[handle]
 
     def _forget(self, handle: Handle) -> Held | None:
         held = self._held.pop(handle, None)

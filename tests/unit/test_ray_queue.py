@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -152,3 +154,23 @@ def test_an_unknown_store_counts_results_as_small() -> None:
     queue = Queue(1, 0)
     queue.add([held(f"t-{number}") for number in range(MOST + 1)])
     assert len(go_on(queue)) == MOST
+
+
+class Value:
+    """Something that can be watched."""
+
+
+def test_what_is_dropped_holds_no_value_any_longer() -> None:
+    queue = Queue(1, CAPACITY)
+    made = held("made")
+    queue.add([made, *(held(f"t-{number}") for number in range(UNSEEN_SHARE))])
+    go_on(queue)
+    made.handle.value = Value()
+    seen = weakref.ref(made.handle.value)
+    use = held("use", made)
+    queue.add([use])
+    queue.drop([use.handle])
+    made.handle.value = None
+    del made, use
+    gc.collect()
+    assert seen() is None
