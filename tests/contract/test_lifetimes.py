@@ -132,15 +132,24 @@ class Node:
         What it is made of.
     cancelled : bool
         It was asked to stop, perhaps in time.
+    tolerates : bool
+        It makes something else of an upstream that has failed.
     """
 
     value: int | None
     upstream: list[Node] = field(default_factory=list)
     cancelled: bool = False
+    tolerates: bool = False
 
     @property
     def is_certain(self) -> bool:
         return not self.cancelled and all(one.is_certain for one in self.upstream)
+
+    @property
+    def has_another(self) -> bool:
+        """Whether it may give another value, since something before it was asked to stop and is tolerated."""
+        open_before = self.tolerates and not all(one.is_certain for one in self.upstream)
+        return open_before or any(one.has_another for one in self.upstream)
 
 
 @dataclass
@@ -257,7 +266,7 @@ class Program:
     def tolerate(self, i: int, j: int, k: int) -> None:
         one = self.pick(i)
         futures = name_of.map(allow_failure(one.futures))
-        nodes = [Node(-1 if node.value is None else node.value, [node]) for node in one.nodes]
+        nodes = [Node(-1 if node.value is None else node.value, [node], tolerates=True) for node in one.nodes]
         self._keep(futures, nodes, is_map=True)
 
     def nest(self, i: int, j: int, k: int) -> None:
@@ -311,7 +320,7 @@ class Program:
             if isinstance(value, BaseException) or name == "Cancelled":
                 assert not isinstance(value, errors.CrashedRun), (name, value)
                 assert node.value is None or not node.is_certain, (future, name, value)
-            elif node.value is not None or node.is_certain:
+            elif (node.value is not None or node.is_certain) and not node.has_another:
                 assert node.value == add_up(value), (future, name)
 
 
