@@ -13,8 +13,10 @@ import pytest
 
 from penstock import (
     CancelledRun,
+    CrashedRun,
     FailedRun,
     ParameterTypeError,
+    SequentialTaskRunner,
     Skip,
     Skipped,
     State,
@@ -769,3 +771,83 @@ def test_a_failed_state_made_by_hand(run: Run, record: Record) -> None:
     with pytest.raises(FailedRun, match="by hand"):
         state.result()
     assert record.task("by_hand").attempt == 2
+
+
+# -- what remains of the options ----------------------------------------------------------------------
+
+
+def test_on_running(run: Run) -> None:
+    seen: list[tuple[str, str]] = []
+
+    async def note(which: Any, task_run: Any, state: State) -> None:
+        await asyncio.sleep(0)
+        seen.append((which.name, state.name))
+
+    @task(on_running=[note], on_completion=[note])
+    async def observe() -> int:
+        await asyncio.sleep(0)
+        return 1
+
+    assert run(lambda: observe.submit()) == 1
+    assert seen == [("observe", "Running"), ("observe", "Completed")]
+
+
+def test_cached_results_expire_and_are_refreshed(run: Run, tmp_path: Path) -> None:
+    @task(cache_policy=INPUTS, result_storage=str(tmp_path / "results"), cache_expiration=3600)
+    async def work(x: int) -> int:
+        await asyncio.sleep(0)
+        return 10 * x + mark(tmp_path, "call")
+
+    assert [run(lambda: work.submit(1)) for _ in range(2)] == [11, 11]
+    assert run(lambda: work.with_options(refresh_cache=True).submit(1)) == 12
+    assert run(lambda: work.submit(1)) == 12
+    assert run(lambda: work.with_options(cache_expiration=1e-9).submit(1)) in (
+        12,
+        13,
+    )  # of what is stored from now on
+    assert run(lambda: work.with_options(refresh_cache=True, cache_expiration=1e-9).submit(1)) > 12
+    count = marks(tmp_path, "call")
+    assert run(lambda: work.submit(1)) == 10 + count + 1
+
+
+def test_on_exit_detach(parallel: TaskRunner, record: Record, tmp_path: Path, wait_until: Any) -> None:
+    @task
+    async def nap(seconds: float) -> None:
+        await asyncio.sleep(seconds)  # work: it goes on after the flow
+        mark(tmp_path, "nap")
+
+    @flow(task_runner=parallel, on_exit="detach")
+    async def night() -> Any:
+        nap.submit(0.5)
+        return add.submit(1)
+
+    assert finished(night()) == 2
+    assert record.flow().type == "COMPLETED"
+    wait_until(lambda: marks(tmp_path, "nap") == 1, 20)
+    wait_until(lambda: record.types("nap") == ["COMPLETED"], 20)
+
+
+def test_a_task_that_must_not_run_twice(apart: TaskRunner, run: Run, tmp_path: Path) -> None:
+    @task(idempotent=False, crash_retries=5)
+    async def die() -> None:
+        await asyncio.sleep(0)
+        mark(tmp_path, "death")
+        os._exit(3)
+
+    with pytest.raises(CrashedRun):
+        run(lambda: die.submit())
+    assert marks(tmp_path, "death") == 1
+
+
+def test_where_a_task_runs(run: Run) -> None:
+    """Options of placement that every runner takes, and a runner of the task's own."""
+
+    @task(threads=1, priority=3)
+    async def here() -> int:
+        await asyncio.sleep(0)
+        return os.getpid()
+
+    there = here.with_options(name="there", task_runner=SequentialTaskRunner())
+    pids = run(lambda: [here.submit(), there.submit()])
+    assert pids[1] == os.getpid()
+    assert (pids[0] == os.getpid()) == run.runner.info.in_process  # type: ignore[attr-defined]
