@@ -163,14 +163,14 @@ def test_a_worker_that_is_killed_at_the_deadline(
 def test_an_async_task_that_sleeps_in_a_call_into_c(in_flow: InFlow, record: Record) -> None:
     @task(timeout_seconds=0.2)
     async def deaf() -> None:
-        time.sleep(1.0)
+        time.sleep(3.0)
 
     def body() -> float:
         begun = time.monotonic()
         deaf.submit().wait()
         return time.monotonic() - begun
 
-    assert in_flow(body) < 0.9
+    assert in_flow(body) < 2.5
     assert record.task("deaf").state["name"] == "TimedOut"
 
 
