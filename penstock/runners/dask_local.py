@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib
 import logging
@@ -178,12 +179,26 @@ class LocalNanny(Nanny):  # type: ignore[misc]
     async def instantiate(self) -> Any:
         """Start the worker process."""
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of this thread; children inherit it
-        with _unchanged:
-            status = await super().instantiate()
-        self.worker_pid = self.pid or 0
-        self.ends.pop(self.worker_pid, None)  # an earlier process with the same number
+        noting = asyncio.ensure_future(self._note_process(self.worker_pid))
+        try:
+            with _unchanged:
+                return await super().instantiate()
+        finally:
+            noting.cancel()
+
+    async def _note_process(self, earlier: int) -> None:
+        """Note the process as soon as there is one: its first task may end it before Dask calls it started."""
+        while (pid := self._present_pid()) in {0, earlier}:  # noqa: ASYNC110 - Dask tells nobody
+            await asyncio.sleep(0.005)
+        self.worker_pid = pid
+        self.ends.pop(pid, None)  # an earlier process with the same number
         self._note(self.started, 0)
-        return status
+
+    def _present_pid(self) -> int:
+        try:
+            return int(self.pid or 0)
+        except (AssertionError, AttributeError, ValueError):  # the earlier one is just being closed
+            return 0
 
     def _on_worker_exit_sync(self, exitcode: int) -> None:
         self._note(self.ends, exitcode)
