@@ -101,6 +101,7 @@ def hurry(database: Database) -> None:
     raw.commit()
 
 
-def count_events(database: Database) -> int:
+def count_events(database: Database, kind: str = "") -> int:
+    query = events.select().where(events.c.kind == kind) if kind else events.select()
     with database.read() as connection:
-        return len(connection.execute(events.select()).all())
+        return len(connection.execute(query).all())
