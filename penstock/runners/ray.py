@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import sys
 import threading
 import time
 import uuid
@@ -31,7 +32,7 @@ from penstock.runners import ray_cluster, ray_nodes, ray_tasks, shipment, worker
 from penstock.runners.base import Key, Options, Ref, Report, RunnerInfo, Submission, TaskRunner
 from penstock.runners.ray_errors import first_words
 from penstock.runners.ray_pump import Flight, Handle, Pump, arrived, missing
-from penstock.runners.ray_queue import Held, Queue, kind_of
+from penstock.runners.ray_queue import Held, Queue
 from penstock.runners.worker.sizes import size_of
 
 FUNCTION_BYTES = 8_192  # larger functions are stored once, not sent with each task
@@ -224,11 +225,11 @@ class RayTaskRunner(TaskRunner):
             raise
         return found
 
-    def _go_on(self) -> None:
+    def _go_on(self, most: int = sys.maxsize) -> None:
         """Tell Ray of what there is room for; called whenever something was added or has ended."""
         pump, flights = self._running(), list[Flight]()
         try:
-            while True:
+            for _ in range(most):
                 with self._queue.lock:
                     held = self._queue.take()
                     if held is None:
@@ -259,8 +260,7 @@ class RayTaskRunner(TaskRunner):
         remote = self._remote(submission.options, key[0].rpartition("-")[0], submission.streams)
         answer = remote.remote(head, *after, *values)
         handle.value, handle.note = (answer.completed(), answer) if submission.streams else answer
-        kind = kind_of(submission.options)
-        return Flight(handle, handle.value, handle.note, held.upstream, submission.announce, kind)
+        return Flight(handle, handle.value, handle.note, held.upstream, submission.announce, held.kind)
 
     def _function(self, function: bytes) -> bytes | str:
         """Return a small function itself, the key of a large one in Ray's key-value store."""

@@ -36,6 +36,7 @@ STARTS_SECONDS = 0.1
 MEASURE_SECONDS = 5.0
 CANCELS = 200  # in one callback, during which Ray hears of nothing else
 CALLBACK_SECONDS = 5.0
+PART = 512  # tasks that the thread sends, until it listens again
 YIELDS = 200  # taken from one generator before others are looked at
 
 log = logging.getLogger("penstock.runners.ray")
@@ -124,7 +125,7 @@ class Pump:
     queue : Queue
         Hears of what has ended.
     go_on : callable
-        Starts what waits in the queue, as far as there is room.
+        Starts what waits in the queue, as far as there is room, at most a number of tasks.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class Pump:
         deliver: Callable[[list[Report]], None],
         starts: bytes,
         queue: Queue,
-        go_on: Callable[[], None],
+        go_on: Callable[[int], None],
     ) -> None:
         self.has_announced = False
         self._deliver = deliver
@@ -267,7 +268,7 @@ class Pump:
                 reports.extend(self._ended(ready))
                 if self._queue:
                     self._measure()
-                    self._go_on()
+                    self._go_on(PART)
             except Exception as error:  # Ray is gone; user errors do not come this way
                 if self._closing:
                     return

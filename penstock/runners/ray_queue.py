@@ -40,6 +40,8 @@ class Held:
         How many of them Ray does not know yet.
     dropped : bool
         It was cancelled.
+    kind : object
+        By what it is counted.
     """
 
     submission: Submission
@@ -49,6 +51,10 @@ class Held:
     given: dict[Handle, tuple[Any, Any]] = field(default_factory=dict)
     missing: int = 0
     dropped: bool = False
+    kind: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.kind = kind_of(self.submission.options)
 
 
 class Queue:
@@ -117,7 +123,7 @@ class Queue:
         handle = held.handle
         self._first_sent = self._first_sent or time.monotonic()
         del self._held[handle]
-        self._out[kind_of(held.submission.options)] += 1
+        self._out[held.kind] += 1
         for follower in self._waiting.pop(handle, ()):
             follower.given[handle] = (handle.value, handle.note)
             follower.missing -= 1
@@ -167,7 +173,7 @@ class Queue:
         return max(LEAST_SHARE * self._threads, int(self._budget / self._mean))
 
     def _push(self, held: Held) -> None:
-        heap = self._heaps.setdefault(kind_of(held.submission.options), [])
+        heap = self._heaps.setdefault(held.kind, [])
         heapq.heappush(heap, (-held.submission.priority, next(self._numbers), held))
 
     def _sweep(self) -> None:
