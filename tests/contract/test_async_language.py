@@ -16,7 +16,6 @@ from penstock import (
     CrashedRun,
     FailedRun,
     ParameterTypeError,
-    SequentialTaskRunner,
     Skip,
     Skipped,
     State,
@@ -840,14 +839,12 @@ def test_a_task_that_must_not_run_twice(apart: TaskRunner, run: Run, tmp_path: P
 
 
 def test_where_a_task_runs(run: Run) -> None:
-    """Options of placement that every runner takes, and a runner of the task's own."""
+    """Options of placement that every runner takes."""
 
     @task(threads=1, priority=3)
     async def here() -> int:
         await asyncio.sleep(0)
         return os.getpid()
 
-    there = here.with_options(name="there", task_runner=SequentialTaskRunner())
-    pids = run(lambda: [here.submit(), there.submit()])
-    assert pids[1] == os.getpid()
-    assert (pids[0] == os.getpid()) == run.runner.info.in_process  # type: ignore[attr-defined]
+    pid = run(lambda: here.submit())
+    assert (pid == os.getpid()) == run.runner.info.in_process  # type: ignore[attr-defined]
